@@ -1,0 +1,14 @@
+_base_ = [
+    '../_base_/models/hrformer_cls.py',
+    '../_base_/datasets/imagenet_224.py',
+    '../_base_/schedules/imagenet_300e.py',
+    '../_base_/runtime/cls.py',
+]
+
+model = dict(
+    backbone=dict(arch='tiny', drop_path_rate=0.0),
+    neck=[
+        dict(type='mmhrformer.HRFormerFusion', in_channels=(18, 36, 72, 144)),
+        dict(type='GlobalAveragePooling'),
+    ],
+)

@@ -1,0 +1,9 @@
+_base_ = ['ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024.py']
+
+aux_head, ocr_head = _base_.model.decode_head
+aux_head.in_channels = (78, 156, 312, 624)
+ocr_head.in_channels = (78, 156, 312, 624)
+model = dict(
+    backbone=dict(arch='base', drop_path_rate=0.4),
+    decode_head=[aux_head, ocr_head],
+)

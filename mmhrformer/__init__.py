@@ -1,0 +1,17 @@
+"""HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks."""
+
+from __future__ import annotations
+
+from . import engine, models
+from .checkpoints import load_checkpoint
+from .models import *  # noqa: F403
+from .models import __all__ as _models
+from .registry import MODELS, PARAM_SCHEDULERS
+from .version import __version__
+
+__all__ = ['MODELS', 'PARAM_SCHEDULERS', '__version__', 'engine', 'load_checkpoint', 'models']
+__all__ += [name for name in _models if name in globals()]
+
+
+def __getattr__(name: str) -> type:
+    return getattr(models, name)

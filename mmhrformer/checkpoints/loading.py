@@ -1,0 +1,50 @@
+"""Load a checkpoint of any dialect into a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from mmengine.logging import print_log
+from torch import nn
+
+from .dialects import Report, convert, unwrap
+from .reading import read_checkpoint
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint: str | Path | MutableMapping, strict: bool = False
+) -> Report:
+    """Load a checkpoint of any dialect into a model built from one of our configs.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
+            a bare :class:`HRFormer`.
+        checkpoint (str | Path | MutableMapping): A file, or what was saved in it.
+        strict (bool): Whether a missing or unused tensor is an error. Defaults to False.
+
+    Returns:
+        Report: What became of each tensor; it is also logged.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, or is of no known dialect.
+        RuntimeError: If tensors do not fit, or with ``strict`` are missing or unused.
+
+    Examples:
+        >>> from mmhrformer import HRFormer
+        >>> model = HRFormer(arch='tiny')
+        >>> load_checkpoint(model, model.state_dict()).unused
+        []
+    """
+    if not isinstance(checkpoint, MutableMapping):
+        checkpoint = read_checkpoint(checkpoint)
+    state_dict, report = convert(unwrap(checkpoint))
+    if not hasattr(model, 'backbone'):
+        state_dict = {key.removeprefix('backbone.'): v for key, v in state_dict.items()}
+    elif not any(key.startswith('backbone.') for key in state_dict):
+        state_dict = {'backbone.' + key: v for key, v in state_dict.items()}
+    report.missing, report.unused = map(list, model.load_state_dict(state_dict, strict=strict))
+    report.used = len(state_dict) - len(report.unused)
+    print_log(str(report), 'current')
+    return report

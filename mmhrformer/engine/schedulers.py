@@ -1,0 +1,74 @@
+"""The learning rate schedule of the official classification code."""
+
+from __future__ import annotations
+
+import math
+
+from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
+from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
+
+from ..registry import PARAM_SCHEDULERS
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
+    """Linear warm-up, then a cosine counted from the start of training.
+
+    At the end of the warm-up the learning rate drops a little, since the cosine has already run
+    (timm's ``CosineLRScheduler`` without ``warmup_prefix``, which the official code uses).
+    mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead.
+
+    Args:
+        optimizer (Optimizer | OptimWrapper): The optimizer.
+        warmup (int): Length of the warm-up, in epochs, or iterations with ``by_epoch=False``.
+        start_factor (float): Learning rate of the first step in units of the optimizer's.
+        end_factor (float): Learning rate that the cosine ends at, likewise. Defaults to 0.
+        end (int): Length of the training, in the unit of ``warmup``.
+        **kwargs: ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
+
+    Raises:
+        ValueError: If ``warmup`` is not between 0 and ``end``.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        *args,
+        warmup: int,
+        start_factor: float,
+        end: int,
+        end_factor: float = 0.0,
+        **kwargs,
+    ) -> None:
+        if not 0 <= warmup < end:
+            raise ValueError(f'warmup={warmup}: choose a length from 0 to less than end={end}')
+        self.warmup = warmup
+        self.start_factor = start_factor
+        self.end_factor = end_factor
+        super().__init__(optimizer, *args, end=end, **kwargs)
+
+    @classmethod
+    def build_iter_from_epoch(
+        cls,
+        *args,
+        warmup: int,
+        end: int = INF,
+        by_epoch: bool = True,
+        epoch_length: int | None = None,
+        **kwargs,
+    ) -> WarmupCosineLR:
+        """Build the schedule in iterations from one in epochs (``convert_to_iter_based``)."""
+        if not by_epoch or not epoch_length:
+            raise ValueError('convert_to_iter_based=True needs by_epoch=True and a train loader')
+        return cls(
+            *args, warmup=warmup * epoch_length, end=end * epoch_length, by_epoch=False, **kwargs
+        )
+
+    def _get_value(self) -> list[float]:
+        step = self.last_step
+        if step < self.warmup:
+            factor = self.start_factor + (1 - self.start_factor) * step / self.warmup
+        else:
+            cosine = (1 + math.cos(math.pi * step / self.end)) / 2
+            factor = self.end_factor + (1 - self.end_factor) * cosine
+        return [base * factor for base in self.base_values]

@@ -1,0 +1,145 @@
+"""The blocks HRFormer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..registry import MODELS
+from .ffn import DepthwiseConv2d
+
+
+@contextmanager
+def frozen_running_stats(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch normalization while a forward pass is recomputed."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Bottleneck(BaseModule):
+    """Residual bottleneck, 1x1 - 3x3 - 1x1 convolution (ResNet).
+
+    Args:
+        in_channels (int): Channels in.
+        mid_channels (int): Channels of the 3x3 convolution.
+        depthwise (bool): Whether the 3x3 convolution is depth-wise, as in the classification
+            neck. Defaults to False.
+        norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        depthwise: bool = False,
+        norm_cfg: dict = dict(type='BN'),
+    ) -> None:
+        super().__init__()
+        out_channels = mid_channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
+        self.bn1 = build_norm_layer(norm_cfg, mid_channels)[1]
+        if depthwise:
+            self.conv2 = DepthwiseConv2d(mid_channels, bias=False)
+        else:
+            self.conv2 = nn.Conv2d(mid_channels, mid_channels, 3, padding=1, bias=False)
+        self.bn2 = build_norm_layer(norm_cfg, mid_channels)[1]
+        self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, bias=False)
+        self.bn3 = build_norm_layer(norm_cfg, out_channels)[1]
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Identity()
+        if in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                build_norm_layer(norm_cfg, out_channels)[1],
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (B, in_channels, H, W) to (B, 4 * mid_channels, H, W)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + self.downsample(x))
+
+
+@MODELS.register_module()
+class HRFormerBlock(BaseModule):
+    """Transformer block: attention within windows, then the FFN (paper, Figure 1).
+
+    Args:
+        embed_dims (int): Channels C of the map.
+        num_heads (int): Attention heads; must divide ``embed_dims``.
+        window_size (int): Side of the attention windows, in tokens. Defaults to 7.
+        mlp_ratio (float): Hidden channels of the FFN in multiples of C. Defaults to 4.
+        drop_path_rate (float): Probability to skip a residual branch of a sample in training.
+            Defaults to 0.
+        with_rpe (bool): See :class:`LocalWindowSelfAttention`. Defaults to True.
+        pad_mask (bool): See :class:`LocalWindowSelfAttention`. Defaults to False.
+        attn_cfg (dict): Config of the attention, without the arguments above.
+        ffn_cfg (dict): Config of the FFN, without the arguments above.
+        norm_cfg (dict): Config of the normalization in the FFN. Defaults to ``dict(type='BN')``.
+        with_cp (bool): Whether to keep no activations of the block and recompute them in the
+            backward pass: less memory, more time, equal gradients. Defaults to False.
+        init_cfg (dict, optional): Initialization config of mmengine.
+
+    Examples:
+        >>> block = HRFormerBlock(embed_dims=32, num_heads=1)
+        >>> block(torch.rand(2, 16, 12, 32)).shape
+        torch.Size([2, 16, 12, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int = 7,
+        mlp_ratio: float = 4,
+        drop_path_rate: float = 0.0,
+        with_rpe: bool = True,
+        pad_mask: bool = False,
+        attn_cfg: dict = dict(type='mmhrformer.LocalWindowSelfAttention'),
+        ffn_cfg: dict = dict(type='mmhrformer.DWConvFFN'),
+        norm_cfg: dict = dict(type='BN'),
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.with_cp = with_cp
+        attn = dict(num_heads=num_heads, window_size=window_size)
+        attn.update(with_rpe=with_rpe, pad_mask=pad_mask)
+        ffn = dict(feedforward_channels=int(mlp_ratio * embed_dims), norm_cfg=norm_cfg)
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = MODELS.build(dict(embed_dims=embed_dims, **attn, **attn_cfg))
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.ffn = MODELS.build(dict(embed_dims=embed_dims, **ffn, **ffn_cfg))
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward,
+                x,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), frozen_running_stats(self)),
+            )
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.ffn(self.norm2(x)))

@@ -1,0 +1,74 @@
+"""Feed-forward networks of the HRFormer block."""
+
+from __future__ import annotations
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..registry import MODELS
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """3x3 depth-wise convolution, padded with zeros.
+
+    Args:
+        channels (int): Channels in and out.
+        stride (int): Stride. Defaults to 1.
+        bias (bool): Whether to learn a bias. Defaults to True.
+    """
+
+    def __init__(self, channels: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__(channels, channels, 3, stride, padding=1, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+        if x.device.type == 'cpu' and torch.is_grad_enabled():
+            # On channels-last memory the CPU backward is many times slower (17x in torch 2.1).
+            x = x.contiguous()
+        return super().forward(x)
+
+
+@MODELS.register_module()
+class DWConvFFN(BaseModule):
+    """FFN with a 3x3 depth-wise convolution, which connects the windows (paper, Figure 1b).
+
+    1x1 - 3x3 depth-wise - 1x1 convolution, each followed by batch normalization and GELU. The
+    GELU after the last one comes before the residual sum, as in the official code.
+
+    Args:
+        embed_dims (int): Channels C in and out.
+        feedforward_channels (int): Hidden channels; 4 C in the paper (Section 4).
+        norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
+        init_cfg (dict, optional): Initialization config of mmengine.
+
+    Examples:
+        >>> ffn = DWConvFFN(embed_dims=32, feedforward_channels=128)
+        >>> ffn(torch.rand(2, 16, 12, 32)).shape
+        torch.Size([2, 16, 12, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        feedforward_channels: int,
+        norm_cfg: dict = dict(type='BN'),
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.fc1 = nn.Conv2d(embed_dims, feedforward_channels, 1)
+        self.norm1 = build_norm_layer(norm_cfg, feedforward_channels)[1]
+        self.dw3x3 = DepthwiseConv2d(feedforward_channels)
+        self.norm2 = build_norm_layer(norm_cfg, feedforward_channels)[1]
+        self.fc2 = nn.Conv2d(feedforward_channels, embed_dims, 1)
+        self.norm3 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
+        x = self.act(self.norm1(self.fc1(x)))
+        x = self.act(self.norm2(self.dw3x3(x)))
+        x = self.act(self.norm3(self.fc2(x)))
+        return x.permute(0, 2, 3, 1)

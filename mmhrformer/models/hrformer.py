@@ -1,0 +1,475 @@
+"""HRFormer: High-Resolution Transformer for Dense Prediction (NeurIPS 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule, ModuleList, Sequential
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoints.dialects import adapt_backbone_keys
+from ..registry import MODELS
+from .block import Bottleneck, HRFormerBlock
+from .ffn import DepthwiseConv2d
+
+NUM_STREAMS = 4
+STEM_CHANNELS = 64
+MIN_INPUT = 32  # pixels a side: the coarsest stream then has one token
+
+# Paper, Table 2 (and the official configurations, for the tiny one). `channels` and `num_heads`
+# count the four streams, `num_modules` the stages 2, 3 and 4; every module has `num_blocks`
+# blocks on each of its streams.
+ARCHS = {
+    'tiny': dict(
+        channels=(18, 36, 72, 144),
+        num_heads=(1, 2, 4, 8),
+        num_modules=(1, 3, 2),
+        num_blocks=2,
+        mlp_ratio=4,
+    ),
+    'small': dict(
+        channels=(32, 64, 128, 256),
+        num_heads=(1, 2, 4, 8),
+        num_modules=(1, 4, 2),
+        num_blocks=2,
+        mlp_ratio=4,
+    ),
+    'base': dict(
+        channels=(78, 156, 312, 624),
+        num_heads=(2, 4, 8, 16),
+        num_modules=(1, 4, 2),
+        num_blocks=2,
+        mlp_ratio=4,
+    ),
+}
+
+
+def parse_arch(arch: str | dict) -> dict:
+    """Look an architecture up, or check one that is spelled out.
+
+    Args:
+        arch (str | dict): A key of :data:`ARCHS`, or a dict with the same fields;
+            ``num_blocks`` and ``mlp_ratio`` may be left out (2 and 4).
+
+    Returns:
+        dict: The five fields of :data:`ARCHS`.
+
+    Raises:
+        ValueError: If the name or a field is unknown, a field is missing, a list has the wrong
+            length, a number is below 1, or heads do not divide channels.
+    """
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'arch={arch!r} is unknown: choose one of {list(ARCHS)} or a dict')
+        return dict(ARCHS[arch])
+    fields = {'num_blocks': 2, 'mlp_ratio': 4, **arch}
+    names = set(ARCHS['tiny'])
+    if set(fields) != names:
+        raise ValueError(
+            f'arch={dict(arch)!r}: unknown fields {sorted(set(fields) - names)}, missing fields '
+            f'{sorted(names - set(fields))}; an arch has the fields {sorted(names)}'
+        )
+    lengths = dict(channels=NUM_STREAMS, num_heads=NUM_STREAMS, num_modules=NUM_STREAMS - 1)
+    for name, length in lengths.items():
+        value = tuple(fields[name])
+        if len(value) != length or min(value) < 1:
+            raise ValueError(f'arch[{name!r}]={value}: give {length} numbers of at least 1')
+        fields[name] = value
+    for name in ('num_blocks', 'mlp_ratio'):
+        if fields[name] <= 0:
+            raise ValueError(f'arch[{name!r}]={fields[name]}: give a number above 0')
+    for channels, heads in zip(fields['channels'], fields['num_heads']):
+        if channels % heads:
+            raise ValueError(
+                f"arch['num_heads']={fields['num_heads']} does not divide "
+                f"arch['channels']={fields['channels']}: {heads} heads cannot share {channels} "
+                'channels'
+            )
+    return fields
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, stride: int, norm_cfg: dict
+) -> tuple[nn.Module, ...]:
+    """3x3 convolution, normalization and ReLU, as a tuple of modules."""
+    return (
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        build_norm_layer(norm_cfg, out_channels)[1],
+        nn.ReLU(inplace=True),
+    )
+
+
+class HRModule(BaseModule):
+    """Blocks on each stream, then an exchange between all streams (paper, Figure 2).
+
+    Args:
+        branches (Sequence[nn.Module]): The blocks of each stream, finest stream first.
+        channels (Sequence[int]): Channels of the streams.
+        out_streams (Sequence[int]): Streams that somebody needs; the others are not computed.
+        upsample (str): ``'nearest'`` or ``'bilinear'``, see :class:`HRFormer`.
+        norm_cfg (dict): Config of the normalization.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module],
+        channels: Sequence[int],
+        out_streams: Sequence[int],
+        upsample: str,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.out_streams = tuple(out_streams)
+        self.branches = ModuleList(branches)
+        # Position i of the list is in every checkpoint's key, so streams that nobody needs keep
+        # their place (an Identity: mmengine's complexity analysis cannot handle None).
+        self.fuse_layers = ModuleList(
+            ModuleList(self._fuse_layer(channels, i, j, norm_cfg) for j in range(len(channels)))
+            if i in out_streams
+            else nn.Identity()
+            for i in range(max(out_streams) + 1)
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    @staticmethod
+    def _fuse_layer(channels: Sequence[int], i: int, j: int, norm_cfg: dict) -> nn.Module:
+        """What brings stream j to the channels of stream i (and down to its size, if finer)."""
+        if j == i:
+            return nn.Identity()
+        if j > i:
+            return Sequential(
+                nn.Conv2d(channels[j], channels[i], 1, bias=False),
+                build_norm_layer(norm_cfg, channels[i])[1],
+            )
+        steps = []
+        for step in range(i - j):
+            last = step == i - j - 1
+            out_channels = channels[i] if last else channels[j]
+            layers = [
+                DepthwiseConv2d(channels[j], stride=2, bias=False),
+                build_norm_layer(norm_cfg, channels[j])[1],
+                nn.Conv2d(channels[j], out_channels, 1, bias=False),
+                build_norm_layer(norm_cfg, out_channels)[1],
+            ]
+            steps.append(Sequential(*layers, *([] if last else [nn.ReLU(inplace=True)])))
+        return Sequential(*steps)
+
+    def _enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
+        """Enlarge a coarser stream to the size of a finer one."""
+        align_corners = None if self.upsample == 'nearest' else False
+        x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
+        if x.shape[-2:] != size:
+            # Streams of odd size were rounded up when they were halved. The official codes
+            # correct this bilinearly: classification and segmentation (nearest) with aligned
+            # corners, pose (bilinear) without.
+            aligned = self.upsample == 'nearest'
+            x = F.interpolate(x, size=size, mode='bilinear', align_corners=aligned)
+        return x
+
+    def forward(self, xs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Transform and exchange streams.
+
+        Args:
+            xs (Sequence[Tensor]): Streams of shape (B, C_i, H_i, W_i), finest first.
+
+        Returns:
+            list[Tensor | None]: Streams of the same shapes, None where not in ``out_streams``.
+        """
+        # The blocks work on channels-last maps: here the layout changes, once per module.
+        xs = [
+            branch(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+            for branch, x in zip(self.branches, xs)
+        ]
+        return [self._fuse(xs, i) if i in self.out_streams else None for i in range(len(xs))]
+
+    def _fuse(self, xs: Sequence[Tensor], i: int) -> Tensor:
+        """Sum all streams at the size and channels of stream i."""
+        total = None
+        for j, x in enumerate(xs):
+            x = self.fuse_layers[i][j](x)
+            if j > i:
+                x = self._enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
+            total = x if total is None else total + x
+        return self.relu(total)
+
+
+@MODELS.register_module()
+class HRFormer(BaseModule):
+    """High-Resolution Transformer, a backbone for dense prediction.
+
+    A stem and two bottlenecks bring the image to 1/4 of its size. Three stages follow with 2, 3
+    and 4 parallel streams at 1/4, 1/8, 1/16 and 1/32; each stage repeats a module of transformer
+    blocks and an exchange between all streams. Any input of at least 32x32 pixels works.
+    Checkpoints of the official codes and of mmpose load as they are, also with another window.
+
+    Args:
+        arch (str | dict): ``'tiny'``, ``'small'``, ``'base'`` (paper, Table 2), or a dict with
+            the fields of :data:`ARCHS`. Defaults to ``'small'``.
+        in_channels (int): Channels of the image. Defaults to 3.
+        window_size (int | Sequence[int]): Side of the attention windows in tokens, for all
+            streams or for each of the four. Defaults to 7 (paper, Section 4).
+        drop_path_rate (float): Stochastic depth rate of the last block; it rises linearly from
+            0 over the blocks. Defaults to 0.
+        attn_cfg (dict): The registered attention of the blocks, with its own options. Defaults
+            to ``dict(type='mmhrformer.LocalWindowSelfAttention')``.
+        ffn_cfg (dict): The registered FFN of the blocks, with its own options. Defaults to
+            ``dict(type='mmhrformer.DWConvFFN')``.
+        with_rpe (bool): Whether attention has a relative position bias. Defaults to True.
+        pad_mask (bool): Whether attention ignores the padding of incomplete windows. Official
+            checkpoints were trained without. Defaults to False.
+        upsample (str): How coarse streams are enlarged in the exchange: ``'nearest'`` as in the
+            official classification and segmentation codes, ``'bilinear'`` as in pose.
+            Defaults to ``'nearest'``.
+        out_indices (Sequence[int]): Streams to return, 0 is the finest. What only the others
+            would need is neither computed nor stored. Defaults to (0, 1, 2, 3).
+        frozen_stages (int): Stages to freeze, their statistics included: -1 none, 0 the stem,
+            1 also layer1 and transition1, up to 4. Defaults to -1.
+        norm_eval (bool): Whether batch normalization keeps its running statistics in training.
+            Defaults to False.
+        with_cp (bool): Whether transformer blocks recompute their activations in the backward
+            pass to save memory. Defaults to False.
+        norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
+        init_cfg (dict | list[dict], optional): Initialization config of mmengine.
+
+    Raises:
+        ValueError: If an argument is not possible; the message names it and what is.
+
+    Examples:
+        >>> model = HRFormer(arch='tiny')
+        >>> [tuple(x.shape) for x in model(torch.rand(1, 3, 64, 96))]
+        [(1, 18, 16, 24), (1, 36, 8, 12), (1, 72, 4, 6), (1, 144, 2, 3)]
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 'small',
+        in_channels: int = 3,
+        window_size: int | Sequence[int] = 7,
+        drop_path_rate: float = 0.0,
+        attn_cfg: dict = dict(type='mmhrformer.LocalWindowSelfAttention'),
+        ffn_cfg: dict = dict(type='mmhrformer.DWConvFFN'),
+        with_rpe: bool = True,
+        pad_mask: bool = False,
+        upsample: str = 'nearest',
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        norm_cfg: dict = dict(type='BN'),
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.arch = parse_arch(arch)
+        self.in_channels = in_channels
+        self.window_sizes = self._per_stream(window_size)
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_rpe = with_rpe
+        self.upsample = upsample
+        self.norm_cfg = norm_cfg
+        self._check_options(drop_path_rate)
+        # What all blocks have in common.
+        self._block_cfg = dict(
+            mlp_ratio=self.arch['mlp_ratio'],
+            with_rpe=with_rpe,
+            pad_mask=pad_mask,
+            attn_cfg=attn_cfg,
+            ffn_cfg=ffn_cfg,
+            norm_cfg=norm_cfg,
+            with_cp=with_cp,
+        )
+        self._build_stem()
+        num_modules = self.arch['num_modules']
+        depth = sum(num_modules) * self.arch['num_blocks']
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        channels = (STEM_CHANNELS * Bottleneck.expansion,)
+        for stage, modules in enumerate(num_modules, start=2):
+            streams = self.arch['channels'][:stage]
+            setattr(self, f'transition{stage - 1}', self._build_transition(channels, streams))
+            depth_of_stage = modules * self.arch['num_blocks']
+            stage_rates, rates = rates[:depth_of_stage], rates[depth_of_stage:]
+            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_rates))
+            channels = streams
+        self._freeze_stages()
+
+    @staticmethod
+    def _per_stream(window_size: int | Sequence[int]) -> tuple[int, ...]:
+        sizes = (window_size,) * NUM_STREAMS if isinstance(window_size, int) else window_size
+        sizes = tuple(sizes)
+        if len(sizes) != NUM_STREAMS or min(sizes) < 1:
+            raise ValueError(
+                f'window_size={window_size}: give one side of at least 1 token, or one for each '
+                f'of the {NUM_STREAMS} streams'
+            )
+        return sizes
+
+    def _check_options(self, drop_path_rate: float) -> None:
+        streams = range(NUM_STREAMS)
+        indices = self.out_indices
+        if not indices or not set(indices) <= set(streams) or len(set(indices)) < len(indices):
+            raise ValueError(f'out_indices={indices}: choose some of the streams {tuple(streams)}')
+        if self.upsample not in ('nearest', 'bilinear'):
+            raise ValueError(f"upsample={self.upsample!r}: choose 'nearest' or 'bilinear'")
+        if not -1 <= self.frozen_stages <= NUM_STREAMS:
+            raise ValueError(f'frozen_stages={self.frozen_stages}: choose -1 to {NUM_STREAMS}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: choose a number in [0, 1)')
+        if self.in_channels < 1:
+            raise ValueError(f'in_channels={self.in_channels}: an image has at least 1 channel')
+
+    def _build_stem(self) -> None:
+        width = STEM_CHANNELS
+        self.conv1, self.bn1, _ = conv_norm_relu(self.in_channels, width, 2, self.norm_cfg)
+        self.conv2, self.bn2, _ = conv_norm_relu(width, width, 2, self.norm_cfg)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = Sequential(
+            Bottleneck(width, width, norm_cfg=self.norm_cfg),
+            Bottleneck(width * Bottleneck.expansion, width, norm_cfg=self.norm_cfg),
+        )
+
+    def _build_transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
+        """One more, half-size stream; the others pass unless their channels change."""
+        layers = []
+        for i, channels in enumerate(after):
+            if i >= len(before):
+                new = Sequential(*conv_norm_relu(before[-1], channels, 2, self.norm_cfg))
+                layers.append(Sequential(new))
+            elif before[i] != channels:
+                layers.append(Sequential(*conv_norm_relu(before[i], channels, 1, self.norm_cfg)))
+            else:
+                layers.append(nn.Identity())
+        return ModuleList(layers)
+
+    def _build_stage(self, stage: int, num_modules: int, rates: Sequence[float]) -> Sequential:
+        """A stage of modules on its first ``stage`` streams; ``rates`` are those of its blocks."""
+        channels = self.arch['channels'][:stage]
+        num_blocks = self.arch['num_blocks']
+        modules = []
+        for m in range(num_modules):
+            module_rates = rates[m * num_blocks : (m + 1) * num_blocks]
+            last = stage == NUM_STREAMS and m == num_modules - 1
+            branches = [
+                Sequential(
+                    *(
+                        HRFormerBlock(
+                            channels[i],
+                            self.arch['num_heads'][i],
+                            self.window_sizes[i],
+                            drop_path_rate=rate,
+                            **self._block_cfg,
+                        )
+                        for rate in module_rates
+                    )
+                )
+                for i in range(stage)
+            ]
+            out_streams = self.out_indices if last else range(stage)
+            modules.append(HRModule(branches, channels, out_streams, self.upsample, self.norm_cfg))
+        return Sequential(*modules)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature streams of images.
+
+        Args:
+            x (Tensor): Images of shape (B, in_channels, H, W), H and W at least 32 pixels.
+
+        Returns:
+            tuple[Tensor, ...]: For each i of ``out_indices`` the stream of shape
+            (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))).
+
+        Raises:
+            ValueError: If the input has another shape or is too small.
+        """
+        self._check_input(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        xs = [self.layer1(x)]  # (B, 256, H / 4, W / 4)
+        for stage in range(2, NUM_STREAMS + 1):
+            transition = getattr(self, f'transition{stage - 1}')
+            finest, coarsest = xs, xs[-1]
+            xs = [
+                layer(finest[i] if i < len(finest) else coarsest)
+                for i, layer in enumerate(transition)
+            ]
+            xs = getattr(self, f'stage{stage}')(xs)
+        return tuple(xs[i] for i in self.out_indices)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'HRFormer got an input of shape {tuple(x.shape)}: give images of shape '
+                f'(B, {self.in_channels}, H, W), or set in_channels'
+            )
+        if x.shape[2] < MIN_INPUT or x.shape[3] < MIN_INPUT:
+            raise ValueError(
+                f'HRFormer got images of {x.shape[2]}x{x.shape[3]} pixels: resize or pad them to '
+                f'at least {MIN_INPUT}x{MIN_INPUT}'
+            )
+
+    def _freeze_stages(self) -> None:
+        frozen = []
+        if self.frozen_stages >= 0:
+            frozen += [self.conv1, self.bn1, self.conv2, self.bn2]
+        if self.frozen_stages >= 1:
+            frozen += [self.layer1, self.transition1]
+        for stage in range(2, self.frozen_stages + 1):
+            frozen.append(getattr(self, f'stage{stage}'))
+            if stage < NUM_STREAMS:
+                frozen.append(getattr(self, f'transition{stage}'))
+        for module in frozen:
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> HRFormer:
+        """Set the mode; frozen stages, and with ``norm_eval`` all statistics, stay in eval."""
+        super().train(mode)
+        if mode:
+            self._freeze_stages()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning rate decay.
+
+        The stem, layer1 and transition1 are layer 0; then every block counts, with the parallel
+        streams side by side. A transition belongs to the first block after it, an exchange to
+        the last block before it, whatever is not in the backbone to the last layer.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): Prefix of the backbone's parameters. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: Depth of the parameter's layer and number of layers.
+        """
+        num_blocks = self.arch['num_blocks']
+        num_layers = sum(self.arch['num_modules']) * num_blocks + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        parts = param_name[len(prefix) :].split('.')
+        if parts[0] in ('transition2', 'transition3'):
+            stage, block = int(parts[0][-1]) + 1, 0
+        elif parts[0].startswith('stage'):
+            stage = int(parts[0][-1])
+            # stage3.<module>.branches.<stream>.<block>... or stage3.<module>.fuse_layers...
+            in_module = int(parts[4]) if parts[2] == 'branches' else num_blocks - 1
+            block = int(parts[1]) * num_blocks + in_module
+        else:
+            return 0, num_layers
+        blocks_before = sum(self.arch['num_modules'][: stage - 2]) * num_blocks
+        return 1 + blocks_before + block, num_layers
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Every way to load a checkpoint passes here, so every dialect is understood everywhere.
+        adapt_backbone_keys(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,65 @@
+"""The registries of mmhrformer: children of mmengine's, scope ``mmhrformer``.
+
+Configs always write the scope, ``type='mmhrformer.HRFormer'``: mmpose owns a class of the bare
+name ``HRFormer`` and would silently build that one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
+from mmengine.registry import Registry
+
+# Classes that are built on a framework: name -> (module that defines it, framework, our extra).
+# They are imported when somebody asks for them, so that the rest works without the framework.
+FRAMEWORK_CLASSES = {
+    'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
+    'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
+}
+
+
+def import_framework_class(name: str) -> type:
+    """Import a class of :data:`FRAMEWORK_CLASSES`.
+
+    Args:
+        name (str): A key of :data:`FRAMEWORK_CLASSES`.
+
+    Returns:
+        type: The class.
+
+    Raises:
+        ImportError: If the framework that the class is built on is missing or does not fit the
+            other installed packages.
+    """
+    module, framework, extra = FRAMEWORK_CLASSES[name]
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AssertionError) as err:  # mmseg asserts the version of mmcv
+        raise ImportError(
+            f"'mmhrformer.{name}' needs {framework}, which could not be imported ({err}). "
+            f"Install it with: pip install 'mmhrformer[{extra}]'"
+        ) from err
+
+
+class ModelRegistry(Registry):
+    """A registry that imports the classes of :data:`FRAMEWORK_CLASSES` on demand."""
+
+    def get(self, key: str) -> type | None:
+        """Get a class by name, see :meth:`mmengine.registry.Registry.get`."""
+        name = key.removeprefix(f'{self.scope}.')
+        if name in FRAMEWORK_CLASSES:
+            return import_framework_class(name)
+        return super().get(key)
+
+
+MODELS = ModelRegistry(
+    'model', parent=MMENGINE_MODELS, scope='mmhrformer', locations=['mmhrformer.models']
+)
+PARAM_SCHEDULERS = Registry(
+    'parameter scheduler',
+    parent=MMENGINE_PARAM_SCHEDULERS,
+    scope='mmhrformer',
+    locations=['mmhrformer.engine'],
+)
