@@ -11,6 +11,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from mmhrformer.checkpoints import convert
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests/data/golden'
 CONFIGS = ROOT / 'configs'
@@ -115,3 +117,26 @@ def capture(backbone, prefix: str = '') -> dict[str, torch.Tensor]:
         for m, module in enumerate(getattr(backbone, f'stage{stage}')):
             keep_streams(module, f'stage{stage}.{m}')
     return seen
+
+
+def by_official_name(
+    tensors: dict[str, torch.Tensor], official: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Give tensors of our model (gradients, say) the official names and shapes.
+
+    Every official tensor is filled with a number of its own and converted; where that number
+    arrives is where the official tensor's values are.
+    """
+    labels = {
+        name: torch.full_like(value, i, dtype=torch.float64)
+        for i, (name, value) in enumerate(official.items())
+    }
+    converted, _ = convert(labels)
+    named = {}
+    for ours, label in converted.items():
+        if tensors.get(ours) is None:
+            continue
+        for i in label.unique().int().tolist():
+            name = list(official)[i]
+            named[name] = tensors[ours][label == i].reshape(official[name].shape)
+    return named

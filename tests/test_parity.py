@@ -113,3 +113,109 @@ def test_segmentation_outputs(arch, window, sizes):
             covered(goldens, seen, prefix),
             EVAL_TOLERANCE,
         )
+
+
+ZERO_GRADIENT = 1e-9  # norm of analytically zero gradients: biases in front of BN and the like
+
+
+def check_training(goldens, prefix, model, official, out, loss) -> None:
+    """Outputs, loss, gradients and statistics of one float64 training step."""
+    print(f'loss differs by {abs(loss.item() - goldens[f"{prefix}loss_fp64"]):.2e}')
+    assert loss.item() == pytest.approx(float(goldens[f'{prefix}loss_fp64']), rel=1e-9)
+    check(f'train {prefix}', goldens, {f'{prefix}out.{k}': v for k, v in out.items()}, 3e-4)
+    state = golden.by_official_name(model.state_dict(), official)
+    statistics = {
+        name: state[name.removeprefix(f'{prefix}bn.')]
+        for name in golden.recipe.names(goldens)
+        if name.startswith(f'{prefix}bn.')
+    }
+    assert statistics
+    check('BN statistics', goldens, statistics, TRAIN_TOLERANCE)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    check_gradients(goldens, prefix, golden.by_official_name(grads, official))
+
+
+def check_gradients(goldens, prefix, ours) -> None:
+    """Norms of all gradients, and some whole gradients."""
+    worst, zeros = 0.0, 0
+    for name, norm in zip(goldens[f'{prefix}grad_names'], goldens[f'{prefix}grad_l2_fp64']):
+        mine = ours[str(name)].norm().item()
+        if norm < ZERO_GRADIENT:
+            zeros += 1
+            assert mine < ZERO_GRADIENT, name
+        else:
+            worst = max(worst, abs(mine - norm) / norm)
+    count = len(goldens[f'{prefix}grad_names'])
+    print(f'{count} gradients ({zeros} of them zero): worst relative difference {worst:.2e}')
+    assert worst <= GRADIENT_TOLERANCE
+    for key in golden.recipe.names(goldens):
+        if key.startswith(f'{prefix}grad64.'):  # stored in float32
+            scale = goldens[f'{key}.stats'][2]
+            grad = ours[key.removeprefix(f'{prefix}grad64.')]
+            assert golden.difference(goldens, key, grad) <= 1e-6 * scale, key
+
+
+def prepare(config: str, task: str, keys: str, **options):
+    """A float64 model in training mode without stochastic parts, and its official weights."""
+    model = golden.build(config, **{'model.backbone.drop_path_rate': 0.0, **options})
+    report = load_checkpoint(model, golden.official_checkpoint(task, keys))
+    assert not report.missing
+    assert not report.unused
+    return model.double().train(), golden.official_state_dict(keys)
+
+
+def test_classification_training():
+    goldens = golden.load('train_cls.npz')
+    keys = 'keys_cls_tiny.json'
+    model, official = prepare(golden.CLS_CONFIGS['tiny'], 'cls', keys)
+    target = torch.from_numpy(golden.recipe.make_class_targets(2, 1000, 0))
+    logits = model(golden.image((2, 3, 224, 224), dtype=torch.float64), mode='tensor')
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    loss.backward()
+    check_training(goldens, '', model, official, {'logits': logits}, loss)
+
+
+@pytest.mark.parametrize('mode', ['norpe', 'rpe'])
+def test_pose_training(mode):
+    goldens = golden.load('train_pose.npz')
+    keys = 'keys_pose_small.json'
+    options = {'model.backbone.with_rpe': mode == 'rpe'}
+    model, official = prepare(golden.POSE_CONFIGS['small'], 'pose', keys, **options)
+    heatmaps = model(golden.image((2, 3, 128, 96), dtype=torch.float64), None, mode='tensor')
+    target, weight = map(torch.from_numpy, golden.recipe.make_heatmap_targets(heatmaps.shape, 0))
+    # mmpose's own loss, as the config sets it.
+    loss = model.head.loss_module(heatmaps, target.double(), weight.squeeze(-1).double())
+    loss.backward()
+    check_training(goldens, f'{mode}.', model, official, {'heatmap': heatmaps}, loss)
+    without_gradient = {str(name) for name in goldens[f'{mode}.no_grad_names']}
+    assert all(name.endswith('bias_table') for name in without_gradient)
+
+
+def test_segmentation_training():
+    """One step through CascadeEncoderDecoder.loss: the auxiliary head runs once."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    goldens = golden.load('train_seg.npz')
+    keys = 'keys_seg_small_w7.json'
+    model, official = prepare(golden.SEG_CONFIGS['small'], 'seg', keys)
+    aux, ocr = model.decode_head
+    ocr.dropout = None
+    label = golden.recipe.make_label_map((2, 64, 64), 19, 0, ignore_index=255, ignore_ratio=0.1)
+    samples = [
+        SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(one[None]))) for one in label
+    ]
+    outputs = {}
+    aux.conv_seg.register_forward_hook(lambda m, args, out: outputs.update(aux_logits=out))
+    ocr.conv_seg.register_forward_hook(lambda m, args, out: outputs.update(logits=out))
+    losses = model.loss(golden.image((2, 3, 64, 64), dtype=torch.float64), samples)
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    assert losses['decode_1.loss_ohem'].item() == pytest.approx(goldens['loss.seg_ohem_fp64'])
+    assert losses['decode_0.loss_ce'].item() == pytest.approx(0.4 * goldens['loss.aux_ce_fp64'])
+    meta = [dict(img_shape=(64, 64))]
+    out = {
+        'logits_up': ocr.predict_by_feat(outputs['logits'], meta),
+        'aux_logits_up': ocr.predict_by_feat(outputs['aux_logits'], meta),
+    }
+    check_training(goldens, '', model, official, out, loss)
