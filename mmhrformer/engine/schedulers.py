@@ -20,7 +20,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     Args:
         optimizer (Optimizer | OptimWrapper): The optimizer.
-        warmup (int): Length of the warm-up, in epochs, or iterations with ``by_epoch=False``.
+        warmup (float): Length of the warm-up, in epochs, or iterations with ``by_epoch=False``.
         start_factor (float): Learning rate of the first step in units of the optimizer's.
         end_factor (float): Learning rate that the cosine ends at, likewise. Defaults to 0.
         end (int): Length of the training, in the unit of ``warmup``.
@@ -34,7 +34,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         self,
         optimizer,
         *args,
-        warmup: int,
+        warmup: float,
         start_factor: float,
         end: int,
         end_factor: float = 0.0,
@@ -51,7 +51,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     def build_iter_from_epoch(
         cls,
         *args,
-        warmup: int,
+        warmup: float,
         end: int = INF,
         by_epoch: bool = True,
         epoch_length: int | None = None,
@@ -61,7 +61,11 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         if not by_epoch or not epoch_length:
             raise ValueError('convert_to_iter_based=True needs by_epoch=True and a train loader')
         return cls(
-            *args, warmup=warmup * epoch_length, end=end * epoch_length, by_epoch=False, **kwargs
+            *args,
+            warmup=round(warmup * epoch_length),
+            end=end * epoch_length,
+            by_epoch=False,
+            **kwargs,
         )
 
     def _get_value(self) -> list[float]:

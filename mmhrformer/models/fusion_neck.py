@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -67,7 +68,7 @@ class HRFormerFusion(BaseModule):
                 build_norm_layer(norm_cfg, cout)[1],
                 nn.ReLU(inplace=True),
             )
-            for cin, cout in zip(widths, widths[1:])
+            for cin, cout in pairwise(widths)
         )
         self.final_layer = nn.Sequential(
             nn.Conv2d(widths[-1], out_channels, 1),

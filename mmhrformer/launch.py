@@ -1,0 +1,108 @@
+"""Find our configs and run the stock tool of the framework that a config is for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+
+# default_scope of a config -> the package whose tools run it.
+PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
+
+
+def config_root() -> Path:
+    """The folder of our configs: beside the package in a checkout, inside it when installed.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        FileNotFoundError: If the installation has no configs.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / 'configs', package / '.mim' / 'configs'):
+        if (folder / 'model-index.yml').is_file():
+            return folder
+    raise FileNotFoundError(f'no configs beside {package}: reinstall mmhrformer')
+
+
+def find_config(name: str) -> Path:
+    """Find a config by its path, or one of ours by its name.
+
+    Args:
+        name (str): Path of a config, or name of one of ours, with or without ``.py``.
+
+    Returns:
+        Path: The config file.
+
+    Raises:
+        FileNotFoundError: If there is none; the message proposes similar names.
+
+    Examples:
+        >>> find_config('hrformer-tiny_8xb128_in1k').name
+        'hrformer-tiny_8xb128_in1k.py'
+    """
+    if Path(name).is_file():
+        return Path(name)
+    ours = {path.stem: path for path in config_root().glob('[!_]*/*.py')}
+    wanted = Path(name).name.removesuffix('.py')
+    if wanted in ours:
+        return ours[wanted]
+    similar = difflib.get_close_matches(wanted, ours, n=3, cutoff=0.4)
+    hint = f'did you mean {" or ".join(similar)}?' if similar else f'ours are in {config_root()}'
+    raise FileNotFoundError(f'there is no config {name!r}: {hint}')
+
+
+def stock_tool(scope: str, tool: str) -> Path:
+    """Find a script of a framework.
+
+    Args:
+        scope (str): ``'mmpretrain'``, ``'mmpose'`` or ``'mmseg'``.
+        tool (str): Name of the script, such as ``'train'``.
+
+    Returns:
+        Path: The script.
+
+    Raises:
+        ValueError: If the scope is none of the three.
+        ImportError: If the framework is not installed.
+        FileNotFoundError: If it is, but without the script.
+    """
+    if scope not in PACKAGES:
+        raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        raise ImportError(f'the config needs {PACKAGES[scope]}: pip install {PACKAGES[scope]}')
+    package = Path(spec.origin).parent
+    for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
+        if (folder / f'{tool}.py').is_file():
+            return folder / f'{tool}.py'
+    raise FileNotFoundError(f'{PACKAGES[scope]} in {package} has no tool {tool}.py: reinstall it')
+
+
+def run_stock_tool(tool: str, args: list[str]) -> None:
+    """Run a stock tool in this process, as if it had been called on the command line.
+
+    Args:
+        tool (str): Name of the script, such as ``'train'``.
+        args (list[str]): Its arguments; the first is a config, by path or by name.
+    """
+    if not args or args[0] in ('-h', '--help'):
+        print(
+            f'usage: {tool}.py CONFIG [arguments]\n\n'
+            f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
+            'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
+            f'Example: {tool}.py hrformer-tiny_8xb128_in1k --help'
+        )
+        return
+    try:
+        config = find_config(args[0])
+        script = stock_tool(Config.fromfile(config).get('default_scope'), tool)
+    except (FileNotFoundError, ImportError, ValueError) as err:
+        sys.exit(f'{tool}.py: {err}')
+    sys.argv = [str(script), str(config), *args[1:]]
+    runpy.run_path(str(script), run_name='__main__')

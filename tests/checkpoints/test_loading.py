@@ -1,0 +1,205 @@
+"""Loading checkpoints of any dialect into whole models, and the report of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import cache
+
+import golden
+import mmengine.runner
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from torch import nn
+
+from mmhrformer import HRFormer, load_checkpoint
+
+TINY = dict(
+    channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1
+)
+
+
+@cache
+def official(task: str) -> dict:
+    """An official checkpoint of the tiny architecture; not to be changed."""
+    return golden.official_checkpoint(task, f'keys_{task}_tiny.json')
+
+
+def classifier() -> nn.Module:
+    return golden.build(golden.CLS_CONFIGS['tiny'])
+
+
+def pose_estimator(**options) -> nn.Module:
+    return golden.build(golden.POSE_CONFIGS['tiny'], **options)
+
+
+def make_backbone(**options) -> HRFormer:
+    model = HRFormer(arch=TINY, **options)
+    golden.recipe.fill_module(model)
+    return model
+
+
+def assert_equal(model: nn.Module, state_dict: dict) -> None:
+    own = model.state_dict()
+    assert set(own) == set(state_dict)
+    assert all(torch.equal(own[key], tensor) for key, tensor in state_dict.items())
+
+
+@pytest.fixture
+def messages():
+    """What is logged during a test."""
+    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(), []
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    yield seen
+    logger.removeHandler(handler)
+
+
+def test_official_classifier_fits_completely():
+    model = classifier()
+    report = load_checkpoint(model, official('cls'), strict=True)
+    assert report.dialect == 'official-cls'
+    assert (report.missing, report.unused) == ([], [])
+    assert report.used == len(model.state_dict())
+    tensors = official('cls')['model']
+    assert torch.equal(model.head.fc.weight, tensors['classifier.weight'])
+    assert torch.equal(model.backbone.bn1.running_mean, tensors['bn1.running_mean'])
+
+
+def test_imagenet_checkpoint_in_a_pose_estimator_is_accounted_for(messages):
+    """Every tensor of the model is used or missing, every tensor of the file used or not."""
+    model = pose_estimator()
+    report = load_checkpoint(model, official('cls'))
+    assert report.missing == ['head.final_layer.weight', 'head.final_layer.bias']
+    assert report.used == len(model.state_dict()) - 2
+    exchange = [f'backbone.stage4.1.fuse_layers.{i}.' for i in (1, 2, 3)]
+    heads = ['neck.0.incre_modules.', 'neck.0.downsamp_modules.', 'neck.0.final_layer.', 'head.fc.']
+    assert all(key.startswith((*exchange, *heads)) for key in report.unused)
+    parts = 2 * 2 * len(report.joined)  # query, key and value became one
+    assert report.used + len(report.unused) == len(official('cls')['model']) - parts // 2
+    assert len(messages) == 1
+    assert messages[0] == str(report)
+    assert f'official-cls checkpoint: {report.used} tensors used' in messages[0]
+    for key in report.missing:
+        assert f'missing in the checkpoint: {key}' in messages[0]
+    for key in report.unused:
+        assert f'not used by the model: {key}' in messages[0]
+
+
+def test_tables_that_the_model_does_not_have_do_not_count_as_used(messages):
+    model = pose_estimator(**{'model.backbone.with_rpe': False})
+    report = load_checkpoint(model, official('pose'), strict=True)
+    assert not report.missing
+    assert report.used == len(model.state_dict())
+    assert any('38 relative position tables not used' in message for message in messages)
+
+
+def test_official_pose_estimator_without_some_tensors():
+    tensors = dict(official('pose')['state_dict'])
+    del tensors['backbone.bn1.weight'], tensors['keypoint_head.final_layer.bias']
+    model = pose_estimator()
+    report = load_checkpoint(model, tensors)
+    assert sorted(report.missing) == ['backbone.bn1.weight', 'head.final_layer.bias']
+    assert report.used == len(model.state_dict()) - 2
+    with pytest.raises(RuntimeError, match='backbone.bn1.weight'):
+        load_checkpoint(model, tensors, strict=True)
+
+
+def test_strict_refuses_tensors_that_are_not_used():
+    tensors = {**official('pose')['state_dict'], 'keypoint_head.nonsense': torch.zeros(1)}
+    assert load_checkpoint(pose_estimator(), tensors).unused == ['keypoint_head.nonsense']
+    with pytest.raises(RuntimeError, match='keypoint_head.nonsense'):
+        load_checkpoint(pose_estimator(), tensors, strict=True)
+
+
+@pytest.mark.parametrize('kind', [str, lambda path: path], ids=['str', 'Path'])
+def test_checkpoint_can_be_a_file(tmp_path, kind):
+    model = make_backbone()
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, tmp_path / 'ours.pth')
+    other = HRFormer(arch=TINY)
+    report = load_checkpoint(other, kind(tmp_path / 'ours.pth'))
+    assert report.dialect == 'mmhrformer'
+    assert report.used == len(model.state_dict())
+    assert_equal(other, model.state_dict())
+
+
+def test_whole_model_goes_into_a_bare_backbone():
+    model = HRFormer(arch='tiny')
+    report = load_checkpoint(model, official('cls'))
+    assert report.missing == []
+    assert report.used == len(model.state_dict())
+    assert torch.equal(model.conv1.weight, official('cls')['model']['conv1.weight'])
+    assert 'head.fc.weight' in report.unused
+
+
+def test_bare_backbone_goes_into_a_whole_model():
+    model = pose_estimator()
+    tensors = {
+        key.removeprefix('backbone.'): tensor
+        for key, tensor in official('pose')['state_dict'].items()
+        if key.startswith('backbone.')
+    }
+    report = load_checkpoint(model, tensors)
+    assert report.dialect == 'official-backbone'
+    assert report.missing == ['head.final_layer.weight', 'head.final_layer.bias']
+    assert report.unused == []
+    assert torch.equal(model.backbone.conv1.weight, tensors['conv1.weight'])
+
+
+def test_checkpoint_of_mmpose_fits_completely():
+    """mmpose's names differ inside the blocks only."""
+    names = [('.attn.', '.attn.attn.')]
+    model = pose_estimator()
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        tensors[key] = torch.rand_like(tensor.float()).to(tensor.dtype)
+    report = load_checkpoint(model, {'meta': {}, 'state_dict': tensors}, strict=True)
+    assert report.dialect == 'mmpose'
+    assert report.used == len(tensors)
+    key = 'backbone.stage2.0.branches.1.0.attn.qkv.weight'
+    assert torch.equal(model.state_dict()[key], tensors[key.replace('.attn.', '.attn.attn.')])
+
+
+def test_checkpoint_given_by_the_user_stays_as_it_was():
+    checkpoint = {'model': dict(official('cls')['model']), 'epoch': 3}
+    names, before = list(checkpoint['model']), copy.copy(checkpoint['model'])
+    load_checkpoint(pose_estimator(), checkpoint)
+    assert list(checkpoint) == ['model', 'epoch']
+    assert list(checkpoint['model']) == names
+    assert all(checkpoint['model'][name] is before[name] for name in names)
+
+
+def test_weights_are_copied():
+    model = make_backbone()
+    tensors = model.state_dict()
+    other = HRFormer(arch=TINY)
+    load_checkpoint(other, tensors)
+    nn.init.zeros_(other.conv1.weight)
+    assert model.conv1.weight.abs().sum() > 0
+
+
+def test_load_from_of_openmmlab_takes_our_checkpoints(tmp_path):
+    """What ``load_from`` in a config and ``--checkpoint`` call."""
+    model = make_backbone()
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, tmp_path / 'ours.pth')
+    other = HRFormer(arch=TINY)
+    mmengine.runner.load_checkpoint(other, str(tmp_path / 'ours.pth'), strict=True)
+    assert_equal(other, model.state_dict())
+
+
+def test_unknown_dialect_is_an_error():
+    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+        load_checkpoint(make_backbone(), {'state_dict': {'conv1.weight': torch.zeros(1)}})
+
+
+def test_other_architecture_is_an_error_that_names_the_tensors():
+    with pytest.raises(RuntimeError, match=r'size mismatch for .*stage2\.0\.branches'):
+        load_checkpoint(make_backbone(), official('cls'))
+
+
+def test_missing_file_is_an_error():
+    with pytest.raises(FileNotFoundError, match=r'no/such/file\.pth'):
+        load_checkpoint(make_backbone(), 'no/such/file.pth')

@@ -1,0 +1,238 @@
+"""Reading checkpoint files, also broken and malicious ones."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import sys
+import types
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MessageHub
+
+from mmhrformer.checkpoints import read_checkpoint
+
+FORMATS = pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
+
+
+def make_tensors() -> OrderedDict:
+    torch.manual_seed(0)
+    base = torch.randn(6, 4)
+    return OrderedDict(
+        weight=base,
+        view=base[2:, ::2],
+        half=torch.ones(3, dtype=torch.float16),
+        bfloat=torch.ones(3, dtype=torch.bfloat16),
+        double=torch.randn(2).double(),
+        count=torch.tensor(3),
+        index=torch.arange(4, dtype=torch.int32),
+        mask=torch.tensor([True, False]),
+        parameter=torch.nn.Parameter(torch.randn(2)),
+    )
+
+
+def save(content, path: Path, zipped: bool = True) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def assert_same(tensors: dict, expected: dict) -> None:
+    assert list(tensors) == list(expected)
+    for key, tensor in expected.items():
+        assert tensors[key].dtype == tensor.dtype
+        assert torch.equal(tensors[key], tensor), key
+
+
+@FORMATS
+def test_tensors_and_plain_values_are_read(tmp_path, zipped):
+    meta = {'epoch': 7, 'lr': [1e-3, None, (True, 'a')], 'names': {'a', 'b'}, 'groups': {1: 2}}
+    path = save({'state_dict': make_tensors(), 'meta': meta}, tmp_path / 'a.pth', zipped)
+    for argument in (path, str(path)):
+        content = read_checkpoint(argument)
+        assert_same(content['state_dict'], make_tensors())
+        assert content['meta'] == meta
+
+
+@FORMATS
+def test_official_classification_file_is_read_without_yacs(tmp_path, monkeypatch, zipped):
+    class CfgNode(dict):
+        def __init__(self, values):
+            super().__init__(values)
+            self.__dict__['__immutable__'] = True
+
+    module = types.ModuleType('yacs.config')
+    CfgNode.__module__, CfgNode.__qualname__, module.CfgNode = 'yacs.config', 'CfgNode', CfgNode
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+        patch.setitem(sys.modules, 'yacs.config', module)
+        config = CfgNode({'MODEL': CfgNode({'NAME': 'hrt_tiny', 'DROP': 0.1})})
+        content = {'model': make_tensors(), 'config': config, 'epoch': 299, 'amp': {}}
+        path = save(content, tmp_path / 'hrt_tiny.pth', zipped)
+    content = read_checkpoint(path)
+    assert_same(content['model'], make_tensors())
+    assert content['epoch'] == 299
+    assert 'yacs' not in sys.modules
+
+
+def test_checkpoint_of_an_openmmlab_run_is_read(tmp_path):
+    hub = MessageHub.get_instance('test_reading')
+    hub.update_scalar('train/loss', 0.5)
+    hub.update_info('iter', np.int64(3))
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        'meta': {'seed': np.float32(1), 'mean': np.ones(3), 'shape': torch.Size([2, 3])},
+        'state_dict': model.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'message_hub': hub.state_dict(),
+        'args': argparse.Namespace(path=Path('a'), device=torch.device('cuda:0')),
+        'counts': defaultdict(int, a=1),
+    }
+    content = read_checkpoint(save(content, tmp_path / 'epoch_1.pth'))
+    assert_same(content['state_dict'], model.state_dict())
+    assert content['optimizer']['state'][0]['step'] == 1
+
+
+class Evil:
+    """What an attacker saves: unpickling it calls a function."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+ATTACKS = {
+    f'{os.system.__module__}.system': lambda marker: Evil(os.system, f'touch {marker}'),
+    'builtins.exec': lambda marker: Evil(exec, f'open({str(marker)!r}, "w")'),
+    'builtins.eval': lambda marker: Evil(eval, f'open({str(marker)!r}, "w")'),
+    'io.open': lambda marker: Evil(io.open, str(marker), 'w'),
+    'torch.serialization.save': lambda marker: Evil(torch.save, {}, str(marker)),
+}
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+@pytest.mark.parametrize('place', ['zip', 'legacy', 'pickle'])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, place, name):
+    marker = tmp_path / 'marker'
+    content = {'state_dict': make_tensors(), 'meta': ATTACKS[name](marker)}
+    path = tmp_path / 'evil.pth'
+    if place == 'pickle':
+        path.write_bytes(pickle.dumps(content['meta']))
+    else:
+        save(content, path, zipped=place == 'zip')
+    with pytest.raises(ValueError, match='could run code') as error:
+        read_checkpoint(path)
+    assert f"'{name}'" in str(error.value)
+    assert str(path) in str(error.value)
+    assert 're-save only the weights' in str(error.value)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if place != 'pickle' else pickle.loads(path.read_bytes())
+    assert marker.exists()  # it was a real attack
+
+
+def test_stand_ins_for_library_objects_do_not_run_either(tmp_path):
+    marker = tmp_path / 'marker'
+    evil = Evil(np.save, str(marker), np.ones(1))
+    path = save({'state_dict': make_tensors(), 'meta': evil}, tmp_path / 'evil.pth')
+    assert_same(read_checkpoint(path)['state_dict'], make_tensors())
+    assert not list(tmp_path.glob('marker*'))
+
+
+class SavesOnLoading(torch.nn.Module):
+    """A model whose TorchScript code writes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path = state[0]
+        self.training = state[1]
+        torch.save(torch.zeros(1), self.path)
+
+
+def test_torchscript_is_refused_and_does_not_run(tmp_path):
+    """``torch.load`` hands such files to the TorchScript interpreter, which can write files."""
+    marker, path = tmp_path / 'marker', tmp_path / 'model.pth'
+    torch.jit.save(torch.jit.script(SavesOnLoading(str(marker))), path)
+    with pytest.raises(ValueError, match='model.pth'):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_pickled_model_object_is_refused(tmp_path):
+    path = save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'model.pth')
+    with pytest.raises(ValueError, match='torch.nn.modules.linear.Linear'):
+        read_checkpoint(path)
+
+
+@FORMATS
+def test_truncated_file_is_an_error_that_names_it(tmp_path, zipped):
+    """As an interrupted download leaves it, wherever it stopped."""
+    content = {'state_dict': make_tensors(), 'large': torch.zeros(4000)}
+    good = save(content, tmp_path / 'good.pth', zipped).read_bytes()
+    for length in range(0, len(good), 97):
+        (tmp_path / 'cut.pth').write_bytes(good[:length])
+        with pytest.raises(ValueError, match='cannot read the checkpoint .*cut.pth'):
+            read_checkpoint(tmp_path / 'cut.pth')
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'hello', b'<html>404</html>', b'{"a": 1}\n', b'config = 3\n', b'\x80\x02', b'\0' * 99],
+    ids=repr,
+)
+def test_file_that_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / 'other.pth').write_bytes(content)
+    with pytest.raises(ValueError, match='cannot read the checkpoint .*other.pth'):
+        read_checkpoint(tmp_path / 'other.pth')
+
+
+@FORMATS
+def test_damaged_file_is_an_error_that_names_it(tmp_path, zipped):
+    """Whatever byte is wrong: the file is read all the same, or the error says which file it is."""
+    good = save({'state_dict': make_tensors()}, tmp_path / 'good.pth', zipped).read_bytes()
+    path = tmp_path / 'damaged.pth'
+    # The part with the names and shapes; a wrong number in a tensor cannot be noticed.
+    places = range(good.index(b'state_dict') - 20, good.index(b'state_dict') + 600, 5)
+    failures = 0
+    for place in places:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert 'damaged.pth' in str(error)
+            failures += 1
+    assert failures > 10
+
+
+@pytest.mark.parametrize('content', [torch.zeros(2), [torch.zeros(2)], 'text'], ids=type)
+def test_file_without_names_is_an_error_that_names_it(tmp_path, content):
+    path = save(content, tmp_path / 'list.pth')
+    with pytest.raises(ValueError, match=f'list.pth.*{type(content).__name__}.*tensors by name'):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize('name', ['missing.pth', '.'])
+def test_missing_file_is_an_error_that_names_it(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match='there is no checkpoint') as error:
+        read_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)

@@ -1,0 +1,27 @@
+"""`make demo` learns what it promises."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+from conftest import ROOT, run
+
+pytestmark = pytest.mark.e2e
+
+AT_LEAST = {'top-1 accuracy': 97.0, 'AP': 95.0, 'mIoU': 70.0}
+
+
+def test_demo_learns_all_three_tasks(tmp_path):
+    out = run([sys.executable, 'tools/run_demo.py', '--out', str(tmp_path)], ROOT)
+    print(out)
+    for metric, least in AT_LEAST.items():
+        value = float(re.search(rf'  {metric} +([\d.]+)%', out).group(1))
+        assert value >= least, metric
+    pictures = [Path(line.strip()) for line in out.splitlines() if line.endswith('.png')]
+    assert len(pictures) == 6
+    for picture in pictures:
+        assert cv2.imread(str(picture)).std() > 10  # not empty

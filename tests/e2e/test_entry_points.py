@@ -1,0 +1,77 @@
+"""Stock entry points train and test our configs, from the checkout and from a wheel."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmhrformer.launch import find_config, stock_tool
+
+pytestmark = pytest.mark.e2e
+
+CONFIGS = {
+    'mmpretrain': 'hrformer-demo_1xb64-6e_digits',
+    'mmpose': 'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+    'mmsegmentation': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+}
+METRICS = {'mmpretrain': 'accuracy/top1', 'mmpose': 'coco/AP', 'mmsegmentation': 'mIoU'}
+# A run of a few iterations; what is learned is tested by the demo.
+SHORT = {
+    'mmpretrain': ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=128'],
+    'mmpose': ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=32'],
+    'mmsegmentation': ['train_cfg.max_iters=2', 'train_cfg.val_interval=2'],
+}
+SHORTER_TEST = [
+    'val_dataloader.dataset.indices=32',
+    'test_dataloader.dataset.indices=32',
+]
+SCOPES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmsegmentation': 'mmseg'}
+
+
+def options(framework: str) -> list[str]:
+    return ['--cfg-options', *SHORT[framework], *SHORTER_TEST]
+
+
+def checkpoint_of(folder) -> str:
+    return (folder / 'last_checkpoint').read_text().strip()
+
+
+@pytest.mark.parametrize('framework', CONFIGS)
+def test_mim_from_a_wheel(wheel, framework):
+    """`mim train FRAMEWORK CONFIG` and `mim test`, with the config inside the wheel."""
+    code = f'from mmhrformer.launch import find_config as f; print(f({CONFIGS[framework]!r}))'
+    config = wheel.run('-c', code).strip()
+    assert '.mim/configs' in config
+    work = wheel.cwd / 'work' / framework
+    args = [framework, config, '--gpus', '0', '--work-dir', str(work), *options(framework)]
+    wheel.run('-m', 'mim', 'train', *args)
+    args = [framework, config, '--checkpoint', checkpoint_of(work), '--gpus', '0']
+    out = wheel.run('-m', 'mim', 'test', *args, '--cfg-options', *SHORTER_TEST)
+    assert METRICS[framework] in out
+
+
+@pytest.mark.parametrize('framework', ['mmpretrain'])
+def test_mim_finds_our_configs_by_name(wheel, framework):
+    """`mim train mmhrformer NAME.py` runs our dispatcher, which runs the stock tool."""
+    work = wheel.cwd / 'work' / 'dispatched'
+    name = CONFIGS[framework] + '.py'
+    args = ['mmhrformer', name, '--gpus', '0', '--work-dir', str(work), *options(framework)]
+    wheel.run('-m', 'mim', 'train', *args)
+    args = ['mmhrformer', name, '--checkpoint', checkpoint_of(work), '--gpus', '0']
+    out = wheel.run('-m', 'mim', 'test', *args, '--cfg-options', *SHORTER_TEST)
+    assert METRICS[framework] in out
+
+
+@pytest.mark.parametrize('framework', CONFIGS)
+def test_stock_tools_from_the_checkout(clone, framework):
+    """The framework's own tools/train.py; our tools/test.py on what it wrote."""
+    config = str(find_config(CONFIGS[framework]))
+    work = clone.cwd / framework
+    script = str(stock_tool(SCOPES[framework], 'train'))
+    clone.run(script, config, '--work-dir', str(work), *options(framework))
+    ours = str(find_config(CONFIGS[framework]).parents[2] / 'tools' / 'test.py')
+    args = [CONFIGS[framework], checkpoint_of(work), '--cfg-options', *SHORTER_TEST]
+    assert METRICS[framework] in clone.run(ours, *args)
+
+
+def test_mim_search_from_a_wheel(wheel):
+    assert 'mmhrformer' in wheel.run('-m', 'mim', 'list')

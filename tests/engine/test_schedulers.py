@@ -1,0 +1,112 @@
+"""Learning rates, step by step, against those of the official recipes."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import PARAM_SCHEDULERS
+
+from mmhrformer.engine import WarmupCosineLR
+
+SCHEDULE = golden.read_json('schedule.json')
+IMAGENET_SAMPLES = SCHEDULE['classification']['lr']['samples_update_lr']
+COCO_SAMPLES = SCHEDULE['pose']['lr']['samples_iteration_lr']
+CITYSCAPES_SAMPLES = SCHEDULE['segmentation']['cityscapes']['lr_samples']
+IMAGENET = dict(warmup=20, start_factor=1e-3, end=300, end_factor=1e-2)
+EPOCH = 1251  # iterations per epoch on ImageNet
+
+pytestmark = pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step')
+
+
+def make_optimizer(*rates: float) -> torch.optim.Optimizer:
+    """An optimizer that has nothing to do, since only its learning rates matter."""
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in rates]
+    return torch.optim.SGD(groups, lr=1)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group['lr'] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(('step', 'rate'), IMAGENET_SAMPLES)
+def test_warmup_and_cosine_are_those_of_the_official_classification(step, rate):
+    optimizer = make_optimizer(1e-3, 5e-4)
+    scheduler = WarmupCosineLR.build_iter_from_epoch(optimizer, epoch_length=EPOCH, **IMAGENET)
+    assert not scheduler.by_epoch
+    scheduler.last_step = step - 1
+    scheduler.step()
+    assert learning_rates(optimizer) == pytest.approx([rate, rate / 2], rel=1e-8, abs=0)
+    assert scheduler.get_last_value() == learning_rates(optimizer)
+
+
+def test_schedule_can_count_epochs():
+    optimizer = make_optimizer(1e-3)
+    scheduler = WarmupCosineLR(optimizer, **IMAGENET)
+    rates = []
+    for _ in range(300):
+        rates += learning_rates(optimizer)
+        scheduler.step()
+    samples = {step // EPOCH: rate for step, rate in IMAGENET_SAMPLES if step % EPOCH == 0}
+    assert set(samples) == {0, 10, 20, 75, 150, 280}
+    assert {epoch: rates[epoch] for epoch in samples} == pytest.approx(samples, rel=1e-8, abs=0)
+    assert rates[:21] == sorted(rates[:21])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_schedule_goes_on_where_it_was_resumed():
+    first, second = make_optimizer(1e-3), make_optimizer(1e-3)
+    scheduler = WarmupCosineLR(first, warmup=4, start_factor=0.1, end=20)
+    for _ in range(7):
+        scheduler.step()
+    resumed = WarmupCosineLR(second, warmup=1, start_factor=0.5, end=2)
+    resumed.load_state_dict(scheduler.state_dict())
+    second.load_state_dict(first.state_dict())
+    for _ in range(5):
+        scheduler.step()
+        resumed.step()
+        assert learning_rates(second) == learning_rates(first)
+
+
+@pytest.mark.parametrize('warmup', [-1, 20, 30])
+def test_warmup_must_fit_into_the_training(warmup):
+    with pytest.raises(ValueError, match=f'warmup={warmup}.*less than end=20'):
+        WarmupCosineLR(make_optimizer(1.0), warmup=warmup, start_factor=0.1, end=20)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(epoch_length=10, by_epoch=False)])
+def test_conversion_to_iterations_needs_epochs(options):
+    with pytest.raises(ValueError, match='convert_to_iter_based'):
+        WarmupCosineLR.build_iter_from_epoch(make_optimizer(1.0), **IMAGENET, **options)
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'lr', 'samples', 'epoch_length'),
+    [
+        ('imagenet_300e', 1e-3, IMAGENET_SAMPLES, EPOCH),
+        ('coco_210e', 5e-4, COCO_SAMPLES, 586),
+        ('seg_80k', 1e-4, CITYSCAPES_SAMPLES, 0),
+    ],
+    ids=['imagenet', 'coco', 'cityscapes'],
+)
+def test_shipped_schedules_are_the_official_ones(schedule, lr, samples, epoch_length):
+    """Every iteration of a run, made and stepped as mmengine's Runner and hook do it."""
+    cfg = Config.fromfile(golden.CONFIGS / f'_base_/schedules/{schedule}.py')
+    assert cfg.optim_wrapper.optimizer.lr == lr
+    optimizer = make_optimizer(lr)
+    options = cfg.param_scheduler
+    schedulers = [
+        PARAM_SCHEDULERS.build(o, default_args=dict(optimizer=optimizer, epoch_length=epoch_length))
+        for o in (options if isinstance(options, list) else [options])
+    ]
+    # The long classification run is sampled to its end above.
+    expected = {step: rate for step, rate in samples if step < 130_000}
+    seen = {}
+    for step in range(max(expected) + 1):
+        if step in expected:
+            seen[step] = learning_rates(optimizer)[0]
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (step + 1) % epoch_length == 0:
+                scheduler.step()
+    assert seen == pytest.approx(expected, rel=1e-8, abs=0)

@@ -1,0 +1,8 @@
+"""Test a config of any of the three tasks: runs the stock test.py of the config's framework."""
+
+import sys
+
+from mmhrformer.launch import run_stock_tool
+
+if __name__ == '__main__':
+    run_stock_tool('test', sys.argv[1:])

@@ -1,0 +1,8 @@
+"""Train a config of any of the three tasks: runs the stock train.py of the config's framework."""
+
+import sys
+
+from mmhrformer.launch import run_stock_tool
+
+if __name__ == '__main__':
+    run_stock_tool('train', sys.argv[1:])
