@@ -10,7 +10,7 @@ from .registry import MODELS, PARAM_SCHEDULERS
 from .version import __version__
 
 __all__ = ['MODELS', 'PARAM_SCHEDULERS', '__version__', 'engine', 'load_checkpoint', 'models']
-__all__ += [name for name in _models if name in globals()]
+__all__ += _models
 
 
 def __getattr__(name: str) -> type:

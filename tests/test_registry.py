@@ -89,8 +89,9 @@ with DefaultScope.overwrite_default_scope({scope!r}):
         assert type(model).__module__ == 'mmhrformer.models.hrformer', type(model)
 """
 SEG_HEADS = """
+    options = dict(in_channels=8, channels=4, num_classes=2)
     for name in ('OCRHead', 'OCRAuxHead'):
-        head = MODELS.build(dict(type=f'mmhrformer.{name}', in_channels=8, channels=4, num_classes=2))
+        head = MODELS.build(dict(type=f'mmhrformer.{name}', **options))
         assert type(head).__module__ == 'mmhrformer.models.ocr_head', type(head)
 """
 BARE_NAME = """

@@ -72,9 +72,11 @@ class Report:
         dialect (str): A key of :data:`HEAD_RENAMES`.
         renamed (dict[str, str]): Old name to new name.
         joined (list[str]): Projections put together from separate query, key and value.
-        dropped (list[str]): Derived buffers, which the model computes itself.
+        dropped (list[str]): What the model has no use for: derived buffers, and bias tables if it
+            has no relative position bias.
         missing (list[str]): Tensors of the model that the checkpoint does not have.
-        unused (list[str]): Tensors of the checkpoint that the model does not have.
+        unused (list[str]): Tensors of the checkpoint, by their names there, that the model does
+            not have.
         used (int): Number of tensors of the model that were loaded.
     """
 
@@ -89,8 +91,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f'{self.dialect} checkpoint: {self.used} tensors used, {len(self.renamed)} renamed, '
-            f'{len(self.joined)} joined from query, key and value, {len(self.dropped)} derived '
-            f'buffers dropped, {len(self.missing)} missing, {len(self.unused)} not used'
+            f'{len(self.joined)} joined from query, key and value, {len(self.dropped)} dropped, '
+            f' {len(self.missing)} missing, {len(self.unused)} not used'
         ]
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]
@@ -165,38 +167,36 @@ def convert(state_dict: MutableMapping[str, Tensor]) -> tuple[dict[str, Tensor],
         ValueError: If the dialect is unknown.
     """
     report = Report(detect_dialect(state_dict))
-    converted = {}
+    return _translate(state_dict, report), report
+
+
+def _new_name(name: str, dialect: str) -> str:
+    for pattern, replacement in HEAD_RENAMES.get(dialect, ()):
+        name = re.sub('^' + pattern, replacement, name)
+    if '.branches.' in name:
+        for pattern, replacement in BLOCK_RENAMES:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _translate(state_dict: MutableMapping[str, Tensor], report: Report) -> dict[str, Tensor]:
+    """Rename, drop derived buffers, and join query, key and value; into a new dict."""
+    translated = {}
     for old, tensor in state_dict.items():
-        new = old
-        for pattern, replacement in HEAD_RENAMES[report.dialect]:
-            new = re.sub('^' + pattern, replacement, new)
-        converted[new] = tensor
-        if new != old:
-            report.renamed[old] = new
-    _convert_blocks(converted, '', report)
-    return converted, report
-
-
-def _convert_blocks(state_dict: MutableMapping[str, Tensor], prefix: str, report: Report) -> None:
-    """Rename, in place, what is inside transformer blocks; only keys that begin with prefix."""
-    for old in [key for key in state_dict if key.startswith(prefix)]:
         if old.endswith(DERIVED_BUFFER):
-            del state_dict[old]
             report.dropped.append(old)
             continue
-        new = old
-        if '.branches.' in old:
-            for pattern, replacement in BLOCK_RENAMES:
-                new = re.sub(pattern, replacement, new)
+        new = _new_name(old, report.dialect)
+        translated[new] = tensor
         if new != old:
-            state_dict[new] = state_dict.pop(old)
             report.renamed[old] = new
     first, *others = SEPARATE_PROJECTIONS
-    for query in [key for key in state_dict if key.startswith(prefix) and f'.{first}.' in key]:
+    for query in [key for key in translated if f'.{first}.' in key]:
         parts = [query, *(query.replace(first, other) for other in others)]
         joined = query.replace(first, 'qkv')
-        state_dict[joined] = torch.cat([state_dict.pop(part) for part in parts])
+        translated[joined] = torch.cat([translated.pop(part) for part in parts])
         report.joined.append(joined)
+    return translated
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:
@@ -233,33 +233,48 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: HRFor
         tensors = unwrap(state_dict)
         state_dict.clear()
         state_dict.update({key.removeprefix('backbone.'): v for key, v in tensors.items()})
-    if not any(key.startswith(prefix) for key in state_dict):
+    found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    if not found:
         return
-    report = Report('')
-    _convert_blocks(state_dict, prefix, report)
-    own = backbone.state_dict()
-    if not any(prefix + key in state_dict for key in own if key.startswith('stage2.')):
-        detect_dialect(key.removeprefix(prefix) for key in state_dict)
+    own = {prefix + key: tensor for key, tensor in backbone.state_dict().items()}
+    tensors = _translate(found, Report(''))
+    _check_blocks(tensors, own, prefix)
+    state_dict.update(_fit_bias_tables(tensors, own, backbone))
+
+
+def _check_blocks(tensors: MutableMapping, own: MutableMapping, prefix: str) -> None:
+    """Refuse a checkpoint that has nothing for the blocks of the backbone."""
+    blocks = [key for key in own if key.startswith(f'{prefix}stage2.')]
+    if not any(key in tensors for key in blocks):
+        detect_dialect(key.removeprefix(prefix) for key in tensors)
         raise ValueError(
             f'the checkpoint has no tensor for the blocks of this backbone (such as '
-            f'{next(key for key in own if key.startswith("stage2."))!r}): check arch and file'
+            f'{blocks[0]!r}): check arch and file'
         )
-    tables = [key for key in state_dict if key.startswith(prefix) and key.endswith(BIAS_TABLE)]
-    unused = [key for key in tables if key.removeprefix(prefix) not in own]
-    resized = set()
-    for key in tables:
-        target = own.get(key.removeprefix(prefix))
-        if target is not None and len(target) != len(state_dict[key]):
-            window = (round(len(target) ** 0.5) + 1) // 2
-            resized.add((round(len(state_dict[key]) ** 0.5) + 1) // 2)
-            state_dict[key] = resize_bias_table(state_dict[key], window)
-    if resized:
+
+
+def _fit_bias_tables(tensors: dict, own: MutableMapping, backbone: HRFormer) -> dict:
+    """Resize bias tables to the backbone's windows; leave them out if it has none."""
+    fitted, windows, left_out = {}, set(), 0
+    for key, tensor in tensors.items():
+        if key.endswith(BIAS_TABLE):
+            if key not in own and not backbone.with_rpe:
+                left_out += 1
+                continue
+            if key in own and len(own[key]) != len(tensor):
+                windows.add(_window_of(tensor))
+                tensor = resize_bias_table(tensor, _window_of(own[key]))
+        fitted[key] = tensor
+    if windows:
         print_log(
-            f'Resized relative position bias tables, learned for windows of {sorted(resized)} '
+            f'Resized relative position bias tables, learned for windows of {sorted(windows)} '
             f'tokens a side, to windows of {sorted(set(backbone.window_sizes))} (bilinear).',
             'current',
         )
-    if unused and not backbone.with_rpe:
-        print_log(f'with_rpe=False: {len(unused)} relative position tables not used.', 'current')
-        for key in unused:
-            del state_dict[key]
+    if left_out:
+        print_log(f'with_rpe=False: {left_out} relative position tables not used.', 'current')
+    return fitted
+
+
+def _window_of(table: Tensor) -> int:
+    return (round(len(table) ** 0.5) + 1) // 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 from torch import nn
 
-from .dialects import Report, convert, unwrap
+from .dialects import BIAS_TABLE, Report, convert, unwrap
 from .reading import read_checkpoint
 
 
@@ -44,7 +44,11 @@ def load_checkpoint(
         state_dict = {key.removeprefix('backbone.'): v for key, v in state_dict.items()}
     elif not any(key.startswith('backbone.') for key in state_dict):
         state_dict = {'backbone.' + key: v for key, v in state_dict.items()}
-    report.missing, report.unused = map(list, model.load_state_dict(state_dict, strict=strict))
-    report.used = len(state_dict) - len(report.unused)
+    own = set(model.state_dict())
+    report.dropped += [key for key in state_dict if key.endswith(BIAS_TABLE) and key not in own]
+    missing, unused = model.load_state_dict(state_dict, strict=strict)
+    in_file = {new: old for old, new in report.renamed.items()}
+    report.missing, report.unused = list(missing), [in_file.get(key, key) for key in unused]
+    report.used = len(own) - len(missing)
     print_log(str(report), 'current')
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ _SAFE = {
     ('collections', 'defaultdict'),
     ('builtins', 'set'),
     ('builtins', 'complex'),
+    ('builtins', 'int'),
     ('torch', 'Size'),
     ('torch', 'device'),
     ('torch', 'Tensor'),
@@ -54,6 +56,8 @@ class _Unpickler(pickle.Unpickler):
     """Builds tensors and plain containers, and refuses to import anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == '__builtin__':  # what torch writes names it as Python 2 did
+            module, name = 'builtins', 'int' if name == 'long' else name
         if (module, name) in _SAFE:
             return super().find_class(module, name)
         if module == 'torch' and name.endswith(_SAFE_TORCH_SUFFIXES):
@@ -79,6 +83,14 @@ _PICKLE = SimpleNamespace(
 )
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Whether torch.load would hand the file to the TorchScript interpreter."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith('/constants.pkl') for name in archive.namelist())
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint file of any dialect, on the CPU, without running code from it.
 
@@ -98,9 +110,14 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {str(path)!r}')
+    if _is_torchscript(path):
+        raise ValueError(
+            f'{str(path)!r} is a TorchScript program, not a checkpoint: its code would run. Save '
+            "the model's state_dict() instead"
+        )
     try:
         content = torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as err:
+    except Exception as err:  # a damaged file can fail in any way
         raise ValueError(f'cannot read the checkpoint {str(path)!r}: {err}') from err
     if not isinstance(content, dict):
         raise ValueError(f'{str(path)!r} holds a {type(content).__name__}, not tensors by name')

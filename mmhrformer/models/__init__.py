@@ -17,8 +17,6 @@ __all__ = [
     'HRFormerBlock',
     'HRFormerFusion',
     'LocalWindowSelfAttention',
-    'OCRAuxHead',
-    'OCRHead',
     'OHEMCrossEntropyLoss',
     'WeightedCrossEntropyLoss',
 ]

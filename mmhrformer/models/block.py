@@ -21,13 +21,14 @@ from .ffn import DepthwiseConv2d
 def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch normalization while a forward pass is recomputed."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Bottleneck(BaseModule):

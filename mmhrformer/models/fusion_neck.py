@@ -35,6 +35,7 @@ class HRFormerFusion(BaseModule):
         ValueError: If ``in_channels`` and ``mid_channels`` differ in length.
 
     Examples:
+        >>> import torch
         >>> neck = HRFormerFusion(in_channels=(18, 36, 72, 144))
         >>> xs = [torch.rand(1, 18 * 2**i, 56 // 2**i, 56 // 2**i) for i in range(4)]
         >>> [x.shape for x in neck(xs)]

@@ -16,14 +16,14 @@ from torch import Tensor
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import convert, detect_dialect, resize_bias_table, unwrap
 
-TINY = dict(
-    channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1
-)
+TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 CLS_HEAD = ('incre_modules.', 'downsamp_modules.', 'final_layer.', 'classifier.')
 MMPOSE_CONFIG = (
     Path(mmpose.__file__).parent / '.mim/configs/body_2d_keypoint/topdown_heatmap/coco'
     '/td-hm_hrformer-small_8xb32-210e_coco-256x192.py'
 )
+
+pytestmark = pytest.mark.filterwarnings('ignore:``build_loss`` would')
 
 
 def keys_of(table: str) -> list[str]:
@@ -243,7 +243,7 @@ def test_tensors_of_another_architecture_are_refused():
 
 def test_checkpoint_without_blocks_of_the_backbone_is_refused():
     state_dict = {'stage3.0.branches.0.0.attn.qkv.weight': torch.zeros(1)}
-    with pytest.raises(ValueError, match='known dialect|no tensor for the blocks'):
+    with pytest.raises(ValueError, match=r'known dialect|no tensor for the blocks'):
         HRFormer(arch=TINY).load_state_dict(state_dict, strict=False)
 
 

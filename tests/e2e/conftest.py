@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import sysconfig
 import venv
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-
-
-def run(command: list[str], cwd: Path) -> str:
-    """Run a command, fail the test with its output if it fails, return the output."""
-    done = subprocess.run(
-        command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, f'{" ".join(command)}\n{done.stdout[-5000:]}'
-    return done.stdout
-
-
-@dataclass(frozen=True)
-class Place:
-    """An installation to test: its Python, and a working folder with the demo data."""
-
-    python: str
-    cwd: Path
-
-    def run(self, *args: str) -> str:
-        return run([self.python, *args], self.cwd)
-
+from places import ROOT, Place, run
 
 @pytest.fixture(scope='session')
 def demo_data() -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import pytest
-from conftest import ROOT, run
+from places import ROOT, run
 
 pytestmark = pytest.mark.e2e
 

@@ -55,6 +55,13 @@ def test_schedule_can_count_epochs():
     assert rates[20:] == sorted(rates[20:], reverse=True)
 
 
+def test_warmup_may_be_a_part_of_an_epoch():
+    scheduler = WarmupCosineLR.build_iter_from_epoch(
+        make_optimizer(1.0), warmup=0.25, start_factor=0.1, end=2, epoch_length=10
+    )
+    assert (scheduler.warmup, scheduler.end) == (2, 20)
+
+
 def test_schedule_goes_on_where_it_was_resumed():
     first, second = make_optimizer(1e-3), make_optimizer(1e-3)
     scheduler = WarmupCosineLR(first, warmup=4, start_factor=0.1, end=20)

@@ -58,7 +58,9 @@ def test_gradients_are_those_of_the_formula(dtype, training):
     leaves = [x, *ffn.parameters()]
     weight = torch.randn(2, 6, 9, 7, dtype=dtype)
     for arriving in (weight, weight.contiguous(memory_format=torch.channels_last)):
-        expected = torch.autograd.grad((reference(ffn, x).permute(0, 3, 1, 2) * arriving).sum(), leaves)
+        expected = torch.autograd.grad(
+            (reference(ffn, x).permute(0, 3, 1, 2) * arriving).sum(), leaves
+        )
         grads = torch.autograd.grad((ffn(x).permute(0, 3, 1, 2) * arriving).sum(), leaves)
         for grad, other in zip(grads, expected):
             torch.testing.assert_close(grad, other, atol=2e-4, rtol=2e-4)
@@ -85,9 +87,7 @@ def test_gradient_reaches_every_parameter():
 def test_normalization_can_be_chosen_and_the_config_stays_as_it_was():
     norm_cfg = dict(type='GN', num_groups=2, requires_grad=True)
     ffn = MODELS.build(
-        dict(
-            type='mmhrformer.DWConvFFN', embed_dims=6, feedforward_channels=10, norm_cfg=norm_cfg
-        )
+        dict(type='mmhrformer.DWConvFFN', embed_dims=6, feedforward_channels=10, norm_cfg=norm_cfg)
     )
     assert all(isinstance(norm, nn.GroupNorm) for norm in (ffn.norm1, ffn.norm2, ffn.norm3))
     assert norm_cfg == dict(type='GN', num_groups=2, requires_grad=True)

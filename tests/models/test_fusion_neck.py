@@ -57,9 +57,7 @@ def test_every_stream_and_parameter_matters():
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_parameters_are_as_many_as_the_official_ones(arch):
-    neck = MODELS.build(
-        dict(type='mmhrformer.HRFormerFusion', in_channels=ARCHS[arch]['channels'])
-    )
+    neck = MODELS.build(dict(type='mmhrformer.HRFormerFusion', in_channels=ARCHS[arch]['channels']))
     classifier = 2048 * 1000 + 1000
     official = golden.read_json('params_flops.json')['parameters'][f'cls {arch}']['cls_head']
     assert sum(p.numel() for p in neck.parameters()) + classifier == official
@@ -76,5 +74,5 @@ def test_lists_of_different_lengths_are_named():
 
 
 def test_missing_streams_are_named_with_a_remedy():
-    with pytest.raises(ValueError, match='got 1 streams, it fuses 4.*out_indices'):
+    with pytest.raises(ValueError, match=r'got 1 streams, it fuses 4.*out_indices'):
         make_neck()(streams(64, 64)[:1])

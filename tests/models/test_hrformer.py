@@ -9,6 +9,7 @@ import pickle
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.optim import build_optim_wrapper
@@ -18,10 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import MODELS, HRFormer, HRFormerBlock, LocalWindowSelfAttention
 from mmhrformer.checkpoints import convert
+from mmhrformer.models.hrformer import HRModule
 
-TINY = dict(
-    channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1
-)
+TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 COUNTS = golden.read_json('params_flops.json')['parameters']
 
 
@@ -110,6 +110,17 @@ def test_every_parameter_gets_a_gradient(out_indices):
 def test_upsampling_changes_the_outputs():
     nearest, bilinear = (run(make_model(upsample=u), image()) for u in ('nearest', 'bilinear'))
     assert differ(nearest[:3], bilinear[:3])
+
+
+@pytest.mark.parametrize(('upsample', 'corners'), [('nearest', True), ('bilinear', False)])
+def test_enlarged_streams_are_fitted_to_odd_sizes(upsample, corners):
+    """The official codes align the corners of what was enlarged by nearest, only."""
+    streams = [nn.Identity(), nn.Identity()]
+    module = HRModule(streams, (2, 2), (0,), upsample, dict(type='BN')).eval()
+    fine, coarse = golden.image((1, 2, 5, 9)), golden.image((1, 2, 3, 5), seed=1)
+    part = F.interpolate(module.fuse_layers[0][1](coarse), scale_factor=2, mode=upsample)
+    part = F.interpolate(part, size=(5, 9), mode='bilinear', align_corners=corners)
+    torch.testing.assert_close(module([fine, coarse])[0], (fine + part).relu())
 
 
 def test_masked_padding_matters_where_windows_are_incomplete_only():
@@ -240,17 +251,13 @@ def test_all_norms_but_those_of_tokens_follow_norm_cfg(norm_cfg, norm):
     model = make_model(norm_cfg=norm_cfg).train()
     norms = [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))]
     assert all(isinstance(m, norm) for m in norms)
-    assert len(norms) == len(
-        [m for m in make_model().modules() if isinstance(m, nn.BatchNorm2d)]
-    )
+    assert len(norms) == len([m for m in make_model().modules() if isinstance(m, nn.BatchNorm2d)])
     assert all(m.eps == norm_cfg.get('eps', 1e-5) for m in norms)
     sum(x.sum() for x in model(image())).backward()
 
 
 def test_synchronized_norm_computes_what_the_plain_one_does():
-    assert_same(
-        run(make_model(norm_cfg=dict(type='SyncBN')), image()), run(make_model(), image())
-    )
+    assert_same(run(make_model(norm_cfg=dict(type='SyncBN')), image()), run(make_model(), image()))
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (0, 1, 2, 3)])
@@ -368,7 +375,7 @@ def test_init_weights_reaches_every_child():
 @pytest.fixture
 def messages():
     """What is logged during a test."""
-    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(), []
+    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
     handler.emit = lambda record: seen.append(record.getMessage())
     logger.addHandler(handler)
     yield seen

@@ -31,7 +31,9 @@ def losses_of(case: dict) -> tuple[OHEMCrossEntropyLoss, WeightedCrossEntropyLos
 
 def inputs_of(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of the two heads, in float64, and labels."""
-    logits = (torch.from_numpy(DATA[f'{k}_logits']).double().requires_grad_() for k in ('seg', 'aux'))
+    logits = (
+        torch.from_numpy(DATA[f'{k}_logits']).double().requires_grad_() for k in ('seg', 'aux')
+    )
     label = torch.from_numpy(DATA[f'label_{case["labels"]}']).long()
     return *logits, label
 
@@ -72,7 +74,7 @@ def test_plain_cross_entropy_on_both_heads(name):
 @pytest.fixture
 def messages():
     """What is logged during a test."""
-    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(), []
+    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
     handler.emit = lambda record: seen.append(record.getMessage())
     logger.addHandler(handler)
     yield seen
@@ -141,10 +143,13 @@ def test_weight_and_name_of_the_loss(kind):
     logits, label = torch.randn(1, 3, 2, 2), torch.tensor([[[0, 0], [1, 2]]])
     loss = MODELS.build(dict(type=f'mmhrformer.{kind.__name__}', loss_weight=0.4))
     torch.testing.assert_close(loss(logits, label), 0.4 * kind()(logits, label))
-    assert kind().loss_name == {
-        'WeightedCrossEntropyLoss': 'loss_ce',
-        'OHEMCrossEntropyLoss': 'loss_ohem',
-    }[kind.__name__]
+    assert (
+        kind().loss_name
+        == {
+            'WeightedCrossEntropyLoss': 'loss_ce',
+            'OHEMCrossEntropyLoss': 'loss_ohem',
+        }[kind.__name__]
+    )
     assert kind(loss_name='loss_mine').loss_name == 'loss_mine'
     assert not kind(class_weight=[1.0, 2.0]).state_dict()
 

@@ -16,9 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import MODELS, OCRAuxHead, OCRHead
 
-TINY = dict(
-    channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1
-)
+TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 CLASSES = 5
 HEAD = dict(
     in_channels=TINY['channels'],
@@ -27,6 +25,13 @@ HEAD = dict(
     channels=12,
     num_classes=CLASSES,
 )
+
+
+# mmseg's remarks on its own defaults.
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{text}')
+    for text in ('When align_corners=True', '``build_loss`` would', 'Default ``avg_non_ignore``')
+]
 
 
 def make_model():
@@ -76,9 +81,7 @@ def make_head(kind: type, **options) -> nn.Module:
 
 def streams(height: int = 64, width: int = 96, seed: int = 0) -> tuple[torch.Tensor, ...]:
     sizes = [(-(-height // 2**i), -(-width // 2**i)) for i in range(2, 6)]
-    return tuple(
-        golden.image((2, c, *size), seed + c) for c, size in zip(TINY['channels'], sizes)
-    )
+    return tuple(golden.image((2, c, *size), seed + c) for c, size in zip(TINY['channels'], sizes))
 
 
 def total(losses: dict) -> torch.Tensor:

@@ -1,13 +1,12 @@
 # Official pose recipe: 210 epochs, 8 GPUs x 32 images.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
-    loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01),
     # Everything is decayed but the relative position bias tables.
     paramwise_cfg=dict(custom_keys={'relative_position_bias_table': dict(decay_mult=0.0)}),
 )
 param_scheduler = [
-    # mmengine counts both ends: 501 steps from the start are 500 iterations of warm-up.
+    # mmengine counts both ends of a schedule: this is a warm-up of 500 iterations.
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=501),
     dict(type='MultiStepLR', milestones=[170, 200], gamma=0.1, by_epoch=True, begin=0, end=210),
 ]

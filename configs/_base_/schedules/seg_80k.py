@@ -2,7 +2,6 @@
 # starts when the warm-up ends.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
-    loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
     # Only the weights of convolutions and linear layers are decayed.
     paramwise_cfg=dict(
@@ -11,9 +10,9 @@ optim_wrapper = dict(
     ),
 )
 param_scheduler = [
-    # mmengine counts both ends: 1,501 steps from the start are 1,500 iterations of warm-up.
+    # mmengine counts both ends of a schedule, so `end` is one more than the iteration meant.
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1501),
-    dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False, begin=1500, end=80000),
+    dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False, begin=1500, end=80001),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=80000, val_interval=8000)
 val_cfg = dict(type='ValLoop')

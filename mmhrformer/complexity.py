@@ -1,0 +1,125 @@
+"""Parameters and operations of a model, counted two ways.
+
+``macs`` are the multiply-accumulates of convolutions, linear layers and attention products.
+``flops_official`` follows the counter of the official code, whose results the paper gives
+(Table 2): the same, plus 1 for each bias of a linear layer, 4 for each value of a batch
+normalization, 5 for each of a softmax, and 1 for each of a ReLU, sum, product or dropout; GELU,
+layer normalization, padding and resizing are free.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .models.attention import LocalWindowSelfAttention
+from .models.block import Bottleneck, HRFormerBlock
+from .models.ffn import DWConvFFN
+from .models.fusion_neck import HRFormerFusion
+from .models.hrformer import HRModule
+
+
+def _conv(module: nn.Conv2d, x: Tensor, out: Tensor) -> dict:
+    return dict(macs=out.numel() * module.weight[0].numel())
+
+
+def _linear(module: nn.Linear, x: Tensor, out: Tensor) -> dict:
+    return dict(macs=x.numel() * module.out_features, linear_bias=out.numel())
+
+
+def _attention(module: LocalWindowSelfAttention, x: Tensor, out: Tensor) -> dict:
+    B, H, W, C = x.shape
+    window = module.window_size
+    windows = B * -(-H // window) * -(-W // window)
+    tokens = window * window
+    weights = windows * module.num_heads * tokens * tokens
+    has_bias = module.relative_position_bias_table is not None
+    return dict(
+        macs=2 * windows * tokens * tokens * C,
+        softmax=5 * weights,
+        # Scaling the queries, adding the bias, dropout of the attention weights.
+        elementwise=windows * tokens * C + weights * has_bias + weights,
+    )
+
+
+def _ffn(module: DWConvFFN, x: Tensor, out: Tensor) -> dict:
+    return dict(ffn_dropout=out.numel() + out.numel() // x.shape[-1] * module.fc1.out_channels)
+
+
+def _hr_module(module: HRModule, xs: list[Tensor], outs: list[Tensor | None]) -> dict:
+    kept = [out for out in outs if out is not None]
+    return dict(elementwise=sum(out.numel() * (len(xs) - 1) for out in kept))
+
+
+def _fusion(module: HRFormerFusion, xs: list[Tensor], outs: tuple[Tensor]) -> dict:
+    widths = [bottleneck[0].bn3.num_features for bottleneck in module.incre_modules]
+    return dict(elementwise=sum(w * x[:, 0].numel() for w, x in zip(widths[1:], xs[1:])))
+
+
+COUNTERS: dict[type, Callable] = {
+    nn.Conv2d: _conv,
+    nn.Linear: _linear,
+    _BatchNorm: lambda module, x, out: dict(batch_norm=4 * out.numel()),
+    nn.ReLU: lambda module, x, out: dict(elementwise=out.numel()),
+    LocalWindowSelfAttention: _attention,
+    HRFormerBlock: lambda module, x, out: dict(elementwise=2 * out.numel()),
+    Bottleneck: lambda module, x, out: dict(elementwise=out.numel()),
+    DWConvFFN: _ffn,
+    HRModule: _hr_module,
+    HRFormerFusion: _fusion,
+}
+
+
+def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
+    """Count the operations of one forward pass (``mode='tensor'``), by kind.
+
+    Args:
+        model (nn.Module): A model built from a config, or a backbone.
+        shape (tuple[int, ...]): Shape (B, C, H, W) of the input.
+
+    Returns:
+        Counter: Operations by kind: ``macs``, ``linear_bias``, ``batch_norm``, ``softmax``,
+        ``elementwise``, and ``ffn_dropout``, which only the official classification code has.
+    """
+    total: Counter = Counter()
+
+    def hook(counter: Callable):
+        def count(module, args, out):
+            if args:
+                total.update(counter(module, args[0], out))
+
+        return count
+
+    model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
+    for module in model.modules():
+        for kind, counter in COUNTERS.items():
+            if isinstance(module, kind):
+                module.register_forward_hook(hook(counter))
+    whole_model = hasattr(model, 'backbone')
+    with torch.no_grad():
+        model(torch.zeros(shape), *([None] if whole_model else []))
+    return total
+
+
+def complexity(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> dict[str, int]:
+    """Count parameters, multiply-accumulates and FLOPs by the official rule.
+
+    Args:
+        model (nn.Module): A model built from a config, or a backbone.
+        shape (tuple[int, ...]): Shape (B, C, H, W) of the input. Defaults to (1, 3, 224, 224).
+
+    Returns:
+        dict[str, int]: ``parameters``, ``macs`` and ``flops_official``.
+    """
+    counts = count_operations(model, shape)
+    flops = sum(counts.values())
+    if not any(isinstance(module, HRFormerFusion) for module in model.modules()):
+        flops -= counts['ffn_dropout']
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(parameters=parameters, macs=counts['macs'], flops_official=flops)

@@ -1,0 +1,25 @@
+"""Parameters and operations equal what the official counter found."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+
+from mmhrformer.complexity import complexity
+
+TABLE = golden.read_json('params_flops.json')
+CASES = [
+    (golden.CLS_CONFIGS[arch], row)
+    for row, arch in zip(TABLE['classification'], ('tiny', 'small', 'base'))
+] + [(golden.POSE_CONFIGS[row['model'].split()[1]], row) for row in TABLE['pose']]
+
+
+@pytest.mark.parametrize(('config', 'row'), CASES)
+def test_operations_equal_the_official_count(config, row):
+    assert sum(p.numel() for p in golden.build(config).parameters()) == row['params']
+    # The official pose code has the bias tables and does not add them.
+    options = {'model.backbone.with_rpe': False} if 'pose' in config else {}
+    counts = complexity(golden.build(config, **options), tuple(row['input_shape']))
+    assert counts['macs'] / 1e9 == pytest.approx(row['macs_G'], abs=1e-5)
+    # The stored numbers are rounded, and the official tool counts a few scalar operations.
+    assert counts['flops_official'] / 1e9 == pytest.approx(row['official_tool_G'], abs=2e-5)
