@@ -1,14 +1,7 @@
 VENV ?= .venv
-PYTHON ?=
 PY = $(VENV)/bin/python
-
-# The first Python 3.10 or 3.11 that runs. Asked by running it: a name on the PATH may be a
-# stand-in that only says which versions it knows.
-FITS = import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))
-FOUND = $(shell for python in $(PYTHON) python3.11 python3.10 python3; do \
-	"$$python" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
-NONE = Found no Python 3.10 or 3.11. Install one (Debian 12: apt-get install python3 python3-venv \
-	python3-dev build-essential) or name it: make PYTHON=/path/to/python3.11
+PYTHON ?=
+SETUP = tools/setup_env.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-fast lint format clean distclean
@@ -17,8 +10,13 @@ help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
 		while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-env: ## make or complete the environment .venv (the other targets do it too)
-	@"$(or $(FOUND),$(error $(NONE)))" tools/setup_env.py --venv "$(VENV)"
+# A name on the PATH may be a stand-in that runs nothing: take the first Python that really is a
+# 3.10 or 3.11. If there is none, the script says what to do.
+env: ## make the environment .venv or bring it up to date (other targets do it too)
+	@for python in $(or $(PYTHON),python3.11 python3.10 python3); do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 10), (3, 11)])' \
+			2>/dev/null && exec "$$python" $(SETUP); \
+	done; exec $(or $(PYTHON),python3) $(SETUP)
 
 demo: env ## train and test the three example tasks on the CPU
 	$(PY) tools/run_demo.py
@@ -39,7 +37,7 @@ format: env ## repair style and formatting where a program can
 
 clean: ## remove what the demo, the tests and builds wrote
 	rm -rf demo_output work_dirs build dist .pytest_cache .ruff_cache *.egg-info
-	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the environment (the compiled mmcv stays in the user's cache)
 	rm -rf "$(VENV)"

@@ -2,7 +2,7 @@
 
 ``macs`` are the multiply-accumulates of convolutions, linear layers and attention products.
 ``flops_official`` follows the counter of the official code, whose results the paper gives
-(Table 2): the same, plus 1 for each bias of a linear layer, 4 for each value of a batch
+(Table 6): the same, plus 1 for each bias of a linear layer, 4 for each value of a batch
 normalization, 5 for each of a softmax, and 1 for each of a ReLU, sum, product or dropout; GELU,
 layer normalization, padding and resizing are free.
 """
@@ -22,7 +22,7 @@ from .models.attention import LocalWindowSelfAttention
 from .models.block import Bottleneck, HRFormerBlock
 from .models.ffn import DWConvFFN
 from .models.fusion_neck import HRFormerFusion
-from .models.hrformer import HRModule
+from .models.hr_module import HRModule
 
 
 def _conv(module: nn.Conv2d, x: Tensor, out: Tensor) -> dict:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 # Classes that are built on a framework: name -> (module that defines it, framework, our extra).
@@ -62,4 +63,10 @@ PARAM_SCHEDULERS = Registry(
     parent=MMENGINE_PARAM_SCHEDULERS,
     scope='mmhrformer',
     locations=['mmhrformer.engine'],
+)
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='mmhrformer',
+    locations=['mmhrformer.datasets'],
 )

@@ -99,7 +99,7 @@ class LocalWindowSelfAttention(BaseModule):
     Args:
         embed_dims (int): Channels C of the map.
         num_heads (int): Attention heads; must divide ``embed_dims``.
-        window_size (int): Side of the windows, in tokens. Defaults to 7 (paper, Section 4).
+        window_size (int): Side of the windows, in tokens. Defaults to 7 (paper, Section 3).
         with_rpe (bool): Whether to add a learned relative position bias to the attention
             logits. Defaults to True.
         pad_mask (bool): Whether to keep padded tokens out of the softmax. Official checkpoints

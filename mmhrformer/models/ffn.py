@@ -41,7 +41,7 @@ class DWConvFFN(BaseModule):
 
     Args:
         embed_dims (int): Channels C in and out.
-        feedforward_channels (int): Hidden channels; 4 C in the paper (Section 4).
+        feedforward_channels (int): Hidden channels; 4 C in the paper (Section 3).
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         init_cfg (dict, optional): Initialization config of mmengine.
 

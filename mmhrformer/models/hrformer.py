@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor, nn
@@ -14,15 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoints.dialects import adapt_backbone_keys
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
-from .ffn import DepthwiseConv2d
+from .hr_module import HRModule
 
 NUM_STREAMS = 4
 STEM_CHANNELS = 64
 MIN_INPUT = 32  # pixels a side: the coarsest stream then has one token
 
-# Paper, Table 2 (and the official configurations, for the tiny one). `channels` and `num_heads`
-# count the four streams, `num_modules` the stages 2, 3 and 4; every module has `num_blocks`
-# blocks on each of its streams.
+# Paper, Table 2. `channels` and `num_heads` count the four streams, `num_modules` the stages 2, 3
+# and 4; every module has `num_blocks` blocks on each of its streams.
 ARCHS = {
     'tiny': dict(
         channels=(18, 36, 72, 144),
@@ -103,101 +101,6 @@ def conv_norm_relu(
     )
 
 
-class HRModule(BaseModule):
-    """Blocks on each stream, then an exchange between all streams (paper, Figure 2).
-
-    Args:
-        branches (Sequence[nn.Module]): The blocks of each stream, finest stream first.
-        channels (Sequence[int]): Channels of the streams.
-        out_streams (Sequence[int]): Streams that somebody needs; the others are not computed.
-        upsample (str): ``'nearest'`` or ``'bilinear'``, see :class:`HRFormer`.
-        norm_cfg (dict): Config of the normalization.
-    """
-
-    def __init__(
-        self,
-        branches: Sequence[nn.Module],
-        channels: Sequence[int],
-        out_streams: Sequence[int],
-        upsample: str,
-        norm_cfg: dict,
-    ) -> None:
-        super().__init__()
-        self.upsample = upsample
-        self.out_streams = tuple(out_streams)
-        self.branches = ModuleList(branches)
-        # Position i of the list is in every checkpoint's key, so streams that nobody needs keep
-        # their place (an Identity: mmengine's complexity analysis cannot handle None).
-        self.fuse_layers = ModuleList(
-            ModuleList(self._fuse_layer(channels, i, j, norm_cfg) for j in range(len(channels)))
-            if i in out_streams
-            else nn.Identity()
-            for i in range(max(out_streams) + 1)
-        )
-        self.relu = nn.ReLU(inplace=True)
-
-    @staticmethod
-    def _fuse_layer(channels: Sequence[int], i: int, j: int, norm_cfg: dict) -> nn.Module:
-        """What brings stream j to the channels of stream i (and down to its size, if finer)."""
-        if j == i:
-            return nn.Identity()
-        if j > i:
-            return Sequential(
-                nn.Conv2d(channels[j], channels[i], 1, bias=False),
-                build_norm_layer(norm_cfg, channels[i])[1],
-            )
-        steps = []
-        for step in range(i - j):
-            last = step == i - j - 1
-            out_channels = channels[i] if last else channels[j]
-            layers = [
-                DepthwiseConv2d(channels[j], stride=2, bias=False),
-                build_norm_layer(norm_cfg, channels[j])[1],
-                nn.Conv2d(channels[j], out_channels, 1, bias=False),
-                build_norm_layer(norm_cfg, out_channels)[1],
-            ]
-            steps.append(Sequential(*layers, *([] if last else [nn.ReLU(inplace=True)])))
-        return Sequential(*steps)
-
-    def _enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
-        """Enlarge a coarser stream to the size of a finer one."""
-        align_corners = None if self.upsample == 'nearest' else False
-        x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
-        if x.shape[-2:] != size:
-            # Streams of odd size were rounded up when they were halved. The official codes
-            # correct this bilinearly: classification and segmentation (nearest) with aligned
-            # corners, pose (bilinear) without.
-            aligned = self.upsample == 'nearest'
-            x = F.interpolate(x, size=size, mode='bilinear', align_corners=aligned)
-        return x
-
-    def forward(self, xs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Transform and exchange streams.
-
-        Args:
-            xs (Sequence[Tensor]): Streams of shape (B, C_i, H_i, W_i), finest first.
-
-        Returns:
-            list[Tensor | None]: Streams of the same shapes, None where not in ``out_streams``.
-        """
-        # The blocks work on channels-last maps: here the layout changes, once per module.
-        xs = [
-            branch(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-            for branch, x in zip(self.branches, xs)
-        ]
-        return [self._fuse(xs, i) if i in self.out_streams else None for i in range(len(xs))]
-
-    def _fuse(self, xs: Sequence[Tensor], i: int) -> Tensor:
-        """Sum all streams at the size and channels of stream i."""
-        total = None
-        for j, x in enumerate(xs):
-            x = self.fuse_layers[i][j](x)
-            if j > i:
-                x = self._enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
-            total = x if total is None else total + x
-        return self.relu(total)
-
-
 @MODELS.register_module()
 class HRFormer(BaseModule):
     """High-Resolution Transformer, a backbone for dense prediction.
@@ -212,7 +115,7 @@ class HRFormer(BaseModule):
             the fields of :data:`ARCHS`. Defaults to ``'small'``.
         in_channels (int): Channels of the image. Defaults to 3.
         window_size (int | Sequence[int]): Side of the attention windows in tokens, for all
-            streams or for each of the four. Defaults to 7 (paper, Section 4).
+            streams or for each of the four. Defaults to 7 (paper, Section 3).
         drop_path_rate (float): Stochastic depth rate of the last block; it rises linearly from
             0 over the blocks. Defaults to 0.
         attn_cfg (dict): The registered attention of the blocks, with its own options. Defaults
@@ -354,24 +257,21 @@ class HRFormer(BaseModule):
         for m in range(num_modules):
             module_rates = rates[m * num_blocks : (m + 1) * num_blocks]
             last = stage == NUM_STREAMS and m == num_modules - 1
-            branches = [
-                Sequential(
-                    *(
-                        HRFormerBlock(
-                            channels[i],
-                            self.arch['num_heads'][i],
-                            self.window_sizes[i],
-                            drop_path_rate=rate,
-                            **self._block_cfg,
-                        )
-                        for rate in module_rates
-                    )
-                )
-                for i in range(stage)
-            ]
+            branches = [self._build_branch(i, module_rates) for i in range(stage)]
             out_streams = self.out_indices if last else range(stage)
             modules.append(HRModule(branches, channels, out_streams, self.upsample, self.norm_cfg))
         return Sequential(*modules)
+
+    def _build_branch(self, stream: int, rates: Sequence[float]) -> Sequential:
+        """The blocks of one stream in one module."""
+        channels, heads = self.arch['channels'][stream], self.arch['num_heads'][stream]
+        window = self.window_sizes[stream]
+        return Sequential(
+            *(
+                HRFormerBlock(channels, heads, window, drop_path_rate=rate, **self._block_cfg)
+                for rate in rates
+            )
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the feature streams of images.

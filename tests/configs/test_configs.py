@@ -47,7 +47,7 @@ def test_names_are_unique():
 
 def test_find_config_proposes_similar_names():
     assert find_config('hrformer-tiny_8xb128_in1k.py').parent.name == 'hrformer_cls'
-    with pytest.raises(FileNotFoundError, match='did you mean .*hrformer-tiny_8xb128_in1k'):
+    with pytest.raises(FileNotFoundError, match=r'did you mean .*hrformer-tiny_8xb128_in1k'):
         find_config('hrformer-tny_8xb128_in1k')
 
 
@@ -87,3 +87,21 @@ def test_backbone_dropped_into_a_stock_config(scope):
     assert torch.isfinite(out).all()
     out.square().mean().backward()
     assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+SIZES = [(32, 32), (33, 47), (97, 161)]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(
+    'config', [path for path in ALL if path.parts[0] == 'demo'], ids=lambda path: path.stem
+)
+def test_whole_models_take_any_size(config, size):
+    model = golden.build(config).eval()
+    with torch.no_grad():
+        out = model(torch.rand(1, 3, *size), None, mode='tensor')
+    if 'digits' in config.stem:
+        assert out.shape == (1, 10)
+    else:
+        quarter = tuple(-(-side // 4) for side in size)
+        assert out.shape[-2:] == quarter

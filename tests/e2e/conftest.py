@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from places import ROOT, Place, run
 
+
 @pytest.fixture(scope='session')
 def demo_data() -> Path:
     run([sys.executable, 'tools/demo_data.py'], ROOT)

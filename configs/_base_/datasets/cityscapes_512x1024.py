@@ -6,13 +6,17 @@ dataset_type = 'CityscapesDataset'
 data_root = 'data/cityscapes/'
 crop_size = (512, 1024)
 
+# The official augmentation: no limit on how much of a crop one class may fill, no colour jitter but
+# brightness. Small images are placed at random on the mean colour, in the channel order that the
+# model's data_preprocessor has.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
-    # No limit on how much of a crop one class may fill, as in the official code.
+    dict(type='mmhrformer.RandomScaleAspect', scale_range=(0.5, 2.0), aspect_range=(0.9, 1.1)),
     dict(type='RandomCrop', crop_size=crop_size),
     dict(type='RandomFlip', prob=0.5),
+    dict(type='mmhrformer.RandomBrightness', shift=10),
+    dict(type='mmhrformer.PlaceRandomly', size=crop_size, pad_val=(123.675, 116.28, 103.53)),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

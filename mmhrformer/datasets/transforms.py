@@ -1,0 +1,136 @@
+"""The augmentation of the official segmentation code, where mmsegmentation has no equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mmcv
+import numpy as np
+from mmcv.transforms import BaseTransform
+
+from ..registry import TRANSFORMS
+
+
+def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
+    """Check a pair of positive, ordered numbers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    low, high = value
+    if not 0 < low <= high:
+        raise ValueError(f'{name}={tuple(value)}: give two numbers, 0 < lowest <= highest')
+    return low, high
+
+
+@TRANSFORMS.register_module()
+class RandomScaleAspect(BaseTransform):
+    """Resize by a random scale and a random aspect ratio.
+
+    Width and height are multiplied by ``scale * sqrt(aspect)`` and ``scale / sqrt(aspect)``, both
+    drawn uniformly, and rounded down. Images are interpolated bicubically, label maps not at all.
+
+    Required keys: ``img``, and the names in ``seg_fields``. Modified keys: the same,
+    ``img_shape``.
+
+    Args:
+        scale_range (Sequence[float]): Lowest and highest scale. Defaults to (0.5, 2.0), official.
+        aspect_range (Sequence[float]): Lowest and highest aspect ratio. Defaults to (0.9, 1.1),
+            official.
+    """
+
+    def __init__(
+        self,
+        scale_range: Sequence[float] = (0.5, 2.0),
+        aspect_range: Sequence[float] = (0.9, 1.1),
+    ) -> None:
+        self.scale_range = check_range('scale_range', scale_range)
+        self.aspect_range = check_range('aspect_range', aspect_range)
+
+    def transform(self, results: dict) -> dict:
+        """Resize the image (H, W, 3) and its label maps (H, W)."""
+        scale = np.random.uniform(*self.scale_range)
+        stretch = np.random.uniform(*self.aspect_range) ** 0.5
+        height, width = results['img'].shape[:2]
+        size = max(1, int(width * scale * stretch)), max(1, int(height * scale / stretch))
+        results['img'] = mmcv.imresize(results['img'], size, interpolation='bicubic')
+        for key in results.get('seg_fields', []):
+            results[key] = mmcv.imresize(results[key], size, interpolation='nearest')
+        results['img_shape'] = results['img'].shape[:2]
+        return results
+
+    def __repr__(self) -> str:
+        ranges = f'scale_range={self.scale_range}, aspect_range={self.aspect_range}'
+        return f'{type(self).__name__}({ranges})'
+
+
+@TRANSFORMS.register_module()
+class RandomBrightness(BaseTransform):
+    """Add one random whole number to all channels of an image.
+
+    Required and modified key: ``img`` (uint8).
+
+    Args:
+        shift (int): The number is drawn from -shift to shift. Defaults to 10 (official).
+    """
+
+    def __init__(self, shift: int = 10) -> None:
+        if not 0 <= shift <= 255:
+            raise ValueError(f'shift={shift}: choose a whole number from 0 to 255')
+        self.shift = shift
+
+    def transform(self, results: dict) -> dict:
+        """Shift the image (H, W, 3), values from 0 to 255."""
+        shift = np.random.randint(-self.shift, self.shift + 1)
+        results['img'] = np.clip(results['img'].astype(np.int16) + shift, 0, 255).astype(np.uint8)
+        return results
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(shift={self.shift})'
+
+
+@TRANSFORMS.register_module()
+class PlaceRandomly(BaseTransform):
+    """Put an image that is smaller than the crop at a random place of a plain one.
+
+    The image becomes float32, so that a mean colour around it is exactly 0 when it is normalized.
+
+    Required keys: ``img``, and the names in ``seg_fields``. Modified keys: the same,
+    ``img_shape``, ``pad_shape``.
+
+    Args:
+        size (Sequence[int]): Height and width of the crop; larger images are left as they are.
+        pad_val (Sequence[float]): Colour around the image, in its channel order.
+        seg_pad_val (int): Label around the image. Defaults to 255, which is ignored.
+    """
+
+    def __init__(
+        self, size: Sequence[int], pad_val: Sequence[float], seg_pad_val: int = 255
+    ) -> None:
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f'size={tuple(size)}: give height and width of at least 1 pixel')
+        self.size = tuple(size)
+        self.pad_val = tuple(pad_val)
+        self.seg_pad_val = seg_pad_val
+
+    def transform(self, results: dict) -> dict:
+        """Place the image (H, W, 3) and its label maps (H, W) alike."""
+        image = results['img'].astype(np.float32)
+        height, width = image.shape[:2]
+        padded = max(height, self.size[0]), max(width, self.size[1])
+        top = np.random.randint(padded[0] - height + 1)
+        left = np.random.randint(padded[1] - width + 1)
+        place = slice(top, top + height), slice(left, left + width)
+        results['img'] = np.empty((*padded, len(self.pad_val)), np.float32)
+        results['img'][:] = self.pad_val
+        results['img'][place] = image
+        for key in results.get('seg_fields', []):
+            labels = np.full(padded, self.seg_pad_val, results[key].dtype)
+            labels[place] = results[key]
+            results[key] = labels
+        results['img_shape'] = results['pad_shape'] = padded
+        return results
+
+    def __repr__(self) -> str:
+        values = f'size={self.size}, pad_val={self.pad_val}, seg_pad_val={self.seg_pad_val}'
+        return f'{type(self).__name__}({values})'

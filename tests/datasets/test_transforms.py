@@ -1,0 +1,109 @@
+"""The official segmentation augmentation."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
+
+from mmhrformer import TRANSFORMS
+from mmhrformer.datasets import PlaceRandomly, RandomBrightness, RandomScaleAspect
+from mmhrformer.launch import config_root
+
+SIZE = (60, 100)
+
+
+@pytest.fixture
+def sample():
+    rng = np.random.default_rng(0)
+    return dict(
+        img=rng.integers(0, 256, (*SIZE, 3), np.uint8),
+        gt_seg_map=rng.integers(0, 19, SIZE, np.uint8),
+        seg_fields=['gt_seg_map'],
+    )
+
+
+def test_sizes_follow_scale_and_aspect(sample):
+    """Sizes and pixels as OpenCV makes them from the numbers that were drawn."""
+    np.random.seed(3)
+    scale, aspect = np.random.uniform(0.5, 2.0), np.random.uniform(0.9, 1.1)
+    size = int(SIZE[1] * scale * aspect**0.5), int(SIZE[0] * scale / aspect**0.5)
+    image = cv2.resize(sample['img'], size, interpolation=cv2.INTER_CUBIC)
+    labels = cv2.resize(sample['gt_seg_map'], size, interpolation=cv2.INTER_NEAREST)
+    np.random.seed(3)
+    out = RandomScaleAspect()(sample)
+    assert np.array_equal(out['img'], image)
+    assert np.array_equal(out['gt_seg_map'], labels)
+    assert out['img_shape'] == size[::-1]
+
+
+def test_sizes_cover_the_range(sample):
+    shapes = np.array([RandomScaleAspect()(dict(sample))['img'].shape[:2] for _ in range(300)])
+    areas = np.sqrt(shapes.prod(1) / np.prod(SIZE))
+    assert 0.48 < areas.min() < 0.6
+    assert 1.9 < areas.max() <= 2.0
+    ratios = shapes[:, 1] / shapes[:, 0] / (SIZE[1] / SIZE[0])
+    assert 0.86 < ratios.min() < 0.93
+    assert 1.07 < ratios.max() < 1.14
+
+
+def test_brightness_shifts_all_channels_alike(sample):
+    image = sample['img'].copy()
+    shifts = set()
+    for _ in range(200):
+        out = RandomBrightness(10)(dict(sample))['img'].astype(int)
+        inside = (image >= 10) & (image <= 245)
+        (shift,) = set((out - image)[inside])
+        assert np.array_equal(out, np.clip(image.astype(int) + shift, 0, 255))
+        shifts.add(shift)
+    assert shifts == set(range(-10, 11))
+
+
+def test_small_images_are_placed_anywhere_on_the_colour(sample):
+    corners = set()
+    for _ in range(100):
+        out = PlaceRandomly((64, 102), (1.5, 2.5, 3.5))(dict(sample))
+        assert out['img'].shape == (64, 102, 3)
+        assert out['img_shape'] == (64, 102)
+        around = out['gt_seg_map'] == 255
+        assert around.sum() == 64 * 102 - 60 * 100
+        assert np.array_equal(np.unique(out['img'][around], axis=0), [[1.5, 2.5, 3.5]])
+        ys, xs = np.nonzero(~around)
+        corners.add((ys[0], xs[0]))
+        image = out['img'][ys[0] : ys[0] + 60, xs[0] : xs[0] + 100]
+        assert np.array_equal(image, sample['img'])
+    assert corners == {(y, x) for y in range(5) for x in range(3)}
+
+
+def test_large_images_are_left_as_they_are(sample):
+    out = PlaceRandomly((50, 80), (0, 0, 0))(dict(sample))
+    assert np.array_equal(out['img'], sample['img'])
+    assert np.array_equal(out['gt_seg_map'], sample['gt_seg_map'])
+
+
+@pytest.mark.parametrize(
+    ('build', 'message'),
+    [
+        (lambda: RandomScaleAspect(scale_range=(2, 1)), 'scale_range'),
+        (lambda: RandomScaleAspect(aspect_range=(0, 1)), 'aspect_range'),
+        (lambda: RandomBrightness(-1), 'shift=-1'),
+        (lambda: PlaceRandomly((0, 5), (0, 0, 0)), 'size'),
+    ],
+)
+def test_impossible_arguments_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_pipeline_of_the_cityscapes_config(sample):
+    """From the config, in mmseg's scope, up to packed inputs of the crop's size."""
+    cfg = Config.fromfile(config_root() / '_base_/datasets/cityscapes_512x1024.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        assert TRANSFORMS.get('RandomScaleAspect') is RandomScaleAspect
+        pipeline = Compose(cfg.train_pipeline[2:])
+        out = pipeline(dict(sample, reduce_zero_label=False))
+    assert out['inputs'].shape == (3, 512, 1024)
+    assert out['data_samples'].gt_sem_seg.data.shape == (1, 512, 1024)
