@@ -8,6 +8,7 @@ import pkgutil
 from importlib import import_module
 
 import pytest
+from mmengine.logging import MMLogger
 
 import mmhrformer
 from mmhrformer import models
@@ -20,6 +21,13 @@ CLASSES = [
 ]
 
 
+@pytest.fixture
+def _logger():
+    """A logger that exists already; else its messages are taken for the output of an example."""
+    MMLogger.get_current_instance()
+
+
+@pytest.mark.usefixtures('_logger')
 @pytest.mark.parametrize('name', MODULES)
 def test_examples_run(name):
     assert doctest.testmod(import_module(name)).failed == 0

@@ -167,8 +167,7 @@ def run_all(names: list[str], out: Path) -> dict[str, dict]:
     order = sorted(names, key=['pose', 'seg', 'cls'].index)
     with ThreadPoolExecutor(workers) as pool:
         jobs = {
-            name: pool.submit(run_task, name, out, max(1, cores // workers), say)
-            for name in order
+            name: pool.submit(run_task, name, out, max(1, cores // workers), say) for name in order
         }
         return {name: jobs[name].result() for name in names}
 

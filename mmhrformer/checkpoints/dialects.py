@@ -92,7 +92,7 @@ class Report:
         lines = [
             f'{self.dialect} checkpoint: {self.used} tensors used, {len(self.renamed)} renamed, '
             f'{len(self.joined)} joined from query, key and value, {len(self.dropped)} dropped, '
-            f' {len(self.missing)} missing, {len(self.unused)} not used'
+            f'{len(self.missing)} missing, {len(self.unused)} not used'
         ]
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]

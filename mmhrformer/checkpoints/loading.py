@@ -40,14 +40,17 @@ def load_checkpoint(
     if not isinstance(checkpoint, MutableMapping):
         checkpoint = read_checkpoint(checkpoint)
     state_dict, report = convert(unwrap(checkpoint))
+    names = {key: key for key in state_dict}
     if not hasattr(model, 'backbone'):
-        state_dict = {key.removeprefix('backbone.'): v for key, v in state_dict.items()}
+        names = {key: key.removeprefix('backbone.') for key in state_dict}
     elif not any(key.startswith('backbone.') for key in state_dict):
-        state_dict = {'backbone.' + key: v for key, v in state_dict.items()}
+        names = {key: 'backbone.' + key for key in state_dict}
+    state_dict = {names[key]: tensor for key, tensor in state_dict.items()}
     own = set(model.state_dict())
     report.dropped += [key for key in state_dict if key.endswith(BIAS_TABLE) and key not in own]
     missing, unused = model.load_state_dict(state_dict, strict=strict)
-    in_file = {new: old for old, new in report.renamed.items()}
+    in_file = {name: key for key, name in names.items()}
+    in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
     report.missing, report.unused = list(missing), [in_file.get(key, key) for key in unused]
     report.used = len(own) - len(missing)
     print_log(str(report), 'current')

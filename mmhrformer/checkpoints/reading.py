@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,10 +84,11 @@ _PICKLE = SimpleNamespace(
 
 def _is_torchscript(path: Path) -> bool:
     """Whether torch.load would hand the file to the TorchScript interpreter."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith('/constants.pkl') for name in archive.namelist())
+    with path.open('rb') as file:
+        if file.read(4) != b'PK\3\4':
+            return False
+    # torch's own reader: another one can see other entries in a file made to deceive it.
+    return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -110,12 +110,12 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {str(path)!r}')
-    if _is_torchscript(path):
-        raise ValueError(
-            f'{str(path)!r} is a TorchScript program, not a checkpoint: its code would run. Save '
-            "the model's state_dict() instead"
-        )
     try:
+        if _is_torchscript(path):
+            raise ValueError(
+                'it is a TorchScript program, not a checkpoint: its code would run. Save the '
+                "model's state_dict() instead"
+            )
         content = torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
     except Exception as err:  # a damaged file can fail in any way
         raise ValueError(f'cannot read the checkpoint {str(path)!r}: {err}') from err

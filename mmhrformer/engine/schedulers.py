@@ -16,7 +16,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     At the end of the warm-up the learning rate drops a little, since the cosine has already run
     (timm's ``CosineLRScheduler`` without ``warmup_prefix``, which the official code uses).
-    mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead.
+    mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead. timm
+    sets the value of step k after iteration k, this one before it: one iteration earlier.
 
     Args:
         optimizer (Optimizer | OptimWrapper): The optimizer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -64,6 +64,8 @@ def parse_arch(arch: str | dict) -> dict:
         if arch not in ARCHS:
             raise ValueError(f'arch={arch!r} is unknown: choose one of {list(ARCHS)} or a dict')
         return dict(ARCHS[arch])
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch={arch!r}: choose one of {list(ARCHS)} or a dict with their fields')
     fields = {'num_blocks': 2, 'mlp_ratio': 4, **arch}
     names = set(ARCHS['tiny'])
     if set(fields) != names:
@@ -73,10 +75,10 @@ def parse_arch(arch: str | dict) -> dict:
         )
     lengths = dict(channels=NUM_STREAMS, num_heads=NUM_STREAMS, num_modules=NUM_STREAMS - 1)
     for name, length in lengths.items():
-        value = tuple(fields[name])
-        if len(value) != length or min(value) < 1:
+        value = fields[name]
+        if not isinstance(value, Sequence) or len(value) != length or min(value) < 1:
             raise ValueError(f'arch[{name!r}]={value}: give {length} numbers of at least 1')
-        fields[name] = value
+        fields[name] = tuple(value)
     for name in ('num_blocks', 'mlp_ratio'):
         if fields[name] <= 0:
             raise ValueError(f'arch[{name!r}]={fields[name]}: give a number above 0')
@@ -170,6 +172,8 @@ class HRFormer(BaseModule):
         self.arch = parse_arch(arch)
         self.in_channels = in_channels
         self.window_sizes = self._per_stream(window_size)
+        if not isinstance(out_indices, Sequence):
+            raise ValueError(f'out_indices={out_indices}: give a list, such as (0,)')
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

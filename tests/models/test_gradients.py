@@ -24,10 +24,7 @@ def test_float32_gradients_follow_float64(upsample, memory_format):
         sum(stream.square().mean() for stream in net(x)).backward()
     norms = torch.stack([p.grad.norm() for p in exact.parameters()])
     errors = torch.stack(
-        [
-            (p.grad.double() - q.grad).norm()
-            for p, q in zip(model.parameters(), exact.parameters())
-        ]
+        [(p.grad.double() - q.grad).norm() for p, q in zip(model.parameters(), exact.parameters())]
     )
     relative = (errors / norms)[norms > 1e-6]  # the others are analytically zero
     assert relative.median() < 1e-4

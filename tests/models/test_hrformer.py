@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from functools import cache
 
 import golden
 import pytest
@@ -25,10 +26,19 @@ TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1,
 COUNTS = golden.read_json('params_flops.json')['parameters']
 
 
-def make_model(seed: int = 0, **options) -> HRFormer:
+@cache
+def weights(*entries: tuple) -> dict[str, Tensor]:
+    """Random parameters and statistics, which depend on their names; not to be changed."""
+    return golden.recipe.make_torch_state_dict(entries)
+
+
+def make_model(**options) -> HRFormer:
     """A small model with random parameters and statistics."""
     model = HRFormer(**{'arch': TINY, **options})
-    golden.recipe.fill_module(model, seed)
+    own = model.state_dict()
+    entries = ((key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in own.items())
+    for key, tensor in weights(*entries).items():
+        own[key].copy_(tensor)
     return model
 
 
@@ -547,3 +557,16 @@ def test_impossible_images_are_named_with_a_remedy(shape, words):
         make_model()(torch.zeros(shape))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(arch=None), 'arch=None'),
+        (dict(arch=dict(channels=32, num_heads=(1, 2, 4, 8), num_modules=(1, 1, 1))), 'channels'),
+        (dict(out_indices=0), 'out_indices=0'),
+    ],
+)
+def test_wrong_types_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        HRFormer(**options)
