@@ -192,17 +192,7 @@ class HRFormer(BaseModule):
             with_cp=with_cp,
         )
         self._build_stem()
-        num_modules = self.arch['num_modules']
-        depth = sum(num_modules) * self.arch['num_blocks']
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
-        channels = (STEM_CHANNELS * Bottleneck.expansion,)
-        for stage, modules in enumerate(num_modules, start=2):
-            streams = self.arch['channels'][:stage]
-            setattr(self, f'transition{stage - 1}', self._build_transition(channels, streams))
-            depth_of_stage = modules * self.arch['num_blocks']
-            stage_rates, rates = rates[:depth_of_stage], rates[depth_of_stage:]
-            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_rates))
-            channels = streams
+        self._build_stages(drop_path_rate)
         self._freeze_stages()
 
     @staticmethod
@@ -239,6 +229,18 @@ class HRFormer(BaseModule):
             Bottleneck(width, width, norm_cfg=self.norm_cfg),
             Bottleneck(width * Bottleneck.expansion, width, norm_cfg=self.norm_cfg),
         )
+
+    def _build_stages(self, drop_path_rate: float) -> None:
+        """Transitions and stages 2 to 4; the drop path rate rises from block to block."""
+        num_modules, num_blocks = self.arch['num_modules'], self.arch['num_blocks']
+        rates = torch.linspace(0, drop_path_rate, sum(num_modules) * num_blocks).tolist()
+        channels = (STEM_CHANNELS * Bottleneck.expansion,)
+        for stage, modules in enumerate(num_modules, start=2):
+            streams = self.arch['channels'][:stage]
+            setattr(self, f'transition{stage - 1}', self._build_transition(channels, streams))
+            stage_rates = [rates.pop(0) for _ in range(modules * num_blocks)]
+            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_rates))
+            channels = streams
 
     def _build_transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
         """One more, half-size stream; the others pass unless their channels change."""
