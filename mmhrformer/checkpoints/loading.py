@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .dialects import BIAS_TABLE, Report, convert, unwrap
@@ -55,3 +56,31 @@ def load_checkpoint(
     report.used = len(own) - len(missing)
     print_log(str(report), 'current')
     return report
+
+
+SCHEME = 'mmhrformer://'
+
+
+@CheckpointLoader.register_scheme(prefixes=SCHEME)
+def load_from_scheme(filename: str, map_location=None, logger: str = 'current') -> dict:
+    """Read ``mmhrformer://PATH`` wherever mmengine takes a checkpoint.
+
+    The file may be of any dialect and is read without running code from it; the tensors come out
+    with the names they have here. Other contents of the file are left behind.
+
+    Args:
+        filename (str): ``mmhrformer://`` and the path of a file.
+        map_location (optional): Tensors are always read on the CPU; models copy them from there.
+        logger (str): Where to tell what was read. Defaults to ``'current'``.
+
+    Returns:
+        dict: The tensors by name, under ``'state_dict'``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or is of no known dialect.
+    """
+    path = filename.removeprefix(SCHEME)
+    state_dict, report = convert(unwrap(read_checkpoint(path)))
+    print_log(f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors', logger)
+    return dict(state_dict=state_dict)

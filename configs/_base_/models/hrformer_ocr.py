@@ -1,5 +1,7 @@
 # HRFormer with the OCR head and its auxiliary head; `arch`, the channels, classes, losses and the
-# drop path rate are set by the configs.
+# drop path rate are set by the configs. Official training starts from the ImageNet checkpoint; name
+# yours: --cfg-options model.backbone.init_cfg.type=Pretrained
+#                      model.backbone.init_cfg.checkpoint=mmhrformer://hrt_small.pth
 norm_cfg = dict(type='SyncBN')
 model = dict(
     type='CascadeEncoderDecoder',

@@ -1,5 +1,7 @@
 # HRFormer with a heatmap head on its finest stream; `arch`, the channels, the drop path rate and
-# the decoder are set by the configs.
+# the decoder are set by the configs. Official training starts from the ImageNet checkpoint; name
+# yours: --cfg-options model.backbone.init_cfg.type=Pretrained
+#                      model.backbone.init_cfg.checkpoint=mmhrformer://hrt_small.pth
 #
 # `with_rpe`: the paper's attention has a relative position bias, and mmpose's checkpoints were
 # trained with it. The official pose code, as published, computes the bias and does not add it;

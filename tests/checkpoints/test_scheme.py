@@ -1,0 +1,59 @@
+"""`mmhrformer://FILE` works wherever mmengine takes a checkpoint."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import torch
+from mmengine.runner import load_checkpoint as mmengine_load
+
+import mmhrformer
+from mmhrformer import HRFormer
+
+CASES = {
+    'cls': ('keys_cls_tiny.json', golden.CLS_CONFIGS['tiny']),
+    'pose': ('keys_pose_tiny.json', golden.POSE_CONFIGS['tiny']),
+    'seg': ('keys_seg_small_w7.json', golden.SEG_CONFIGS['small']),
+}
+
+
+def same(state: dict, expected: dict) -> bool:
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[key], expected[key]) for key in expected
+    )
+
+
+@pytest.mark.parametrize('task', CASES)
+def test_official_file_into_a_whole_model(task, tmp_path):
+    keys, config = CASES[task]
+    checkpoint = golden.official_checkpoint(task, keys)
+    torch.save(checkpoint, tmp_path / 'official.pth')
+    expected, model = golden.build(config), golden.build(config)
+    mmhrformer.load_checkpoint(expected, checkpoint, strict=True)
+    mmengine_load(model, f'mmhrformer://{tmp_path}/official.pth', strict=True)
+    assert same(model.state_dict(), expected.state_dict())
+
+
+def test_imagenet_file_into_a_backbone_by_init_cfg(tmp_path):
+    checkpoint = golden.official_checkpoint('cls', 'keys_cls_tiny.json')
+    torch.save(checkpoint, tmp_path / 'official.pth')
+    expected = HRFormer('tiny', window_size=13)
+    mmhrformer.load_checkpoint(expected, checkpoint)
+    options = {
+        'model.backbone.init_cfg.type': 'Pretrained',
+        'model.backbone.init_cfg.checkpoint': f'mmhrformer://{tmp_path}/official.pth',
+        'model.backbone.window_size': 13,
+        'model.backbone.out_indices': (0, 1, 2, 3),
+    }
+    model = golden.build(golden.POSE_CONFIGS['tiny'], **options)
+    model.init_weights()
+    assert same(model.backbone.state_dict(), expected.state_dict())
+
+
+def test_missing_and_foreign_files_are_errors(tmp_path):
+    model = HRFormer('tiny')
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        mmengine_load(model, 'mmhrformer://nowhere.pth')
+    torch.save({'fc.weight': torch.zeros(2, 2)}, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+        mmengine_load(model, f'mmhrformer://{tmp_path}/other.pth')
