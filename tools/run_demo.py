@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(__file__).resolve().parent
-DATA = Path('data/demo')  # as the configs have it
+DATA = Path('data/demo')  # below the current folder, as the configs have it
 
 
 @dataclass(frozen=True)
@@ -191,13 +190,11 @@ def main() -> None:
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()
-    out = args.out.resolve()
-    os.chdir(ROOT)  # the configs' data folder is relative
     print('Three small HRFormers learn on the CPU; two cores take about four minutes.')
     start = time.time()
     try:
-        results = run_all(list(dict.fromkeys(args.tasks)), out)
-    except DemoError as err:
+        results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
+    except (DemoError, ImportError, OSError, ValueError) as err:
         sys.exit(f'\nThe demo stopped: {err}')
     print_table(results)
     print(f'\nTogether {time.time() - start:.0f} s.')

@@ -25,6 +25,7 @@ model = dict(
     backbone=dict(arch=dict(_delete_=True, **_base_.arch), drop_path_rate=0.0, norm_cfg=norm_cfg),
     decode_head=[aux_head, ocr_head],
 )
+del head, aux_head, ocr_head
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -7,3 +7,4 @@ model = dict(
     backbone=dict(arch='base', drop_path_rate=0.4),
     decode_head=[aux_head, ocr_head],
 )
+del aux_head, ocr_head

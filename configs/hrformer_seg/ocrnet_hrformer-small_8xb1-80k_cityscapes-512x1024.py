@@ -12,3 +12,4 @@ model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
     decode_head=[aux_head, ocr_head],
 )
+del aux_head, ocr_head
