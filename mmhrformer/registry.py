@@ -9,8 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import Registry
 
 # Classes that are built on a framework: name -> (module that defines it, framework, our extra).
@@ -18,6 +20,7 @@ from mmengine.registry import Registry
 FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
+    'SumLogitsTTAModel': ('mmhrformer.models.seg_tta', 'mmsegmentation', 'seg'),
 }
 
 
@@ -69,4 +72,16 @@ TRANSFORMS = Registry(
     parent=MMENGINE_TRANSFORMS,
     scope='mmhrformer',
     locations=['mmhrformer.datasets'],
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmhrformer',
+    locations=['mmhrformer.engine'],
+)
+VISBACKENDS = Registry(
+    'vis_backend',
+    parent=MMENGINE_VISBACKENDS,
+    scope='mmhrformer',
+    locations=['mmhrformer.engine'],
 )

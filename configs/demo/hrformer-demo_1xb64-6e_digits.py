@@ -50,8 +50,9 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='mmhrformer.DecayGroupsConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
-    paramwise_cfg=dict(flat_decay_mult=0.0),
+    paramwise_cfg=dict(no_decay=['vectors']),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = dict(

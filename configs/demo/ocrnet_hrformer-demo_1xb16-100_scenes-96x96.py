@@ -22,7 +22,12 @@ ocr_head.update(ocr_channels=32)
 ocr_head.loss_decode.update(min_kept=10000)
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(arch=dict(_delete_=True, **_base_.arch), drop_path_rate=0.0, norm_cfg=norm_cfg),
+    backbone=dict(
+        arch=dict(_delete_=True, **_base_.arch),
+        drop_path_rate=0.0,
+        norm_cfg=norm_cfg,
+        init_cfg=None,
+    ),
     decode_head=[aux_head, ocr_head],
 )
 del head, aux_head, ocr_head
@@ -71,11 +76,9 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='mmhrformer.DecayGroupsConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01),
-    paramwise_cfg=dict(
-        flat_decay_mult=0.0,
-        custom_keys={'relative_position_bias_table': dict(decay_mult=0.0)},
-    ),
+    paramwise_cfg=dict(no_decay=['vectors', 'bias_tables']),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=11),

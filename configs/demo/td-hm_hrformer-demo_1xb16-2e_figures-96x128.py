@@ -10,7 +10,10 @@ data_root = 'data/demo/figures/'
 codec = dict(type='UDPHeatmap', input_size=(96, 128), heatmap_size=(24, 32), sigma=1)
 model = dict(
     backbone=dict(
-        arch=dict(_delete_=True, **_base_.arch), drop_path_rate=0.0, norm_cfg=dict(type='BN')
+        arch=dict(_delete_=True, **_base_.arch),
+        drop_path_rate=0.0,
+        norm_cfg=dict(type='BN'),
+        init_cfg=None,
     ),
     head=dict(in_channels=16, decoder=codec),
     test_cfg=dict(shift_heatmap=False),
@@ -70,8 +73,9 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='mmhrformer.DecayGroupsConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys={'relative_position_bias_table': dict(decay_mult=0.0)}),
+    paramwise_cfg=dict(no_decay=['bias_tables']),
 )
 param_scheduler = dict(
     type='mmhrformer.WarmupCosineLR',

@@ -8,6 +8,9 @@ _base_ = [
 # The official repository has no pose config for the tiny architecture; this one takes the
 # recipe of the small one.
 model = dict(
-    backbone=dict(arch='tiny'),
+    backbone=dict(
+        arch='tiny',
+        init_cfg=dict(checkpoint='mmhrformer://hrformer-tiny_8xb128_in1k'),
+    ),
     head=dict(in_channels=18, decoder=_base_.codec),
 )

@@ -1,4 +1,4 @@
-"""The augmentation of the official segmentation code, where mmsegmentation has no equal."""
+"""The augmentation of the official codes, where mmpose and mmsegmentation have no equal."""
 
 from __future__ import annotations
 
@@ -134,3 +134,49 @@ class PlaceRandomly(BaseTransform):
     def __repr__(self) -> str:
         values = f'size={self.size}, pad_val={self.pad_val}, seg_pad_val={self.seg_pad_val}'
         return f'{type(self).__name__}({values})'
+
+
+@TRANSFORMS.register_module()
+class RandomScaleRotation(BaseTransform):
+    """Scale and rotate the boxes of people at random, as the official pose code does.
+
+    Scales are drawn from a normal distribution around 1, rotations from one around 0; the former
+    is clipped at one standard deviation, the latter at two. mmpose's ``RandomBBoxTransform`` draws
+    from truncated distributions, which make the largest changes rarer.
+
+    Required key: ``bbox_scale`` (N, 2). Modified keys: ``bbox_scale``, ``bbox_rotation`` (N,).
+
+    Args:
+        scale_std (float): Standard deviation of the scale, from 0 to below 1. Defaults to 0.5
+            (official): scales from 0.5 to 1.5.
+        rotation_std (float): Standard deviation of the rotation, in degrees. Defaults to 40
+            (official): rotations from -80 to 80.
+        rotation_prob (float): How often a box is rotated at all. Defaults to 0.6 (official).
+    """
+
+    def __init__(
+        self, scale_std: float = 0.5, rotation_std: float = 40.0, rotation_prob: float = 0.6
+    ) -> None:
+        if not 0 <= scale_std < 1:
+            raise ValueError(f'scale_std={scale_std}: choose a number from 0 to below 1')
+        if not 0 <= rotation_std <= 90:
+            raise ValueError(f'rotation_std={rotation_std}: choose degrees from 0 to 90')
+        if not 0 <= rotation_prob <= 1:
+            raise ValueError(f'rotation_prob={rotation_prob}: choose a number from 0 to 1')
+        self.scale_std = scale_std
+        self.rotation_std = rotation_std
+        self.rotation_prob = rotation_prob
+
+    def transform(self, results: dict) -> dict:
+        """Change the boxes, each by its own scale and rotation."""
+        number = len(results['bbox_scale'])
+        scale = 1 + self.scale_std * np.random.randn(number, 1).clip(-1, 1)
+        rotation = self.rotation_std * np.random.randn(number).clip(-2, 2)
+        rotated = np.random.rand(number) < self.rotation_prob
+        results['bbox_scale'] = (results['bbox_scale'] * scale).astype(np.float32)
+        results['bbox_rotation'] = np.where(rotated, rotation, 0).astype(np.float32)
+        return results
+
+    def __repr__(self) -> str:
+        values = f'rotation_std={self.rotation_std}, rotation_prob={self.rotation_prob}'
+        return f'{type(self).__name__}(scale_std={self.scale_std}, {values})'

@@ -10,7 +10,12 @@ from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 
 from mmhrformer import TRANSFORMS
-from mmhrformer.datasets import PlaceRandomly, RandomBrightness, RandomScaleAspect
+from mmhrformer.datasets import (
+    PlaceRandomly,
+    RandomBrightness,
+    RandomScaleAspect,
+    RandomScaleRotation,
+)
 from mmhrformer.launch import config_root
 
 SIZE = (60, 100)
@@ -107,3 +112,40 @@ def test_pipeline_of_the_cityscapes_config(sample):
         out = pipeline(dict(sample, reduce_zero_label=False))
     assert out['inputs'].shape == (3, 512, 1024)
     assert out['data_samples'].gt_sem_seg.data.shape == (1, 512, 1024)
+
+
+def boxes(number: int) -> dict:
+    return dict(bbox_scale=np.full((number, 2), 100.0, np.float32))
+
+
+def test_boxes_are_scaled_and_rotated_by_clipped_normal_numbers():
+    np.random.seed(0)
+    out = RandomScaleRotation()(boxes(20000))
+    scale, rotation = out['bbox_scale'][:, 0] / 100, out['bbox_rotation']
+    assert np.array_equal(out['bbox_scale'][:, 0], out['bbox_scale'][:, 1])
+    assert (scale.min(), scale.max()) == pytest.approx((0.5, 1.5))
+    # 16 % of a normal distribution lie beyond one standard deviation on either side, 2.3 % beyond
+    # two; clipped, they all lie at the limits.
+    assert np.isclose(scale, 0.5).mean() == pytest.approx(0.159, abs=0.01)
+    assert np.isclose(scale, 1.5).mean() == pytest.approx(0.159, abs=0.01)
+    assert (rotation == 0).mean() == pytest.approx(0.4, abs=0.01)
+    assert (rotation == 80).mean() == pytest.approx(0.6 * 0.0228, abs=0.005)
+    assert (rotation.min(), rotation.max()) == (-80, 80)
+    turned = rotation[rotation != 0]
+    assert turned.std() == pytest.approx(40 * 0.959, rel=0.02)
+    assert np.corrcoef(scale, rotation)[0, 1] == pytest.approx(0, abs=0.03)
+
+
+def test_no_change_is_possible():
+    out = RandomScaleRotation(scale_std=0, rotation_prob=0)(boxes(5))
+    assert np.array_equal(out['bbox_scale'], boxes(5)['bbox_scale'])
+    assert not out['bbox_rotation'].any()
+    assert out['bbox_rotation'].shape == (5,)
+
+
+@pytest.mark.parametrize(
+    'options', [dict(scale_std=1), dict(rotation_std=-1), dict(rotation_prob=1.5)]
+)
+def test_impossible_changes_are_refused(options):
+    with pytest.raises(ValueError, match='{}={}'.format(*next(iter(options.items())))):
+        RandomScaleRotation(**options)

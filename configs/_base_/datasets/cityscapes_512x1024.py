@@ -1,8 +1,7 @@
 # Cityscapes, laid out as
 #   data/cityscapes/leftImg8bit/{train,val}/<city>/*_leftImg8bit.png
 #   data/cityscapes/gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png
-# (mmsegmentation's tools/dataset_converters/cityscapes.py writes the labelTrainIds files).
-dataset_type = 'CityscapesDataset'
+# docs/datasets.md#cityscapes tells where it comes from and what writes the labelTrainIds files.
 data_root = 'data/cityscapes/'
 crop_size = (512, 1024)
 
@@ -21,8 +20,6 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    # The annotation keeps its size: predictions are compared at the original one.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -47,7 +44,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        type=dataset_type,
+        type='CityscapesDataset',
         data_root=data_root,
         data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
         pipeline=train_pipeline,
@@ -59,7 +56,7 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type=dataset_type,
+        type='CityscapesDataset',
         data_root=data_root,
         data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
         pipeline=test_pipeline,

@@ -2,7 +2,7 @@
 #   data/coco/annotations/person_keypoints_{train,val}2017.json
 #   data/coco/person_detection_results/COCO_val2017_detections_AP_H_56_person.json
 #   data/coco/{train,val}2017/*.jpg
-dataset_type = 'CocoDataset'
+# docs/datasets.md#coco-keypoints tells where it comes from.
 data_mode = 'topdown'
 data_root = 'data/coco/'
 codec = dict(type='MSRAHeatmap', input_size=(192, 256), heatmap_size=(48, 64), sigma=2)
@@ -12,8 +12,8 @@ train_pipeline = [
     dict(type='GetBBoxCenterScale'),
     dict(type='RandomFlip', direction='horizontal'),
     dict(type='RandomHalfBody'),
-    # The official recipe scales and rotates, it does not shift.
-    dict(type='RandomBBoxTransform', shift_prob=0.0),
+    # mmpose's RandomBBoxTransform would cut the normal distributions off instead of clipping them.
+    dict(type='mmhrformer.RandomScaleRotation', scale_std=0.5, rotation_std=40, rotation_prob=0.6),
     dict(type='TopdownAffine', input_size=codec['input_size']),
     dict(type='GenerateTarget', encoder=codec),
     dict(type='PackPoseInputs'),
@@ -30,7 +30,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type=dataset_type,
+        type='CocoDataset',
         data_root=data_root,
         data_mode=data_mode,
         ann_file='annotations/person_keypoints_train2017.json',
@@ -45,7 +45,7 @@ val_dataloader = dict(
     drop_last=False,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(
-        type=dataset_type,
+        type='CocoDataset',
         data_root=data_root,
         data_mode=data_mode,
         ann_file='annotations/person_keypoints_val2017.json',

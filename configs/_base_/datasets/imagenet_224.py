@@ -1,14 +1,13 @@
-# ImageNet-1K, laid out as data/imagenet/{train,val}/<wnid>/*.JPEG.
+# ImageNet-1K, laid out as data/imagenet/{train,val}/<wnid>/*.JPEG; docs/datasets.md#imagenet-1k
+# tells where it comes from.
 # Augmentation of the official classification code: timm's rand-m9-mstd0.5-inc1 and erasing.
-dataset_type = 'ImageNet'
+
 data_preprocessor = dict(
     num_classes=1000,
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     to_rgb=True,
 )
-bgr_mean = [103.53, 116.28, 123.675]
-bgr_std = [57.375, 57.12, 58.395]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -29,8 +28,9 @@ train_pipeline = [
         mode='rand',
         min_area_ratio=0.02,
         max_area_ratio=1 / 3,
-        fill_color=bgr_mean,
-        fill_std=bgr_std,
+        # In the order of the image, BGR.
+        fill_color=[103.53, 116.28, 123.675],
+        fill_std=[57.375, 57.12, 58.395],
     ),
     dict(type='PackInputs'),
 ]
@@ -45,9 +45,11 @@ train_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
+    # 1,251 iterations an epoch, as in the official code.
+    drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type=dataset_type, data_root='data/imagenet', split='train', pipeline=train_pipeline
+        type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline
     ),
 )
 val_dataloader = dict(
@@ -55,7 +57,7 @@ val_dataloader = dict(
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type=dataset_type, data_root='data/imagenet', split='val', pipeline=test_pipeline),
+    dataset=dict(type='ImageNet', data_root='data/imagenet', split='val', pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, 5))

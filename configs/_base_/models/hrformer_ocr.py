@@ -1,7 +1,6 @@
 # HRFormer with the OCR head and its auxiliary head; `arch`, the channels, classes, losses and the
-# drop path rate are set by the configs. Official training starts from the ImageNet checkpoint; name
-# yours: --cfg-options model.backbone.init_cfg.type=Pretrained
-#                      model.backbone.init_cfg.checkpoint=mmhrformer://hrt_small.pth
+# drop path rate are set by the configs. Training starts from the ImageNet checkpoint of
+# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None starts from nothing.
 norm_cfg = dict(type='SyncBN')
 model = dict(
     type='CascadeEncoderDecoder',
@@ -16,7 +15,13 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    backbone=dict(type='mmhrformer.HRFormer', arch='small', drop_path_rate=0.2, norm_cfg=norm_cfg),
+    backbone=dict(
+        type='mmhrformer.HRFormer',
+        arch='small',
+        drop_path_rate=0.2,
+        norm_cfg=norm_cfg,
+        init_cfg=dict(type='Pretrained', checkpoint='mmhrformer://hrformer-small_8xb128_in1k'),
+    ),
     decode_head=[
         dict(
             type='mmhrformer.OCRAuxHead',

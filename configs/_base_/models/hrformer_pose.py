@@ -1,7 +1,6 @@
 # HRFormer with a heatmap head on its finest stream; `arch`, the channels, the drop path rate and
-# the decoder are set by the configs. Official training starts from the ImageNet checkpoint; name
-# yours: --cfg-options model.backbone.init_cfg.type=Pretrained
-#                      model.backbone.init_cfg.checkpoint=mmhrformer://hrt_small.pth
+# the decoder are set by the configs. Training starts from the ImageNet checkpoint of
+# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None starts from nothing.
 #
 # `with_rpe`: the paper's attention has a relative position bias, and mmpose's checkpoints were
 # trained with it. The official pose code, as published, computes the bias and does not add it;
@@ -22,6 +21,7 @@ model = dict(
         upsample='bilinear',
         out_indices=(0,),
         norm_cfg=dict(type='SyncBN'),
+        init_cfg=dict(type='Pretrained', checkpoint='mmhrformer://hrformer-small_8xb128_in1k'),
     ),
     head=dict(
         type='HeatmapHead',

@@ -15,7 +15,8 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-vis_backends = [dict(type='LocalVisBackend')]
+# PreflightChecks stops a run with missing data or dead options before anything is built.
+vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.PreflightChecks')]
 visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'
 load_from = None

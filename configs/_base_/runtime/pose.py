@@ -17,7 +17,8 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-vis_backends = [dict(type='LocalVisBackend')]
+# PreflightChecks stops a run with missing data or dead options before anything is built.
+vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.PreflightChecks')]
 visualizer = dict(type='PoseLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True, num_digits=6)
 log_level = 'INFO'

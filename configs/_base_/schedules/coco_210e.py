@@ -1,9 +1,10 @@
 # Official pose recipe: 210 epochs, 8 GPUs x 32 images.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01),
+    constructor='mmhrformer.DecayGroupsConstructor',
+    optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
     # Everything is decayed but the relative position bias tables.
-    paramwise_cfg=dict(custom_keys={'relative_position_bias_table': dict(decay_mult=0.0)}),
+    paramwise_cfg=dict(no_decay=['bias_tables']),
 )
 param_scheduler = [
     # mmengine counts both ends of a schedule: this is a warm-up of 500 iterations.

@@ -1,11 +1,12 @@
 # Official classification recipe: 300 epochs, 8 GPUs x 128 images.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
+    constructor='mmhrformer.DecayGroupsConstructor',
     # 5e-4 * batch / 512
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
     # Biases and norms are not decayed; unlike in pose and segmentation, the relative position
     # bias tables are.
-    paramwise_cfg=dict(flat_decay_mult=0.0),
+    paramwise_cfg=dict(no_decay=['vectors']),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = dict(

@@ -1,0 +1,14 @@
+_base_ = [
+    '../_base_/models/hrformer_ocr.py',
+    '../_base_/datasets/coco_stuff10k_520x520.py',
+    '../_base_/schedules/seg_60k.py',
+    '../_base_/runtime/seg.py',
+]
+
+aux_head, ocr_head = _base_.model.decode_head
+aux_head.num_classes = ocr_head.num_classes = 171
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    decode_head=[aux_head, ocr_head],
+)
+del aux_head, ocr_head
