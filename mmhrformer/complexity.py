@@ -1,6 +1,7 @@
 """Parameters and operations of a model, counted two ways.
 
-``macs`` are the multiply-accumulates of convolutions, linear layers and attention products.
+``macs`` are the multiply-accumulates of convolutions, linear layers and attention products (in
+the backbone and in the OCR head).
 ``flops_official`` follows the counter of the official code, whose results the paper gives
 (Table 6): the same, plus 1 for each bias of a linear layer, 4 for each value of a batch
 normalization, 5 for each of a softmax, and 1 for each of a ReLU, sum, product or dropout; GELU,
@@ -10,6 +11,7 @@ layer normalization, padding and resizing are free.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -62,6 +64,18 @@ def _fusion(module: HRFormerFusion, xs: list[Tensor], outs: tuple[Tensor]) -> di
     return dict(elementwise=sum(w * x[:, 0].numel() for w, x in zip(widths[1:], xs[1:])))
 
 
+def _object_attention(module: nn.Module, pixels: Tensor, regions: Tensor, out: Tensor) -> dict:
+    """Of the OCR head: gathering regions from pixels, and the attention of pixels to regions."""
+    B, C, H, W = pixels.shape
+    weights = B * H * W * regions.shape[2]
+    key_channels = module.f_down[0][0].out_channels
+    return dict(
+        macs=weights * (C + 2 * key_channels),
+        softmax=2 * 5 * weights,
+        elementwise=2 * weights,  # scaling
+    )
+
+
 COUNTERS: dict[type, Callable] = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
@@ -92,13 +106,16 @@ def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
     def hook(counter: Callable):
         def count(module, args, out):
             if args:
-                total.update(counter(module, args[0], out))
+                total.update(counter(module, *args, out))
 
         return count
 
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
+    counters = dict(COUNTERS)
+    if ocr_head := sys.modules.get('mmhrformer.models.ocr_head'):  # needs mmseg
+        counters[ocr_head.ObjectAttention] = _object_attention
     for module in model.modules():
-        for kind, counter in COUNTERS.items():
+        for kind, counter in counters.items():
             if isinstance(module, kind):
                 module.register_forward_hook(hook(counter))
     whole_model = hasattr(model, 'backbone')

@@ -102,7 +102,36 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
     try:
         config = find_config(args[0])
         script = stock_tool(Config.fromfile(config).get('default_scope'), tool)
-    except (FileNotFoundError, ImportError, ValueError) as err:
+        rest = args[1:]
+        if tool == 'test' and rest and not rest[0].startswith('-'):
+            rest[0] = checked(rest[0])
+    except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
-    sys.argv = [str(script), str(config), *args[1:]]
+    sys.argv = [str(script), str(config), *rest]
     runpy.run_path(str(script), run_name='__main__')
+
+
+def checked(checkpoint: str) -> str:
+    """Check a checkpoint before a stock tool reads it in its own way.
+
+    Args:
+        checkpoint (str): Path, address, or ``mmhrformer://NAME_OR_PATH``.
+
+    Returns:
+        str: What to give to the stock tool: the same, or behind ``mmhrformer://`` if it has to be
+        translated.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DownloadError: If a file is not what its name says.
+        ValueError: If it cannot be read, would run code, or is of no known dialect.
+    """
+    # Here, since the zoo finds its metafiles through this module.
+    from .checkpoints import detect_dialect, read_checkpoint, unwrap
+    from .checkpoints.loading import SCHEME, locate
+
+    if '://' in checkpoint and not checkpoint.startswith(SCHEME):
+        return checkpoint
+    path = locate(checkpoint)
+    dialect = detect_dialect(unwrap(read_checkpoint(path)))
+    return str(path) if dialect == 'mmhrformer' else f'{SCHEME}{path}'

@@ -12,6 +12,11 @@ CASES = [
     (golden.CLS_CONFIGS[arch], row)
     for row, arch in zip(TABLE['classification'], ('tiny', 'small', 'base'))
 ] + [(golden.POSE_CONFIGS[row['model'].split()[1]], row) for row in TABLE['pose']]
+CASES += [
+    (golden.SEG_CONFIGS[row['model'].split()[1]], row)
+    for row in TABLE['segmentation']['results']
+    if row['input_shape'] == [1, 3, 512, 512] and ' w7 ' in row['model']
+]
 
 
 @pytest.mark.parametrize(('config', 'row'), CASES)

@@ -7,9 +7,11 @@ the heads differ in all.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,47 +22,92 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..models.hrformer import HRFormer
 
-# Inside a transformer block, all dialects.
-BLOCK_RENAMES = (
-    (r'\.attn\.attn\.', '.attn.'),
-    (r'\.mlp\.', '.ffn.'),
-    (r'\.out_proj\.', '.proj.'),
-)
-# Query, key and value are one projection here, in this order.
-SEPARATE_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
-DERIVED_BUFFER = 'relative_position_index'
 BIAS_TABLE = 'relative_position_bias_table'
+# Follows from the window. The official codes and mmpose save it; here it is computed.
+DERIVED_BUFFER = 'relative_position_index'
+# Query, key and value are one projection here and in mmpose, in this order.
+SEPARATE_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
+_SEPARATE = re.compile(rf'\.({"|".join(SEPARATE_PROJECTIONS)})\.')
 
-# Whole models: dialect -> renames from the start of the key.
-HEAD_RENAMES = {
-    'official-cls': (
-        (r'(?=(incre_modules|downsamp_modules|final_layer)\.)', 'neck.0.'),
-        (r'classifier\.', 'head.fc.'),
-        (r'(?!neck\.0\.|head\.fc\.)', 'backbone.'),
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a code names its tensors, and how it packs them in a file.
+
+    Both tables hold pairs (name there, name here) and are used in both directions.
+
+    Attributes:
+        starts (tuple[tuple[str, str], ...]): How names begin in whole models. The first pair that
+            fits counts.
+        blocks (tuple[tuple[str, str], ...]): Parts of names inside transformer blocks.
+        separate (bool): Whether query, key and value are three projections.
+        container (str): Key of the file under which the tensors are.
+        beside (str): Key that a file has, too, or empty.
+        prefix (str): What stands before each name in a file.
+    """
+
+    starts: tuple[tuple[str, str], ...] = ()
+    blocks: tuple[tuple[str, str], ...] = ()
+    separate: bool = False
+    container: str = 'state_dict'
+    beside: str = 'meta'
+    prefix: str = ''
+
+
+MMPOSE_BLOCKS = (('.attn.attn.', '.attn.'),)
+OFFICIAL_BLOCKS = (*MMPOSE_BLOCKS, ('.mlp.', '.ffn.'), ('.out_proj.', '.proj.'))
+_official = partial(Dialect, blocks=OFFICIAL_BLOCKS, separate=True)
+_OCR = 'ocr_distri_head.object_context_block.'
+
+DIALECTS = {
+    'official-cls': _official(
+        (
+            ('incre_modules.', 'neck.0.incre_modules.'),
+            ('downsamp_modules.', 'neck.0.downsamp_modules.'),
+            ('final_layer.', 'neck.0.final_layer.'),
+            ('classifier.', 'head.fc.'),
+            ('', 'backbone.'),
+        ),
+        container='model',
+        beside='',
     ),
-    'official-pose': ((r'keypoint_head\.final_layer\.', 'head.final_layer.'),),
-    'official-seg': (
-        (r'aux_head\.(0|1)(\.0)?\.', r'decode_head.0.conv.\1.'),
-        (r'aux_head\.2\.', 'decode_head.0.conv_seg.'),
-        (r'conv3x3\.(0|1)(\.0)?\.', r'decode_head.1.bottleneck.\1.'),
-        (r'cls_head\.', 'decode_head.1.conv_seg.'),
-        (r'ocr_distri_head\.conv_bn_dropout\.(0|1)(\.0)?\.', r'decode_head.1.fuse.\1.'),
+    'official-pose': _official(
         (
-            r'ocr_distri_head\.object_context_block\.(f_\w+)\.(0|1)(\.0)?\.',
-            r'decode_head.1.object_attention.\1.0.\2.',
-        ),
-        (
-            r'ocr_distri_head\.object_context_block\.(f_\w+)\.2\.',
-            r'decode_head.1.object_attention.\1.1.0.',
-        ),
-        (
-            r'ocr_distri_head\.object_context_block\.(f_\w+)\.3\.0\.',
-            r'decode_head.1.object_attention.\1.1.1.',
+            ('backbone.', 'backbone.'),
+            ('keypoint_head.final_layer.', 'head.final_layer.'),
         ),
     ),
-    'official-backbone': (),
-    'mmpose': (),
-    'mmhrformer': (),
+    'official-seg': _official(
+        (
+            ('backbone.', 'backbone.'),
+            ('aux_head.0.', 'decode_head.0.conv.0.'),
+            ('aux_head.1.0.', 'decode_head.0.conv.1.'),
+            ('aux_head.2.', 'decode_head.0.conv_seg.'),
+            ('conv3x3.0.', 'decode_head.1.bottleneck.0.'),
+            ('conv3x3.1.0.', 'decode_head.1.bottleneck.1.'),
+            (f'{_OCR}f_pixel.0.', 'decode_head.1.object_attention.f_pixel.0.0.'),
+            (f'{_OCR}f_pixel.1.0.', 'decode_head.1.object_attention.f_pixel.0.1.'),
+            (f'{_OCR}f_pixel.2.', 'decode_head.1.object_attention.f_pixel.1.0.'),
+            (f'{_OCR}f_pixel.3.0.', 'decode_head.1.object_attention.f_pixel.1.1.'),
+            (f'{_OCR}f_object.0.', 'decode_head.1.object_attention.f_object.0.0.'),
+            (f'{_OCR}f_object.1.0.', 'decode_head.1.object_attention.f_object.0.1.'),
+            (f'{_OCR}f_object.2.', 'decode_head.1.object_attention.f_object.1.0.'),
+            (f'{_OCR}f_object.3.0.', 'decode_head.1.object_attention.f_object.1.1.'),
+            (f'{_OCR}f_down.0.', 'decode_head.1.object_attention.f_down.0.0.'),
+            (f'{_OCR}f_down.1.0.', 'decode_head.1.object_attention.f_down.0.1.'),
+            (f'{_OCR}f_up.0.', 'decode_head.1.object_attention.f_up.0.0.'),
+            (f'{_OCR}f_up.1.0.', 'decode_head.1.object_attention.f_up.0.1.'),
+            ('ocr_distri_head.conv_bn_dropout.0.', 'decode_head.1.fuse.0.'),
+            ('ocr_distri_head.conv_bn_dropout.1.0.', 'decode_head.1.fuse.1.'),
+            ('cls_head.', 'decode_head.1.conv_seg.'),
+        ),
+        beside='config_dict',
+        prefix='module.',
+    ),
+    # As the official codes of pose and segmentation read it to start from.
+    'official-backbone': _official(container='model', beside=''),
+    'mmpose': Dialect((('backbone.', 'backbone.'), ('head.', 'head.')), MMPOSE_BLOCKS),
+    'mmhrformer': Dialect(),
 }
 
 
@@ -69,11 +116,14 @@ class Report:
     """What became of a checkpoint's keys.
 
     Attributes:
-        dialect (str): A key of :data:`HEAD_RENAMES`.
-        renamed (dict[str, str]): Old name to new name.
+        dialect (str): A key of :data:`DIALECTS`.
+        renamed (dict[str, str]): Old name to new name; what was joined shares one.
         joined (list[str]): Projections put together from separate query, key and value.
         dropped (list[str]): What the model has no use for: derived buffers, and bias tables if it
             has no relative position bias.
+        resized (list[str]): Bias tables that were learned for windows of another size.
+        other_shape (list[str]): Tensors of the head left as they are, since the checkpoint has
+            other classes.
         missing (list[str]): Tensors of the model that the checkpoint does not have.
         unused (list[str]): Tensors of the checkpoint, by their names there, that the model does
             not have.
@@ -84,6 +134,8 @@ class Report:
     renamed: dict[str, str] = field(default_factory=dict)
     joined: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    other_shape: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     used: int = 0
@@ -91,9 +143,10 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f'{self.dialect} checkpoint: {self.used} tensors used, {len(self.renamed)} renamed, '
-            f'{len(self.joined)} joined from query, key and value, {len(self.dropped)} dropped, '
-            f'{len(self.missing)} missing, {len(self.unused)} not used'
+            f'{len(self.joined)} joined from query, key and value, {len(self.resized)} resized, '
+            f'{len(self.dropped)} dropped, {len(self.missing)} missing, {len(self.unused)} not used'
         ]
+        lines += [f'  left as it is, for other classes: {key}' for key in self.other_shape]
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]
         return '\n'.join(lines)
@@ -127,7 +180,7 @@ def detect_dialect(keys: Iterable[str]) -> str:
         keys (Iterable[str]): Names of its tensors, as :func:`unwrap` returns them.
 
     Returns:
-        str: A key of :data:`HEAD_RENAMES`.
+        str: A key of :data:`DIALECTS`.
 
     Raises:
         ValueError: If it is none that is known.
@@ -146,17 +199,17 @@ def detect_dialect(keys: Iterable[str]) -> str:
             if any(re.match(sign, key) for key in keys):
                 return dialect
     raise ValueError(
-        f'this is no HRFormer checkpoint of a known dialect ({", ".join(HEAD_RENAMES)}): its '
+        f'this is no HRFormer checkpoint of a known dialect ({", ".join(DIALECTS)}): its '
         f'{len(keys)} tensors begin with {keys[:5]}. Check that it is the file you mean'
     )
 
 
-def convert(state_dict: MutableMapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
+def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     """Give the tensors of a checkpoint the names they have here.
 
     Args:
-        state_dict (MutableMapping[str, Tensor]): Tensors by name, as :func:`unwrap` returns
-            them: of a whole model or of a backbone.
+        state_dict (Mapping[str, Tensor]): Tensors by name, as :func:`unwrap` returns them: of a
+            whole model or of a backbone.
 
     Returns:
         tuple[dict[str, Tensor], Report]: The tensors by their new names (``backbone.``,
@@ -164,39 +217,65 @@ def convert(state_dict: MutableMapping[str, Tensor]) -> tuple[dict[str, Tensor],
         of a bare backbone), and what was done.
 
     Raises:
-        ValueError: If the dialect is unknown.
+        ValueError: If the dialect is unknown, or query, key or value is missing beside the others.
     """
     report = Report(detect_dialect(state_dict))
     return _translate(state_dict, report), report
 
 
-def _new_name(name: str, dialect: str) -> str:
-    for pattern, replacement in HEAD_RENAMES.get(dialect, ()):
-        name = re.sub('^' + pattern, replacement, name)
+def rename(name: str, starts: Iterable[tuple], blocks: Iterable[tuple]) -> str:
+    """Rename a tensor by two tables of a :class:`Dialect`, or by their reverse.
+
+    Args:
+        name (str): Its name.
+        starts (Iterable[tuple]): Pairs (old, new) of what names begin with.
+        blocks (Iterable[tuple]): Pairs (old, new) of parts of names inside transformer blocks.
+
+    Returns:
+        str: The other name.
+    """
+    for old, new in starts:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
     if '.branches.' in name:
-        for pattern, replacement in BLOCK_RENAMES:
-            name = re.sub(pattern, replacement, name)
+        for old, new in blocks:
+            name = name.replace(old, new)
     return name
 
 
-def _translate(state_dict: MutableMapping[str, Tensor], report: Report) -> dict[str, Tensor]:
+def _translate(state_dict: Mapping[str, Tensor], report: Report) -> dict[str, Tensor]:
     """Rename, drop derived buffers, and join query, key and value; into a new dict."""
-    translated = {}
-    for old, tensor in state_dict.items():
+    starts = DIALECTS[report.dialect].starts if report.dialect else ()
+    olds = {}
+    for old in state_dict:
         if old.endswith(DERIVED_BUFFER):
             report.dropped.append(old)
-            continue
-        new = _new_name(old, report.dialect)
-        translated[new] = tensor
+        else:  # what blocks are called in one dialect means nothing else in another
+            olds[rename(old, starts, OFFICIAL_BLOCKS)] = old
+    translated = {}
+    for name, old in olds.items():
+        new = _SEPARATE.sub('.qkv.', name)
+        if new == name:
+            translated[new] = state_dict[old]
+        elif new not in translated:
+            translated[new] = _join(name, olds, state_dict)
+            report.joined.append(new)
         if new != old:
             report.renamed[old] = new
-    first, *others = SEPARATE_PROJECTIONS
-    for query in [key for key in translated if f'.{first}.' in key]:
-        parts = [query, *(query.replace(first, other) for other in others)]
-        joined = query.replace(first, 'qkv')
-        translated[joined] = torch.cat([translated.pop(part) for part in parts])
-        report.joined.append(joined)
     return translated
+
+
+def _join(name: str, olds: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> Tensor:
+    """Put query, key and value together, given the name of one of them."""
+    parts = [_SEPARATE.sub(f'.{part}.', name) for part in SEPARATE_PROJECTIONS]
+    for part in parts:
+        if part not in olds:
+            raise ValueError(
+                f'the checkpoint has {olds[name]!r}, but {part.rpartition(".attn.")[2]!r} is '
+                'missing beside it: it is incomplete. Take it from its source again'
+            )
+    return torch.cat([state_dict[olds[part]] for part in parts])
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:
@@ -212,7 +291,7 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
     Returns:
         Tensor: Table of shape ((2 * window - 1)**2, heads).
     """
-    old, new = round(len(table) ** 0.5), 2 * window - 1
+    old, new = 2 * window_of(table) - 1, 2 * window - 1
     image = table.T.reshape(1, -1, old, old)
     image = F.interpolate(image, size=(new, new), mode='bilinear', align_corners=False)
     return image.reshape(-1, new * new).T.contiguous()
@@ -235,6 +314,14 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: HRFor
         state_dict.update({key.removeprefix('backbone.'): v for key, v in tensors.items()})
     found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     if not found:
+        # Torch shows a part of a model only the tensors under its own prefix, so whether the others
+        # are a head without backbone or a backbone of another dialect cannot be told here.
+        print_log(
+            f'The checkpoint has nothing under {prefix!r}: the backbone stays as it is. If it is '
+            'of another dialect, write mmhrformer:// before its path.',
+            'current',
+            logging.WARNING,
+        )
         return
     own = {prefix + key: tensor for key, tensor in backbone.state_dict().items()}
     tensors = _translate(found, Report(''))
@@ -262,8 +349,8 @@ def _fit_bias_tables(tensors: dict, own: MutableMapping, backbone: HRFormer) -> 
                 left_out += 1
                 continue
             if key in own and len(own[key]) != len(tensor):
-                windows.add(_window_of(tensor))
-                tensor = resize_bias_table(tensor, _window_of(own[key]))
+                windows.add(window_of(tensor))
+                tensor = resize_bias_table(tensor, window_of(own[key]))
         fitted[key] = tensor
     if windows:
         print_log(
@@ -276,5 +363,22 @@ def _fit_bias_tables(tensors: dict, own: MutableMapping, backbone: HRFormer) -> 
     return fitted
 
 
-def _window_of(table: Tensor) -> int:
-    return (round(len(table) ** 0.5) + 1) // 2
+def window_of(table: Tensor) -> int:
+    """Find the window that a relative position bias table is for.
+
+    Args:
+        table (Tensor): Table of shape ((2 * window - 1)**2, heads).
+
+    Returns:
+        int: The window's side, in tokens.
+
+    Raises:
+        ValueError: If it is for no square window.
+    """
+    window = (round(len(table) ** 0.5) + 1) // 2
+    if (2 * window - 1) ** 2 != len(table):
+        raise ValueError(
+            f'a relative position bias table has {len(table)} rows, which no square window has: '
+            'checkpoints of other windows cannot be used'
+        )
+    return window

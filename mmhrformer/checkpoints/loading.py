@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -10,19 +12,28 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .dialects import BIAS_TABLE, Report, convert, unwrap
+from .download import check_hash
 from .reading import read_checkpoint
+from .zoo import fetch, read_zoo
+
+HEAD = re.compile(r'(head|decode_head|auxiliary_head)\.')
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint: str | Path | MutableMapping, strict: bool = False
+    model: nn.Module,
+    checkpoint: str | Path | MutableMapping,
+    strict: bool = False,
+    new_classes: bool = False,
 ) -> Report:
     """Load a checkpoint of any dialect into a model built from one of our configs.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
             a bare :class:`HRFormer`.
-        checkpoint (str | Path | MutableMapping): A file, or what was saved in it.
+        checkpoint (str | Path | MutableMapping): A file, a name of the zoo, or what was saved.
         strict (bool): Whether a missing or unused tensor is an error. Defaults to False.
+        new_classes (bool): Whether layers of the head that have another shape in the checkpoint
+            are left as they are: for training on other classes. Defaults to False, an error.
 
     Returns:
         Report: What became of each tensor; it is also logged.
@@ -39,48 +50,95 @@ def load_checkpoint(
         []
     """
     if not isinstance(checkpoint, MutableMapping):
-        checkpoint = read_checkpoint(checkpoint)
+        checkpoint = read_checkpoint(locate(checkpoint))
     state_dict, report = convert(unwrap(checkpoint))
-    names = {key: key for key in state_dict}
-    if not hasattr(model, 'backbone'):
-        names = {key: key.removeprefix('backbone.') for key in state_dict}
-    elif not any(key.startswith('backbone.') for key in state_dict):
-        names = {key: 'backbone.' + key for key in state_dict}
+    names = _names_in(model, state_dict)
     state_dict = {names[key]: tensor for key, tensor in state_dict.items()}
-    own = set(model.state_dict())
+    own = model.state_dict()
+    differing = {k for k, v in state_dict.items() if k in own and own[k].shape != v.shape}
+    report.resized = [key for key in differing if key.endswith(BIAS_TABLE)]
+    if new_classes:
+        report.other_shape = [key for key in differing if HEAD.match(key)]
+        for key in report.other_shape:
+            del state_dict[key]
     report.dropped += [key for key in state_dict if key.endswith(BIAS_TABLE) and key not in own]
-    missing, unused = model.load_state_dict(state_dict, strict=strict)
+    missing, unused = model.load_state_dict(state_dict, strict=False)
     in_file = {name: key for key, name in names.items()}
     in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
-    report.missing, report.unused = list(missing), [in_file.get(key, key) for key in unused]
+    report.missing = [key for key in missing if key not in report.other_shape]
+    report.unused = [in_file.get(key, key) for key in unused]
     report.used = len(own) - len(missing)
+    if strict and (report.missing or report.unused):
+        raise RuntimeError(f'the checkpoint is not of this model. {report}')
     print_log(str(report), 'current')
     return report
+
+
+def _names_in(model: nn.Module, state_dict: dict) -> dict[str, str]:
+    """The names that tensors of a checkpoint have in a model, which may be a bare backbone."""
+    if not hasattr(model, 'backbone'):
+        return {key: key.removeprefix('backbone.') for key in state_dict}
+    if not any(key.startswith('backbone.') for key in state_dict):
+        return {key: 'backbone.' + key for key in state_dict}
+    return {key: key for key in state_dict}
 
 
 SCHEME = 'mmhrformer://'
 
 
+def locate(name: str | Path) -> Path:
+    """Find the file that ``mmhrformer://NAME_OR_PATH`` means.
+
+    Args:
+        name (str | Path): Path of a file, or name of a model of the zoo, with or without
+            ``mmhrformer://`` before it.
+
+    Returns:
+        Path: The file; if its name holds a hash, it has that hash.
+
+    Raises:
+        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
+            says.
+        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
+        ValueError: If nobody published a checkpoint of that model.
+    """
+    name = str(name).removeprefix(SCHEME)
+    path = Path(name).expanduser()
+    if path.is_file():
+        check_hash(path)
+        return path
+    if name.partition('@')[0] in read_zoo():
+        return fetch(name)
+    similar = difflib.get_close_matches(name, read_zoo(), n=3, cutoff=0.5)
+    hint = f' Did you mean {" or ".join(similar)}?' if similar else ''
+    raise FileNotFoundError(
+        f'there is no checkpoint {name!r}: neither a file (from {Path.cwd()}) nor a model of the '
+        f'zoo.{hint} mmhrformer.list_models() lists the zoo'
+    )
+
+
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
 def load_from_scheme(filename: str, map_location=None, logger: str = 'current') -> dict:
-    """Read ``mmhrformer://PATH`` wherever mmengine takes a checkpoint.
+    """Read ``mmhrformer://NAME_OR_PATH`` wherever mmengine takes a checkpoint.
 
     The file may be of any dialect and is read without running code from it; the tensors come out
     with the names they have here. Other contents of the file are left behind.
 
     Args:
-        filename (str): ``mmhrformer://`` and the path of a file.
+        filename (str): ``mmhrformer://`` and the path of a file, or the name of a model of the
+            zoo, which is downloaded if need be.
         map_location (optional): Tensors are always read on the CPU; models copy them from there.
         logger (str): Where to tell what was read. Defaults to ``'current'``.
 
     Returns:
-        dict: The tensors by name, under ``'state_dict'``.
+        dict: The tensors by name, under ``'state_dict'``; ``'meta'``, which mmseg wants, is empty.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or is of no known dialect.
+        DownloadError: As :func:`locate`.
+        FileNotFoundError: Likewise.
+        ValueError: If the file cannot be read, or is of no known dialect.
     """
-    path = filename.removeprefix(SCHEME)
+    path = locate(filename)
     state_dict, report = convert(unwrap(read_checkpoint(path)))
     print_log(f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors', logger)
-    return dict(state_dict=state_dict)
+    return dict(meta={}, state_dict=state_dict)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,43 +84,100 @@ _PICKLE = SimpleNamespace(
 )
 
 
+# What torch, pickle and safetensors say -> what it means.
+_MEANINGS = {
+    'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
+    'pickle data was truncated|[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
+    'file not fully covered': ('it is cut off: download it again'),
+    'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
+}
+_STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # what torch adds to its messages
+_SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, by the format's definition
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header and the header, which is JSON."""
+    return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= _SAFETENSORS_HEADER_LIMIT
+
+
 def _is_torchscript(path: Path) -> bool:
-    """Whether torch.load would hand the file to the TorchScript interpreter."""
-    with path.open('rb') as file:
-        if file.read(4) != b'PK\3\4':
-            return False
+    """Whether torch.load would hand a zip file to the TorchScript interpreter."""
     # torch's own reader: another one can see other entries in a file made to deceive it.
     return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
+
+
+def _refuse_other_files(head: bytes) -> None:
+    """Say what a file is that begins like none of the formats of checkpoints."""
+    if not head:
+        raise ValueError('it is empty: download it again')
+    try:
+        # A character may be cut in two at the end of the head.
+        text = codecs.getincrementaldecoder('utf-8-sig')().decode(head).strip()
+    except UnicodeDecodeError:
+        text = head.decode('latin-1').strip()
+    if not all(char.isprintable() or char.isspace() for char in text):
+        return
+    if text.startswith('<'):
+        raise ValueError(
+            'it is a web page, not a checkpoint: open its address in a browser, see what it asks '
+            'for, and download the file itself'
+        )
+    if text.startswith('version https://git-lfs'):
+        raise ValueError(
+            'it is a Git LFS pointer, which stands for the file: call "git lfs pull" in the '
+            'repository it is from, or download the file itself'
+        )
+    raise ValueError(f'it is text, beginning with {text[:40]!r}, not a checkpoint: check the path')
+
+
+def _read(path: Path) -> Any:
+    with path.open('rb') as file:
+        head = file.read(512)
+    _refuse_other_files(head)
+    if _is_safetensors(head):
+        try:
+            import safetensors.torch
+        except ImportError as err:
+            raise ValueError(
+                'it is a safetensors file, which needs a package: pip install safetensors'
+            ) from err
+        # Not load_file(), whose tensors would follow what later happens to the file.
+        return safetensors.torch.load(path.read_bytes())
+    if head.startswith(b'PK\3\4') and _is_torchscript(path):
+        raise ValueError(
+            'it is a TorchScript program, not a checkpoint: its code would run. Save the '
+            "model's state_dict() instead"
+        )
+    return torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint file of any dialect, on the CPU, without running code from it.
 
     Stored objects other than tensors and plain containers (configurations, message hubs) are
-    replaced by inert stand-ins.
+    replaced by inert stand-ins. The format is told by the content, whatever the file's name.
 
     Args:
-        path (str | Path): A file written by ``torch.save``.
+        path (str | Path): A file written by ``torch.save``, or a safetensors file.
 
     Returns:
         dict: What was saved.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is no checkpoint, or would run code.
+        ValueError: If the file is damaged, is no checkpoint, would run code, or is a safetensors
+            file and that package is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {str(path)!r}')
     try:
-        if _is_torchscript(path):
-            raise ValueError(
-                'it is a TorchScript program, not a checkpoint: its code would run. Save the '
-                "model's state_dict() instead"
-            )
-        content = torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
+        content = _read(path)
     except Exception as err:  # a damaged file can fail in any way
-        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {err}') from err
+        reason = ' '.join(_STACK.split(str(err))[0].split()) or type(err).__name__
+        meant = [meaning for signs, meaning in _MEANINGS.items() if re.search(signs, reason)]
+        reason = meant[0] if meant else reason
+        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {reason}') from err
     if not isinstance(content, dict):
         raise ValueError(f'{str(path)!r} holds a {type(content).__name__}, not tensors by name')
     return content

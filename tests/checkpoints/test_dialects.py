@@ -179,6 +179,27 @@ def test_query_key_and_value_are_joined_in_this_order():
     assert report.dialect == 'official-backbone'
 
 
+def test_joined_projections_are_where_our_models_have_them():
+    tensors = pose_backbone()
+    converted, report = convert(tensors)
+    block = 'stage2.0.branches.0.0.attn.'
+    leaves = [key.removeprefix(block) for key in converted if key.startswith(block)]
+    own = HRFormer(arch='tiny').state_dict()
+    assert leaves == [key.removeprefix(block) for key in own if key.startswith(block)]
+    olds = [old for old, new in report.renamed.items() if new == f'{block}qkv.bias']
+    assert olds == [f'{block}attn.{part}_proj.bias' for part in 'kvq']  # as in the file
+    assert set(report.renamed.values()) <= set(converted)
+
+
+@pytest.mark.parametrize('part', ['q_proj', 'k_proj', 'v_proj'])
+def test_incomplete_projections_are_an_error_that_names_them(part):
+    tensors = dict(pose_backbone())
+    del tensors[f'stage3.0.branches.1.0.attn.attn.{part}.bias']
+    with pytest.raises(ValueError, match=rf"'{part}\.bias' is missing beside it") as error:
+        convert(tensors)
+    assert 'stage3.0.branches.1.0.attn.attn.' in str(error.value)
+
+
 def test_converting_twice_changes_nothing_more():
     once, _ = convert(pose_backbone())
     twice, report = convert(once)
@@ -286,3 +307,11 @@ def test_bias_tables_are_resized_when_loaded_into_other_windows():
         other.state_dict()['stage4.0.branches.0.0.attn.relative_position_bias_table'],
         model.state_dict()['stage4.0.branches.0.0.attn.relative_position_bias_table'],
     )
+
+
+@pytest.mark.parametrize('rows', [13 * 9, 8 * 8])
+def test_tables_of_no_square_window_are_refused(rows):
+    state_dict = HRFormer(arch=TINY).state_dict()
+    state_dict['stage2.0.branches.0.0.attn.relative_position_bias_table'] = torch.zeros(rows, 1)
+    with pytest.raises(ValueError, match=f'has {rows} rows, which no square window has'):
+        HRFormer(arch=TINY).load_state_dict(state_dict)

@@ -217,3 +217,46 @@ def test_other_architecture_is_an_error_that_names_the_tensors():
 def test_missing_file_is_an_error():
     with pytest.raises(FileNotFoundError, match=r'no/such/file\.pth'):
         load_checkpoint(make_backbone(), 'no/such/file.pth')
+
+
+def test_other_classes_are_an_error_unless_they_are_wanted(messages):
+    model = golden.build(golden.CLS_CONFIGS['tiny'], **{'model.head.num_classes': 7})
+    before = model.head.fc.weight.clone()
+    with pytest.raises(RuntimeError, match=r'size mismatch for head\.fc\.weight'):
+        load_checkpoint(model, official('cls'))
+    report = load_checkpoint(model, official('cls'), strict=True, new_classes=True)
+    assert sorted(report.other_shape) == ['head.fc.bias', 'head.fc.weight']
+    assert torch.equal(model.head.fc.weight, before)
+    assert (report.missing, report.unused) == ([], [])
+    assert report.used == len(model.state_dict()) - 2
+    assert 'left as it is, for other classes: head.fc.weight' in messages[-1]
+    assert torch.equal(model.backbone.conv1.weight, official('cls')['model']['conv1.weight'])
+
+
+def test_new_classes_excuse_nothing_else():
+    model = golden.build(golden.CLS_CONFIGS['tiny'], **{'model.head.num_classes': 7})
+    checkpoint = dict(official('cls')['model'])
+    checkpoint['conv1.weight'] = checkpoint['conv1.weight'][:32]
+    with pytest.raises(RuntimeError, match=r'size mismatch for backbone\.conv1\.weight'):
+        load_checkpoint(model, checkpoint, new_classes=True)
+
+
+def test_resized_tables_are_reported(messages):
+    model = make_backbone(window_size=7)
+    report = load_checkpoint(make_backbone(window_size=5), model.state_dict(), strict=True)
+    tables = [key for key in model.state_dict() if key.endswith('bias_table')]
+    assert sorted(report.resized) == sorted(tables)
+    assert f'{len(tables)} resized' in messages[-1]
+
+
+def test_a_backbone_that_finds_nothing_says_so(messages, tmp_path):
+    """mmengine looks for ``backbone.``, finds nothing, and would test random weights."""
+    file = tmp_path / 'official.pth'
+    torch.save(official('cls'), file)
+    mmengine.runner.load_checkpoint(classifier(), str(file))
+    said = [text for text in messages if 'write mmhrformer:// before its path' in text]
+    assert said
+    assert "nothing under 'backbone.'" in said[0]
+    messages.clear()
+    mmengine.runner.load_checkpoint(classifier(), f'mmhrformer://{file}', strict=True)
+    assert not [text for text in messages if 'nothing under' in text]

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -203,25 +204,43 @@ def test_pickled_model_object_is_refused(tmp_path):
 
 
 @FORMATS
-def test_truncated_file_is_an_error_that_names_it(tmp_path, zipped):
+def test_truncated_file_is_an_error_that_says_so(tmp_path, zipped):
     """As an interrupted download leaves it, wherever it stopped."""
     content = {'state_dict': make_tensors(), 'large': torch.zeros(4000)}
     good = save(content, tmp_path / 'good.pth', zipped).read_bytes()
-    for length in range(0, len(good), 97):
+    for length in range(4, len(good), 97):
         (tmp_path / 'cut.pth').write_bytes(good[:length])
-        with pytest.raises(ValueError, match=r'cannot read the checkpoint .*cut\.pth'):
+        with pytest.raises(ValueError, match=r'cannot read the checkpoint .*cut\.pth') as error:
             read_checkpoint(tmp_path / 'cut.pth')
+        assert str(error.value).endswith('it is cut off: download it again')
 
 
-@pytest.mark.parametrize(
-    'content',
-    [b'', b'hello', b'<html>404</html>', b'{"a": 1}\n', b'config = 3\n', b'\x80\x02', b'\0' * 99],
-    ids=repr,
-)
-def test_file_that_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
+PAGE = 'it is a web page'
+OTHER_FILES = {
+    b'': "'.*other.pth': it is empty: download it again$",
+    b'<html>404</html>': PAGE,
+    b'\xef\xbb\xbf\r\n <!DOCTYPE html>\n<html>': PAGE,
+    b'<?xml version="1.0"?><Error>AccessDenied</Error>': PAGE,
+    '<!doctype html><title>Zugriff für'.encode() + 600 * 'ü'.encode(): PAGE,
+    '<html>Zugriff für'.encode('latin-1'): PAGE,
+    b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n': 'git lfs pull',
+    b'hello': "it is text, beginning with 'hello'.*check the path",
+    b'{"a": 1}\n': 'it is text',
+    b'config = 3\n': 'it is text',
+    b'\x80\x02': 'it is cut off',
+    b'\0' * 99: 'no format that checkpoints have',
+    b'\x1f\x8b\x08' + b'\1' * 99: 'no format that checkpoints have',
+    b'PK\3\4' + b'\0' * 99: 'it is cut off',
+}
+
+
+@pytest.mark.parametrize('content', OTHER_FILES, ids=lambda content: repr(content[:20]))
+def test_file_that_is_no_checkpoint_is_an_error_that_says_what_it_is(tmp_path, content):
     (tmp_path / 'other.pth').write_bytes(content)
-    with pytest.raises(ValueError, match=r'cannot read the checkpoint .*other\.pth'):
+    with pytest.raises(ValueError, match=r'cannot read the checkpoint .*other\.pth') as error:
         read_checkpoint(tmp_path / 'other.pth')
+    assert re.search(OTHER_FILES[content], str(error.value))
+    assert '\n' not in str(error.value)
 
 
 def what_is_wrong(path: Path) -> str:
@@ -261,3 +280,65 @@ def test_missing_file_is_an_error_that_names_it(tmp_path, name):
     with pytest.raises(FileNotFoundError, match='there is no checkpoint') as error:
         read_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+# Safetensors
+
+
+def make_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    package = pytest.importorskip('safetensors.torch')
+    tensors = {key: tensor.detach().clone() for key, tensor in make_tensors().items()}
+    package.save_file(tensors, path, {'format': 'pt'})
+    return tensors
+
+
+@pytest.mark.parametrize('name', ['a.safetensors', 'a.pth', 'a'])
+def test_safetensors_are_recognized_by_their_content(tmp_path, name):
+    tensors = make_safetensors(tmp_path / name)
+    content = read_checkpoint(tmp_path / name)
+    assert set(content) == set(tensors)
+    assert_same({key: content[key] for key in tensors}, tensors)
+
+
+def test_tensors_of_safetensors_are_independent_of_the_file(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    tensors = make_safetensors(path)
+    content = read_checkpoint(path)
+    path.write_bytes(b'\0' * path.stat().st_size)
+    assert torch.equal(content['weight'], tensors['weight'])
+    content['weight'].zero_()  # can be written
+
+
+def test_suffix_of_safetensors_does_not_make_a_file_one(tmp_path):
+    path = save({'state_dict': make_tensors()}, tmp_path / 'a.safetensors')
+    assert_same(read_checkpoint(path)['state_dict'], make_tensors())
+
+
+def test_truncated_safetensors_are_an_error_that_says_so(tmp_path):
+    make_safetensors(tmp_path / 'good')
+    good = (tmp_path / 'good').read_bytes()
+    for length in range(1, len(good), 7):
+        (tmp_path / 'cut').write_bytes(good[:length])
+        with pytest.raises(ValueError, match=r'cannot read the checkpoint .*cut') as error:
+            read_checkpoint(tmp_path / 'cut')
+        assert length < 9 or 'it is cut off: download it again' in str(error.value)
+
+
+def test_damaged_safetensors_are_an_error_that_names_the_file(tmp_path):
+    make_safetensors(tmp_path / 'good')
+    good, path = (tmp_path / 'good').read_bytes(), tmp_path / 'damaged'
+    errors = []
+    for place in range(0, 8 + int.from_bytes(good[:8], 'little'), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
+        errors.append(what_is_wrong(path))
+    errors = [error for error in errors if error]
+    assert len(errors) > 100
+    assert all('cannot read the checkpoint' in error and 'damaged' in error for error in errors)
+
+
+def test_safetensors_without_the_package_are_an_error_with_the_remedy(tmp_path, monkeypatch):
+    make_safetensors(tmp_path / 'a.safetensors')
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(ValueError, match=r'a\.safetensors.*pip install safetensors'):
+        read_checkpoint(tmp_path / 'a.safetensors')

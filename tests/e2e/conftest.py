@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
 import sysconfig
+import tempfile
 import venv
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from places import ROOT, Place, run
 
 @pytest.fixture(scope='session')
 def demo_data() -> Path:
-    run([sys.executable, 'tools/demo_data.py'], ROOT)
+    # Tests run in two processes; the second finds what the first has written.
+    with (Path(tempfile.gettempdir()) / 'mmhrformer-demo-data.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run([sys.executable, 'tools/demo_data.py'], ROOT)
     return ROOT / 'data'
 
 

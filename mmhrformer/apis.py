@@ -1,0 +1,95 @@
+"""What a notebook wants in one line: the models of the zoo, built and with weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from .checkpoints import fetch, list_models, load_checkpoint, read_zoo
+from .checkpoints.loading import locate
+from .launch import config_root, find_config
+
+__all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
+
+
+def get_model(
+    name: str,
+    pretrained: bool | str | Path = False,
+    device: str = 'cpu',
+    cfg_options: dict | None = None,
+) -> nn.Module:
+    """Build the model of a config, in evaluation mode.
+
+    Args:
+        name (str): Name of a model of the zoo (:func:`list_models`), or path of a config with an
+            HRFormer backbone.
+        pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model
+            (``False`` leaves random weights); or a checkpoint of any dialect: a path, or a name of
+            the zoo such as ``NAME@official``. Defaults to False.
+        device (str): Where the model shall be. Defaults to ``'cpu'``.
+        cfg_options (dict, optional): Options of the config to change, by dotted name.
+
+    Returns:
+        nn.Module: The classifier, pose estimator or segmentor; its config is ``model.cfg``.
+
+    Raises:
+        FileNotFoundError: If there is no such config, or the checkpoint has to be downloaded by
+            hand.
+        ImportError: If the framework that the model is for is not installed.
+        RuntimeError: If the checkpoint does not fit the model.
+        ValueError: If there is no such checkpoint.
+
+    Examples:
+        >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
+        >>> model(torch.rand(1, 3, 224, 224)).shape  # doctest: +SKIP
+        torch.Size([1, 1000])
+    """
+    path = find_config(str(name))
+    if pretrained is True:
+        checkpoint = fetch(path.stem, whole=True)
+    else:
+        checkpoint = locate(pretrained) if pretrained else None
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(cfg_options or {})
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    if checkpoint:
+        load_checkpoint(model, checkpoint, strict=True)
+    model = revert_sync_batchnorm(model).to(device)
+    model.train(False)  # mmpose's eval() returns nothing
+    model.cfg = cfg
+    return model
+
+
+def register_in_mmpretrain() -> list[str]:
+    """Make ``mmpretrain.get_model`` and ``mmpretrain.list_models`` know our classifiers.
+
+    Their weights come through ``mmhrformer://``, so that they are checked and translated.
+
+    Returns:
+        list[str]: The names that mmpretrain knows now.
+
+    Raises:
+        ImportError: If mmpretrain is not installed.
+
+    Examples:
+        >>> register_in_mmpretrain()  # doctest: +SKIP
+        ['hrformer-base_32xb32_in1k', 'hrformer-base_8xb128_in1k', ...]
+    """
+    from mmpretrain.apis.model import ModelHub
+
+    names = [name for name, model in read_zoo().items() if model.config.parent.name.endswith('cls')]
+    root = config_root()
+    if not all(map(ModelHub.has, names)):
+        ModelHub.register_model_index(root / 'hrformer_cls/metafile.yml', root.parent)
+    for name in names:
+        whole = [source for source in read_zoo()[name].sources if source.is_whole]
+        weights = f'mmhrformer://{name}@{whole[0].origin}' if whole else None
+        ModelHub._models_dict[name].weights = weights
+    return sorted(names)

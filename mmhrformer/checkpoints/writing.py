@@ -1,0 +1,258 @@
+"""Give tensors back the names of other codes, and write checkpoint files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .dialects import (
+    BIAS_TABLE,
+    DERIVED_BUFFER,
+    DIALECTS,
+    SEPARATE_PROJECTIONS,
+    Dialect,
+    convert,
+    detect_dialect,
+    rename,
+    unwrap,
+    window_of,
+)
+
+TARGETS = ('official', 'mmpose', 'mmhrformer')
+SAFETENSORS = '.safetensors'
+
+
+def to_dialect(
+    state_dict: Mapping[str, Tensor], target: str, backbone_only: bool = False
+) -> dict[str, Tensor]:
+    """Give tensors the names and the form that another code expects: undoes :func:`convert`.
+
+    For the official codes query, key and value are separated; for them and mmpose the buffers
+    that are computed here are added. So their models load the tensors strictly.
+
+    The official pose code, as published, does not add the relative position bias. A pose model
+    trained with it computes something else there. Of a model without it mmpose gets no tables;
+    its config then needs ``with_rpe=False``.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): Tensors by the names of any dialect: of a whole model
+            or of a backbone.
+        target (str): One of :data:`TARGETS`. With ``'official'`` the head tells which of the
+            three official codes it is.
+        backbone_only (bool): Whether to leave out all but the backbone, and the ``backbone.`` of
+            its names: the form that training starts from. Defaults to False.
+
+    Returns:
+        dict[str, Tensor]: The tensors by their names there.
+
+    Raises:
+        ValueError: If the dialect or target is unknown, the target has no such head, or has
+            relative position biases and the tensors do not.
+
+    Examples:
+        >>> from mmhrformer import HRFormer
+        >>> theirs = to_dialect(HRFormer('tiny').state_dict(), 'official')
+        >>> theirs['stage2.0.branches.0.0.attn.attn.k_proj.weight'].shape
+        torch.Size([18, 18])
+    """
+    if target not in TARGETS:
+        raise ValueError(f'target={target!r} is unknown: choose one of {list(TARGETS)}')
+    tensors, _ = convert(state_dict)
+    if backbone_only and _is_whole(tensors):
+        tensors = {
+            key.removeprefix('backbone.'): tensor
+            for key, tensor in tensors.items()
+            if key.startswith('backbone.')
+        }
+    if target == 'mmhrformer':
+        return tensors
+    return _translate_back(tensors, DIALECTS[_choose_dialect(tensors, target)])
+
+
+def _is_whole(tensors: Iterable[str]) -> bool:
+    return any(key.startswith('backbone.') for key in tensors)
+
+
+def _choose_dialect(tensors: Iterable[str], target: str) -> str:
+    """The dialect of the target that has all of the tensors, and whose heads have no others."""
+    rest = [key for key in tensors if not key.startswith('backbone.')]
+    if not (rest and _is_whole(tensors)):
+        return 'official-backbone' if target == 'official' else target
+    for name, dialect in DIALECTS.items():
+        starts = [ours for _, ours in dialect.starts]
+        used = {start for start in starts for key in tensors if key.startswith(start)}
+        complete = len(used) == len(starts)
+        if name.startswith(target) and complete and all(k.startswith(tuple(starts)) for k in rest):
+            return name
+    raise ValueError(
+        f'no {target} HRFormer has this neck or head ({len(rest)} tensors such as {rest[0]!r}): '
+        'only the backbone can be converted. Ask for that with backbone_only=True, or '
+        '--backbone-only on the command line'
+    )
+
+
+def _translate_back(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
+    """Separate query, key and value, add derived buffers, and rename; into a new dict."""
+    # Not above, since the models import this package.
+    from ..models.attention import relative_position_index
+
+    spread = {}
+    for name, tensor in tensors.items():
+        if dialect.separate and '.qkv.' in name:
+            if name.endswith('.weight'):
+                spread.update(_separate(name.removesuffix('qkv.weight'), tensors))
+            continue
+        spread[name] = tensor
+        if name.endswith(BIAS_TABLE):
+            buffer = name.removesuffix(BIAS_TABLE) + DERIVED_BUFFER
+            spread[buffer] = relative_position_index(window_of(tensor))
+    starts = [(ours, theirs) for theirs, ours in dialect.starts]
+    blocks = [(ours, theirs) for theirs, ours in dialect.blocks]
+    return {rename(name, starts, blocks): tensor for name, tensor in spread.items()}
+
+
+def _separate(attention: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The projections of query, key and value of a block, in the order of official files."""
+    for needed in ('qkv.bias', BIAS_TABLE):
+        if attention + needed not in tensors:
+            raise ValueError(
+                f'the official codes need {needed!r} in every block, but there is no '
+                f'{attention + needed!r}. If the model was trained with with_rpe=False, load the '
+                'checkpoint into one with with_rpe=True, set all relative position bias tables '
+                'to zero, which changes no output, and convert that'
+            )
+    parts = {}
+    for part in ('k_proj', 'v_proj', 'q_proj'):
+        place = SEPARATE_PROJECTIONS.index(part)
+        for kind in ('weight', 'bias'):
+            joined = tensors[f'{attention}qkv.{kind}']
+            parts[f'{attention}{part}.{kind}'] = joined.chunk(3)[place].clone()
+    return parts
+
+
+def wrap(tensors: Mapping[str, Tensor], meta: Mapping | None = None) -> dict:
+    """Pack tensors as the code of their dialect does: undoes :func:`unwrap`.
+
+    Args:
+        tensors (Mapping[str, Tensor]): Tensors by the names of any dialect.
+        meta (Mapping, optional): What to put under ``'meta'``, where files of the dialect have it.
+
+    Returns:
+        dict: What that code saves and reads.
+
+    Raises:
+        ValueError: If the dialect is unknown.
+
+    Examples:
+        >>> from mmhrformer import HRFormer
+        >>> list(wrap(HRFormer('tiny').state_dict()))
+        ['meta', 'state_dict']
+    """
+    dialect = DIALECTS[detect_dialect(tensors)]
+    content = {dialect.beside: {}} if dialect.beside else {}
+    if 'meta' in content:
+        content['meta'].update(meta or {})
+    content[dialect.container] = {dialect.prefix + key: tensor for key, tensor in tensors.items()}
+    return content
+
+
+def check_destination(path: str | Path, overwrite: bool = False) -> Path:
+    """See whether a checkpoint can be written, before work is done for it.
+
+    Args:
+        path (str | Path): The file to write.
+        overwrite (bool): Whether it may exist. Defaults to False.
+
+    Returns:
+        Path: The file; what a link leads to, if it is one.
+
+    Raises:
+        FileExistsError: If it exists and must not.
+        IsADirectoryError: If it is a folder.
+        FileNotFoundError: If its folder does not exist.
+        ImportError: If its format needs a package that is not installed.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f'{str(path)!r} is a folder: name a file')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'there is no folder {str(path.parent)!r}: make it first')
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f'{str(path)!r} exists: name another file, or ask to overwrite it (overwrite=True, or '
+            '--overwrite on the command line)'
+        )
+    if path.suffix == SAFETENSORS:
+        _import_safetensors()
+    return path
+
+
+def write_checkpoint(content: Mapping, path: str | Path, overwrite: bool = False) -> None:
+    """Write a checkpoint file, completely or not at all.
+
+    Args:
+        content (Mapping): What to save, as :func:`wrap` returns it, or tensors by name. Of this
+            a ``.safetensors`` file gets the tensors, without wrapping, and their dialect.
+        path (str | Path): The file. With the suffix ``.safetensors`` it is in that format, else
+            in that of ``torch.save``.
+        overwrite (bool): Whether the file may exist. Defaults to False.
+
+    Raises:
+        OSError: If the file exists and must not (FileExistsError), or cannot be written.
+        ImportError: If its format needs a package that is not installed.
+        ValueError: If the format tells the dialect and it is unknown.
+
+    Examples:
+        >>> import tempfile
+        >>> from mmhrformer import HRFormer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_checkpoint(wrap(HRFormer('tiny').state_dict()), f'{folder}/tiny.pth')
+    """
+    path = check_destination(path, overwrite)
+    if path.suffix == SAFETENSORS:
+        packed = _pack_safetensors(unwrap(content))
+        _write_whole(path, lambda file: file.write(packed))
+    else:
+        _write_whole(path, lambda file: torch.save(content, file))
+
+
+def _pack_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    # Copies, since the format has neither views nor tensors that share memory.
+    tensors = {key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
+    metadata = {'format': 'pt', 'dialect': detect_dialect(tensors)}
+    return _import_safetensors().save(tensors, metadata)
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as err:
+        raise ImportError(
+            f'{SAFETENSORS} files need the package safetensors: pip install safetensors, or choose '
+            'another suffix, such as .pth'
+        ) from err
+    return safetensors.torch
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside a file, then put the result in its place in one go."""
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with part.open('wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as err:
+        # Of a full disk, torch says that it came to an unexpected place in the file.
+        cause = err.__context__ if isinstance(err.__context__, OSError) else err
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise OSError(f'cannot write {str(path)!r}: {reason}') from err
+    finally:
+        part.unlink(missing_ok=True)

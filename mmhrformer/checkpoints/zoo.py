@@ -1,0 +1,187 @@
+"""The model zoo: which checkpoints there are, where from, and how they come here."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import yaml
+
+from ..launch import config_root
+from .download import cache_folder, download
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint of a model.
+
+    Attributes:
+        origin (str): Who published it: ``'official'`` or ``'mmpose'``.
+        link (str): Where it is.
+        is_file (bool): Whether the link gives the file itself. Others are pages for sharing.
+        is_whole (bool): Whether it holds the whole model or the backbone only.
+    """
+
+    origin: str
+    link: str
+    is_file: bool
+    is_whole: bool
+
+    def path(self, model: str) -> Path:
+        """Where the file lies when it is here."""
+        name = PurePosixPath(urlsplit(self.link).path).name if self.is_file else ''
+        return cache_folder() / (name or f'{model}-{self.origin}.pth')
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo: a config, and the checkpoints that others published for it.
+
+    Attributes:
+        name (str): Name of the config.
+        config (Path): The config file.
+        metadata (dict): Parameters, FLOPs and training data.
+        results (list[dict]): Task, data set, metrics and who reported them.
+        sources (tuple[Source, ...]): Its checkpoints, best first; perhaps none.
+    """
+
+    name: str
+    config: Path
+    metadata: dict
+    results: list
+    sources: tuple[Source, ...]
+
+
+@cache
+def read_zoo() -> dict[str, ZooModel]:
+    """Read the metafiles beside our configs.
+
+    Returns:
+        dict[str, ZooModel]: The models by name.
+    """
+    root = config_root()
+    models = {}
+    for metafile in sorted(root.glob('*/metafile.yml')):
+        for entry in yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']:
+            sources = [
+                Source(
+                    origin=source['From'],
+                    link=source['Link'],
+                    is_file=source['Kind'] == 'file',
+                    is_whole=source['Holds'] == 'whole model',
+                )
+                for source in entry.get('Sources', [])
+            ]
+            models[entry['Name']] = ZooModel(
+                name=entry['Name'],
+                config=root.parent / entry['Config'],
+                metadata=entry['Metadata'],
+                results=entry.get('Results', []),
+                sources=tuple(sources),
+            )
+    return models
+
+
+def list_models(pattern: str = '*') -> list[str]:
+    """List the models of the zoo.
+
+    Args:
+        pattern (str): What the names have to match; ``*`` stands for anything. Defaults to
+            ``'*'``.
+
+    Returns:
+        list[str]: Their names, which are also those of their configs.
+
+    Examples:
+        >>> list_models('hrformer-tiny*')
+        ['hrformer-tiny_8xb128_in1k']
+    """
+    return sorted(fnmatch.filter(read_zoo(), pattern))
+
+
+def find_model(name: str) -> ZooModel:
+    """Find a model of the zoo.
+
+    Args:
+        name (str): Its name.
+
+    Returns:
+        ZooModel: The model.
+
+    Raises:
+        ValueError: If there is none of that name; the message proposes similar ones.
+    """
+    models = read_zoo()
+    if name not in models:
+        similar = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
+        hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
+        raise ValueError(
+            f'there is no model {name!r} in the zoo: {hint}mmhrformer.list_models() lists them'
+        )
+    return models[name]
+
+
+def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
+    """Choose the checkpoint of a model.
+
+    Args:
+        name (str): Name of a model, perhaps with ``@official`` or ``@mmpose`` behind it.
+        whole (bool): Whether it has to hold the whole model. Defaults to False.
+
+    Returns:
+        tuple[ZooModel, Source]: The model, and of its checkpoints one that is here already, else
+        the best.
+
+    Raises:
+        ValueError: If there is no such model, or no such checkpoint of it.
+    """
+    name, _, origin = name.partition('@')
+    model = find_model(name)
+    sources = [
+        source
+        for source in model.sources
+        if source.origin == (origin or source.origin) and (source.is_whole or not whole)
+    ]
+    if not sources:
+        known = ', '.join(f'{name}@{source.origin}' for source in model.sources)
+        what = 'whole model' if whole else 'checkpoint'
+        raise ValueError(
+            f'nobody published a {what} for {name}{"@" + origin if origin else ""}'
+            + (f'; there is {known}' if known else ': train it, and give the path of your file')
+        )
+    here = [source for source in sources if source.path(name).is_file()]
+    return model, (here or sources)[0]
+
+
+def fetch(name: str, whole: bool = False) -> Path:
+    """Get a checkpoint of the zoo: from the cache, or by downloading it into the cache.
+
+    Args:
+        name (str): As in :func:`find_source`.
+        whole (bool): Likewise.
+
+    Returns:
+        Path: The file in :func:`cache_folder`, checked against the hash in its name if it has one.
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+        DownloadError: If it cannot be downloaded.
+        FileNotFoundError: If it has to be downloaded by hand, which the message explains.
+    """
+    model, source = find_source(name, whole)
+    path = source.path(model.name)
+    if source.is_file:
+        return download(source.link, path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'the {source.origin} checkpoint of {model.name} is on a page for sharing that '
+            'programs cannot download from. Two steps:\n'
+            f'  1. open {source.link} in a browser and download the file\n'
+            f'  2. put it here: {path}\n'
+            'From then on it is used without network.'
+        )
+    return path

@@ -1,0 +1,156 @@
+"""A server on this machine that misbehaves as told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How to answer a request; by default as a good server does.
+
+    Attributes:
+        status (int): Status of an answer without a file; 0 is 200, 206, 404 or 416, as is right.
+        headers (Mapping[str, str]): Added to the usual ones, or in their place.
+        body (bytes, optional): Sent instead of the file.
+        cut (int, optional): End the connection after so many bytes of the body.
+        reset (bool): End it by a reset, as a crash does.
+        hold (bool): Keep it open after what was sent, and send nothing more.
+        ranges (bool): Whether to know ``Range``.
+        if_range (bool): Whether to know ``If-Range``.
+        etag (bool): Whether to send an ``ETag``.
+        length (bool): Whether to send ``Content-Length``.
+        chunked (bool): Send in chunks, without ``Content-Length``.
+    """
+
+    status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    cut: int | None = None
+    reset: bool = False
+    hold: bool = False
+    ranges: bool = True
+    if_range: bool = True
+    etag: bool = True
+    length: bool = True
+    chunked: bool = False
+
+
+class Server:
+    """Serves a file under every path, or several files under theirs.
+
+    Args:
+        files (bytes | Mapping[str, bytes]): The content, or contents by path such as ``'/a.pth'``.
+        answers (Iterable[Answer]): How to answer the first requests, one after the other.
+        finally_ (Answer): How to answer all after these.
+
+    Attributes:
+        requests (list): Headers of the requests, with ``'path'``.
+
+    Examples:
+        >>> from urllib.request import urlopen
+        >>> with Server(b'weights') as server:
+        ...     urlopen(server.url('any.pth')).read()
+        b'weights'
+    """
+
+    def __init__(
+        self,
+        files: bytes | Mapping[str, bytes],
+        answers: Iterable[Answer] = (),
+        finally_: Answer = Answer(),
+    ) -> None:
+        self.files = files
+        self.answers = list(answers)
+        self.finally_ = finally_
+        self.requests: list[dict[str, str]] = []
+        self.closed = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Server:
+        handler = type('Handler', (_Handler,), dict(owner=self))
+        self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.closed.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def url(self, name: str = 'model.pth') -> str:
+        return f'http://127.0.0.1:{self._server.server_address[1]}/{name}'
+
+    def content(self, path: str) -> bytes | None:
+        return self.files if isinstance(self.files, bytes) else self.files.get(path)
+
+    def next_answer(self, request: dict[str, str]) -> Answer:
+        with self._lock:
+            self.requests.append(request)
+            return self.answers.pop(0) if self.answers else self.finally_
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    owner: Server
+
+    def do_GET(self) -> None:
+        answer = self.owner.next_answer({'path': self.path, **self.headers})
+        status, headers, body = self.compose(answer)
+        headers = {'Connection': 'close', **headers, **answer.headers}
+        if answer.chunked:
+            headers['Transfer-Encoding'] = 'chunked'
+        elif answer.length:
+            headers.setdefault('Content-Length', str(len(body)))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.send(answer, body)
+
+    def compose(self, answer: Answer) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and the whole body of an answer."""
+        content = self.owner.content(self.path)
+        if answer.status or content is None:
+            return answer.status or 404, {}, answer.body or b''
+        content = content if answer.body is None else answer.body
+        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        headers = {'Content-Type': 'application/octet-stream'}
+        if answer.etag:
+            headers['ETag'] = tag
+        wanted = self.headers.get('Range') if answer.ranges else None
+        if wanted is None or (answer.if_range and self.headers.get('If-Range', tag) != tag):
+            return 200, headers, content
+        start = int(wanted.removeprefix('bytes=').removesuffix('-'))
+        if start >= len(content):
+            return 416, {**headers, 'Content-Range': f'bytes */{len(content)}'}, b''
+        headers['Content-Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
+        return 206, headers, content[start:]
+
+    def send(self, answer: Answer, body: bytes) -> None:
+        sent = body[: answer.cut]
+        if answer.chunked:
+            end = b'' if len(sent) < len(body) else b'\r\n0\r\n\r\n'
+            sent = f'{len(body):x}\r\n'.encode() + sent + end
+        try:
+            self.wfile.write(sent)
+        except ConnectionError:  # who asked has read enough
+            return
+        if answer.hold:
+            self.owner.closed.wait()
+        if answer.reset:
+            linger = struct.pack('ii', 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            os.close(self.connection.detach())  # now: the streams of the handler still hold it
+
+    def log_message(self, *args) -> None:
+        pass

@@ -1,0 +1,100 @@
+"""Convert a checkpoint of any dialect and format to another.
+
+    python tools/convert_checkpoint.py hrt_small.pth hrformer-small.pth
+    python tools/convert_checkpoint.py epoch_210.pth hrt_small_coco.pth --to official
+    python tools/convert_checkpoint.py epoch_300.pth backbone.pth --to mmpose --backbone-only
+
+Only the weights are converted; what a training run saves beside them, such as the optimizer, is
+left out. A DST that ends in .safetensors is written in that format. The file is read without
+running code from it, and written completely or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from mmhrformer.checkpoints.dialects import BIAS_TABLE, convert, detect_dialect, unwrap
+from mmhrformer.checkpoints.loading import locate
+from mmhrformer.checkpoints.reading import read_checkpoint
+from mmhrformer.checkpoints.writing import (
+    TARGETS,
+    check_destination,
+    to_dialect,
+    wrap,
+    write_checkpoint,
+)
+from mmhrformer.version import __version__
+
+OFFICIAL_POSE_NOTE = (
+    'note: the official pose code, as published, does not add the relative position bias; a model '
+    'that was trained with it gives other results there'
+)
+MMPOSE_NOTE = "note: there is no relative position bias; mmpose's config needs with_rpe=False"
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'src', metavar='SRC', help='file to read, or mmhrformer://NAME of a model of the zoo'
+    )
+    parser.add_argument('dst', metavar='DST', help='file to write')
+    parser.add_argument(
+        '--to',
+        choices=TARGETS,
+        default='mmhrformer',
+        help='whose names to give; for official the head tells which of the codes (%(default)s)',
+    )
+    parser.add_argument(
+        '--backbone-only', action='store_true', help='leave neck and head out, to train from it'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert a checkpoint and tell what was done.
+
+    Args:
+        args (argparse.Namespace): The command line.
+    """
+    start = time.perf_counter()
+    check_destination(args.dst, args.overwrite)
+    path = locate(args.src)
+    tensors = unwrap(read_checkpoint(path))
+    ours, report = convert(tensors)
+    theirs = to_dialect(ours, args.to, args.backbone_only)
+    meta = dict(mmhrformer=__version__, source=path.name, source_dialect=report.dialect)
+    write_checkpoint(wrap(theirs, meta), args.dst, args.overwrite)
+    dialect, seconds = detect_dialect(theirs), time.perf_counter() - start
+    print(
+        f'read     {path}: {report.dialect}, {len(tensors)} tensors, '
+        f'{decimal(path.stat().st_size)}\n'
+        f'         {len(report.renamed)} renamed, {len(report.joined)} joined from query, key and '
+        f'value, {len(report.dropped)} dropped that are computed\n'
+        f'written  {args.dst}: {dialect}, {len(theirs)} tensors, '
+        f'{decimal(Path(args.dst).stat().st_size)}, {seconds:.1f} s'
+    )
+    if dialect == 'official-pose' != report.dialect:
+        print(OFFICIAL_POSE_NOTE)
+    if dialect == 'mmpose' and not any(key.endswith(BIAS_TABLE) for key in theirs):
+        print(MMPOSE_NOTE)
+
+
+def main() -> None:
+    """Convert what the command line asks for; tell failures in words."""
+    try:
+        run(parse_args())
+    except (OSError, ValueError, ImportError, RuntimeError) as err:
+        sys.exit(f'convert_checkpoint.py: {err}')
+
+
+if __name__ == '__main__':
+    main()
