@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import datasets, engine, models
-from .apis import get_model, list_models, register_in_mmpretrain
+from .apis import fuse_for_inference, get_model, list_models, register_in_mmpretrain
 from .checkpoints import load_checkpoint
 from .models import *  # noqa: F403
 from .models import __all__ as _models
@@ -25,6 +25,7 @@ __all__ = [
     '__version__',
     'datasets',
     'engine',
+    'fuse_for_inference',
     'get_model',
     'list_models',
     'load_checkpoint',

@@ -12,8 +12,9 @@ from torch import nn
 from .checkpoints import fetch, list_models, load_checkpoint, read_zoo
 from .checkpoints.loading import locate
 from .launch import config_root, find_config
+from .models.fused import fuse_for_inference
 
-__all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
+__all__ = ['fuse_for_inference', 'get_model', 'list_models', 'register_in_mmpretrain']
 
 
 def get_model(

@@ -16,12 +16,13 @@ def window_padding(size: int, window: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def window_partition(x: Tensor, window: int) -> Tensor:
-    """Cut a map into windows, after padding it with zeros on all sides alike.
+def window_partition(x: Tensor, window: int, padding: Tensor | None = None) -> Tensor:
+    """Cut a map into windows, after padding it on all sides alike.
 
     Args:
         x (Tensor): Map of shape (B, H, W, C).
         window (int): Side of the square windows, in tokens.
+        padding (Tensor, optional): What to pad with, of shape (C,). Defaults to None: zeros.
 
     Returns:
         Tensor: Windows in row-major order, tokens in row-major order within each, of shape
@@ -31,7 +32,12 @@ def window_partition(x: Tensor, window: int) -> Tensor:
     top, bottom = window_padding(H, window)
     left, right = window_padding(W, window)
     if top or bottom or left or right:
-        x = F.pad(x, (0, 0, left, right, top, bottom))
+        if padding is None:
+            x = F.pad(x, (0, 0, left, right, top, bottom))
+        else:
+            inside = x
+            x = padding.expand(B, top + H + bottom, left + W + right, C).clone()
+            x[:, top : top + H, left : left + W] = inside
     rows, cols = x.shape[1] // window, x.shape[2] // window
     x = x.view(B, rows, window, cols, window, C).transpose(2, 3)  # (B, rows, cols, w, w, C)
     return x.reshape(B * rows * cols, window * window, C)

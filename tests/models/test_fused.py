@@ -1,0 +1,107 @@
+"""Folded models give the results of the models they were made from."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint
+from mmhrformer.models import HRFormerBlock
+from mmhrformer.models.fused import FusedWindowAttention
+
+TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
+SIZES = [(64, 64), (97, 161), (224, 224)]
+
+
+def make_backbone(**options) -> HRFormer:
+    """A backbone whose normalizations have learned something."""
+    model = HRFormer(arch=TINY, **options)
+    golden.recipe.fill_module(model)
+    return model.eval()
+
+
+def difference(model: nn.Module, fused: nn.Module, size: tuple[int, int]) -> float:
+    image = golden.image((2, 3, *size))
+    with torch.no_grad():
+        pairs = zip(model(image), fused(image))
+        return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(window_size=5),
+        dict(with_rpe=False),
+        dict(pad_mask=True),
+        dict(upsample='bilinear', out_indices=(0, 2)),
+    ],
+    ids=str,
+)
+def test_backbones_stay_equal(options, size):
+    model = make_backbone(**options)
+    fused = fuse_for_inference(model)
+    assert difference(model, fused, size) < 1e-5
+    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
+    attentions = [m for m in fused.modules() if isinstance(m, FusedWindowAttention)]
+    blocks = [m for m in model.modules() if isinstance(m, HRFormerBlock)]
+    assert len(attentions) == (0 if options.get('pad_mask') else len(blocks))
+
+
+@pytest.mark.parametrize(
+    ('config', 'keys', 'task', 'goldens', 'shape', 'output'),
+    [
+        (golden.CLS_CONFIGS['tiny'], 'keys_cls_tiny.json', 'cls', 'cls_tiny.npz',
+         (2, 3, 224, 224), 'logits'),
+        (golden.POSE_CONFIGS['small'], 'keys_pose_small.json', 'pose', 'pose_small.npz',
+         (1, 3, 200, 136), 'rpe.200x136.heatmap'),
+        (golden.SEG_CONFIGS['small'], 'keys_seg_small_w7.json', 'seg', 'seg_small_w7.npz',
+         (1, 3, 128, 160), '128x160.logits'),
+    ],
+    ids=['cls', 'pose', 'seg'],
+)  # fmt: skip
+def test_whole_models_give_the_golden_outputs(config, keys, task, goldens, shape, output):
+    model = golden.build(config)
+    load_checkpoint(model, golden.official_checkpoint(task, keys), strict=True)
+    fused = fuse_for_inference(model)
+    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
+    with torch.no_grad():
+        out = fused(golden.image(shape), None, mode='tensor')
+    assert golden.difference(golden.load(goldens), output, out) < 1e-4
+
+
+def test_the_model_itself_is_left_alone():
+    model = make_backbone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    fused = fuse_for_inference(model)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert not any(module.training for module in fused.modules())
+
+
+def test_training_is_refused():
+    fused = fuse_for_inference(make_backbone())
+    assert fused.eval() is fused
+    for module in (fused, fused.stage2, nn.Sequential(fused)):
+        with pytest.raises(RuntimeError, match='cannot be trained: train the model it was made'):
+            module.train()
+
+
+def test_scales_near_zero_are_not_divided_by():
+    model = make_backbone()
+    block = next(module for module in model.modules() if isinstance(module, HRFormerBlock))
+    with torch.no_grad():
+        block.norm1.weight[0] = 0
+    fused = fuse_for_inference(model)
+    kept = [
+        m for m in fused.modules() if isinstance(m, HRFormerBlock) and m.norm1.weight is not None
+    ]
+    assert len(kept) == 1
+    assert difference(model, fused, (97, 161)) < 1e-5
