@@ -1,7 +1,7 @@
-# Cityscapes, laid out as
+# Cityscapes (cityscapes-dataset.com), laid out as
 #   data/cityscapes/leftImg8bit/{train,val}/<city>/*_leftImg8bit.png
 #   data/cityscapes/gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png
-# docs/datasets.md#cityscapes tells where it comes from and what writes the labelTrainIds files.
+# docs/datasets.md#cityscapes tells how to get it and what writes the labelTrainIds files.
 data_root = 'data/cityscapes/'
 crop_size = (512, 1024)
 

@@ -1,8 +1,8 @@
-# COCO keypoints at 256x192 (height x width), laid out as
+# COCO keypoints (cocodataset.org) at 256x192 (height x width), laid out as
 #   data/coco/annotations/person_keypoints_{train,val}2017.json
 #   data/coco/person_detection_results/COCO_val2017_detections_AP_H_56_person.json
 #   data/coco/{train,val}2017/*.jpg
-# docs/datasets.md#coco-keypoints tells where it comes from.
+# docs/datasets.md#coco-keypoints tells how to get it.
 data_mode = 'topdown'
 data_root = 'data/coco/'
 codec = dict(type='MSRAHeatmap', input_size=(192, 256), heatmap_size=(48, 64), sigma=2)

@@ -1,8 +1,9 @@
-# PASCAL-Context, 59 classes (the background is ignored), laid out as
+# PASCAL-Context, 59 classes, the background is ignored (cs.stanford.edu/~roozbeh/pascal-context),
+# laid out as
 #   data/VOCdevkit/VOC2010/JPEGImages/*.jpg
 #   data/VOCdevkit/VOC2010/SegmentationClassContext/*.png
 #   data/VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt
-# docs/datasets.md#pascal-context tells where it comes from.
+# docs/datasets.md#pascal-context tells how to get it.
 _base_ = ['seg_520x520.py']
 
 data_root = 'data/VOCdevkit/VOC2010/'
