@@ -22,7 +22,7 @@ demo: env ## train and test the three example tasks on the CPU
 	$(PY) tools/run_demo.py
 
 test: test-fast ## run all tests: the fast ones, then the end-to-end ones
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m e2e
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m e2e
 
 test-fast: env ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e"
