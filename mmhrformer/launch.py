@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import runpy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config
@@ -30,6 +31,25 @@ def config_root() -> Path:
     raise FileNotFoundError(f'no configs beside {package}: reinstall mmhrformer')
 
 
+def did_you_mean(name: str, names: Iterable[str], start: str = 'did') -> str:
+    """Propose names that are similar to a wrong one.
+
+    Args:
+        name (str): The wrong name.
+        names (Iterable[str]): The right ones.
+        start (str): First word of the question. Defaults to ``'did'``.
+
+    Returns:
+        str: A question, or an empty string if none is similar.
+
+    Examples:
+        >>> did_you_mean('hrformer-tny', ['hrformer-tiny', 'other'])
+        'did you mean hrformer-tiny?'
+    """
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f'{start} you mean {" or ".join(similar)}?' if similar else ''
+
+
 def find_config(name: str) -> Path:
     """Find a config by its path, or one of ours by its name.
 
@@ -52,8 +72,7 @@ def find_config(name: str) -> Path:
     wanted = Path(name).name.removesuffix('.py')
     if wanted in ours:
         return ours[wanted]
-    similar = difflib.get_close_matches(wanted, ours, n=3, cutoff=0.4)
-    hint = f'did you mean {" or ".join(similar)}?' if similar else f'ours are in {config_root()}'
+    hint = did_you_mean(wanted, ours) or f'ours are in {config_root()}'
     raise FileNotFoundError(f'there is no config {name!r}: {hint}')
 
 

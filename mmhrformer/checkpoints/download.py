@@ -174,7 +174,8 @@ def check_hash(path: Path) -> None:
     if job.sha256 and (fault := job.fault(path)):
         raise DownloadError(
             f'{path} is not what its name says: {fault}. The download was cut off, or gave '
-            'something else: remove it and download it again'
+            'something else: remove it and download it again; or rename it if the digits in its '
+            'name are no hash'
         )
 
 

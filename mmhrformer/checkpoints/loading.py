@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from ..launch import did_you_mean
 from .dialects import BIAS_TABLE, Report, convert, unwrap
 from .download import check_hash
 from .reading import read_checkpoint
@@ -109,11 +109,9 @@ def locate(name: str | Path) -> Path:
         return path
     if name.partition('@')[0] in read_zoo():
         return fetch(name)
-    similar = difflib.get_close_matches(name, read_zoo(), n=3, cutoff=0.5)
-    hint = f' Did you mean {" or ".join(similar)}?' if similar else ''
     raise FileNotFoundError(
         f'there is no checkpoint {name!r}: neither a file (from {Path.cwd()}) nor a model of the '
-        f'zoo.{hint} mmhrformer.list_models() lists the zoo'
+        f'zoo. {did_you_mean(name, read_zoo(), "Did")} mmhrformer.list_models() lists the zoo'
     )
 
 

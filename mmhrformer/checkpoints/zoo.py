@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from ..launch import config_root
+from ..launch import config_root, did_you_mean
 from .download import cache_folder, download
 
 
@@ -117,10 +116,9 @@ def find_model(name: str) -> ZooModel:
     """
     models = read_zoo()
     if name not in models:
-        similar = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
-        hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
         raise ValueError(
-            f'there is no model {name!r} in the zoo: {hint}mmhrformer.list_models() lists them'
+            f'there is no model {name!r} in the zoo: {did_you_mean(name, models)} '
+            'mmhrformer.list_models() lists them'
         )
     return models[name]
 
