@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from .recompute import is_compiling
+
+# CUDA's attention kernels put the windows on an axis of the grid that has no more places.
+MAX_WINDOWS = 65_535
+HEAD_DIM_MULTIPLE = 8
+CPU_ATTENTION_TAKES_MASKS = digit_version(TORCH_VERSION) >= digit_version('2.3')
 
 
 def window_padding(size: int, window: int) -> tuple[int, int]:
@@ -94,6 +102,77 @@ def padding_mask(size: tuple[int, int], window: int, device: torch.device) -> Te
     return window_partition(real, window).squeeze(-1) == 0
 
 
+def attend(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Multi-head attention, softmax(q k^T * scale + bias) v, in many windows at a time.
+
+    Args:
+        qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
+        bias (Tensor, optional): What to add to the logits; broadcasts to
+            (B * nW, heads, N, N).
+        scale (float): What to multiply the logits with first.
+
+    Returns:
+        Tensor: Weighted sums of the values, of shape (B * nW, N, heads * head_dim).
+    """
+    head_dim = qkv.shape[-1]
+    if len(qkv) > MAX_WINDOWS:
+        parts = qkv.split(MAX_WINDOWS)
+        biases = [bias] * len(parts)
+        if bias is not None and len(bias) > 1:
+            biases = bias.split(MAX_WINDOWS)
+        return torch.cat([attend(part, b, scale) for part, b in zip(parts, biases)])
+    qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * nW, heads, N, head_dim)
+    if missing := missing_head_dim(head_dim, qkv.is_cuda):
+        qkv = F.pad(qkv, (0, missing))
+    q, k, v = qkv.unbind(0)
+    if has_one_kernel(qkv, bias):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        # In one pass over the logits, and without copies of queries and keys for backward.
+        logits = torch.add(bias, q @ k.transpose(-2, -1), alpha=scale)  # (B * nW, heads, N, N)
+        out = logits.softmax(-1) @ v
+    return out[..., :head_dim].transpose(1, 2).flatten(2)
+
+
+def missing_head_dim(head_dim: int, is_cuda: bool) -> int:
+    """How many zeros to add to queries, keys and values for the sake of speed.
+
+    CUDA's fast kernels refuse the head_dim 18 of HRFormer-T and 39 of -B. A CPU is faster on
+    aligned rows if little is added: yes for 39, no for 18.
+
+    Args:
+        head_dim (int): Channels of a head.
+        is_cuda (bool): Whether it is for a GPU.
+
+    Returns:
+        int: How many.
+    """
+    missing = -head_dim % HEAD_DIM_MULTIPLE
+    return missing if is_cuda or missing * HEAD_DIM_MULTIPLE <= head_dim else 0
+
+
+def has_one_kernel(qkv: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``scaled_dot_product_attention`` is one kernel here, not the plain formula.
+
+    On a CPU it is not if there is a mask, in torch 2.1 and, for a mask that is learned, in any.
+    """
+    if qkv.device.type != 'cpu' or is_compiling() or bias is None:
+        return True
+    learning = torch.is_grad_enabled() and (bias.requires_grad or qkv.requires_grad)
+    return CPU_ATTENTION_TAKES_MASKS and not learning
+
+
+def may_keep_tensors(parameter: Tensor) -> bool:
+    """Whether a result that follows from a parameter may be kept for the next forward pass.
+
+    Not while the forward pass is recorded: the record must hold the computation itself.
+    """
+    recording = is_compiling() or torch.jit.is_tracing()
+    if parameter.is_cuda and not recording:
+        recording = torch.cuda.is_current_stream_capturing()
+    return not recording and not parameter.is_inference()
+
+
 @MODELS.register_module()
 class LocalWindowSelfAttention(BaseModule):
     """Multi-head self-attention in non-overlapping square windows.
@@ -142,6 +221,7 @@ class LocalWindowSelfAttention(BaseModule):
         self.num_heads = num_heads
         self.window_size = window_size
         self.pad_mask = pad_mask
+        self._looked_up = None
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         if with_rpe:
@@ -165,30 +245,57 @@ class LocalWindowSelfAttention(BaseModule):
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size)  # (B * nW, N, C)
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
-        bias = self.attention_bias(size, q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        windows = self.proj(out.transpose(1, 2).flatten(2))  # (B * nW, N, C)
+        scale = (self.embed_dims // self.num_heads) ** -0.5
+        windows = self.proj(attend(qkv, self.attention_bias(size, qkv), scale))  # (B * nW, N, C)
         return window_merge(windows, self.window_size, size)
 
-    def attention_bias(self, size: tuple[int, int], q: Tensor) -> Tensor | None:
+    def train(self, mode: bool = True) -> LocalWindowSelfAttention:
+        """Set the mode, and forget the bias, which may have been changed behind our back."""
+        self._looked_up = None
+        return super().train(mode)
+
+    def attention_bias(self, size: tuple[int, int], qkv: Tensor) -> Tensor | None:
         """What is added to the attention logits.
 
         Args:
             size (tuple[int, int]): Height H and width W of the map without padding.
-            q (Tensor): Queries of shape (B * nW, heads, N, head_dim).
+            qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
 
         Returns:
-            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), of q's dtype, or None
-            if there is nothing to add.
+            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), of qkv's data type, or
+            None if there is nothing to add.
         """
         bias = None
         if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, heads)
-            bias = bias.permute(2, 0, 1)[None].to(q.dtype)
+            bias = self.relative_position_bias(qkv.dtype)
         if self.pad_mask and (size[0] % self.window_size or size[1] % self.window_size):
-            padded = padding_mask(size, self.window_size, q.device)  # (nW, N)
-            mask = torch.zeros_like(padded, dtype=q.dtype).masked_fill_(padded, float('-inf'))
-            mask = mask.repeat(q.shape[0] // len(mask), 1)[:, None, None]  # (B * nW, 1, 1, N)
+            padded = padding_mask(size, self.window_size, qkv.device)  # (nW, N)
+            mask = torch.zeros_like(padded, dtype=qkv.dtype).masked_fill_(padded, float('-inf'))
+            mask = mask.repeat(len(qkv) // len(mask), 1)[:, None, None]  # (B * nW, 1, 1, N)
             bias = mask if bias is None else bias + mask
         return bias
+
+    def relative_position_bias(self, dtype: torch.dtype) -> Tensor:
+        """The learned bias of every pair of tokens in a window.
+
+        In evaluation without gradients it is looked up once, and again after the table was
+        changed in place, replaced or moved, or the mode was set.
+
+        Args:
+            dtype (torch.dtype): Data type of the result.
+
+        Returns:
+            Tensor: Bias of shape (1, heads, N, N).
+        """
+        table = self.relative_position_bias_table
+        if self.training or torch.is_grad_enabled() or not may_keep_tensors(table):
+            return self._look_up(dtype)
+        state = (table.data_ptr(), table._version, table.device, dtype)
+        if self._looked_up is None or self._looked_up[0] != state:
+            # The table's memory is held on to, so that no other tensor gets its address.
+            self._looked_up = (state, table.detach(), self._look_up(dtype))
+        return self._looked_up[2]
+
+    def _look_up(self, dtype: torch.dtype) -> Tensor:
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, heads)
+        return bias.permute(2, 0, 1)[None].to(dtype).contiguous()

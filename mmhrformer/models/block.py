@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
 from .ffn import DepthwiseConv2d
+from .recompute import is_compiling
 
 
 @contextmanager
@@ -133,6 +134,8 @@ class HRFormerBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         if self.with_cp and torch.is_grad_enabled():
+            if is_compiling():  # compiled code updates running statistics once in any case
+                return checkpoint(self._forward, x, use_reentrant=False)
             return checkpoint(
                 self._forward,
                 x,

@@ -8,6 +8,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from .recompute import (
+    CPU_DEPTHWISE_BACKWARD_IS_CONTIGUOUS,
+    is_compiling,
+    norm_gelu_conv,
+    plainly_strided,
+)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -24,11 +30,12 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if x.device.type == 'cpu' and torch.is_grad_enabled():
-            # On channels-last memory the backward pass is many times slower (17x in torch 2.1).
+        on_cpu = x.device.type == 'cpu' and torch.is_grad_enabled()
+        if on_cpu and CPU_DEPTHWISE_BACKWARD_IS_CONTIGUOUS and not is_compiling():
             # What comes out is channels-last again: torch 2.1's GELU returns wrong gradients
             # when its input is not and the gradient from behind is.
-            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+            x = self._conv_forward(x.contiguous(), plainly_strided(self.weight), self.bias)
+            return x.contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
 
@@ -65,12 +72,12 @@ class DWConvFFN(BaseModule):
         self.norm2 = build_norm_layer(norm_cfg, feedforward_channels)[1]
         self.fc2 = nn.Conv2d(feedforward_channels, embed_dims, 1)
         self.norm3 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
-        x = self.act(self.norm1(self.fc1(x)))
-        x = self.act(self.norm2(self.dw3x3(x)))
-        x = self.act(self.norm3(self.fc2(x)))
+        x = self.fc1(x)
+        x = norm_gelu_conv(x, self.norm1, self.dw3x3)
+        x = norm_gelu_conv(x, self.norm2, self.fc2)
+        x = norm_gelu_conv(x, self.norm3)
         return x.permute(0, 2, 3, 1)

@@ -9,19 +9,41 @@ import torch.nn.functional as F
 from mmcv.cnn.utils import fuse_conv_bn
 from torch import Tensor, nn
 
-from .attention import LocalWindowSelfAttention, window_merge, window_partition
+from .attention import (
+    LocalWindowSelfAttention,
+    attend,
+    missing_head_dim,
+    window_merge,
+    window_partition,
+)
 from .block import HRFormerBlock
+from .ffn import DWConvFFN
+from .recompute import is_compiling
+
+# The CPU library's convolution with an activation at its end, which torch.compile uses, too.
+ONEDNN_CONVOLUTION = None
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
+    ONEDNN_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default
 
 # Below this a scale of layer normalization cannot be undone for the padding.
 SMALLEST_SCALE = 1e-3
+
+
+def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
+    """A linear layer of given weights, on the device and of the data type of another one."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(like.weight)
+    linear.weight.data.copy_(weight)
+    linear.bias.data.copy_(bias)
+    return linear
 
 
 class FusedWindowAttention(nn.Module):
     """:class:`LocalWindowSelfAttention` and the layer normalization in front, for inference.
 
     The scale and shift of the normalization and the scale of the queries are in the projection,
-    the relative position bias is looked up already. Padding is zero *after* the normalization, so
-    here it gets the value that the scale and shift would bring to zero.
+    heads are as wide as the kernels like them, the relative position bias is looked up already.
+    Padding is zero *after* the normalization, so here it gets the value that the scale and shift
+    would bring to zero.
 
     Args:
         attn (LocalWindowSelfAttention): The attention.
@@ -32,20 +54,25 @@ class FusedWindowAttention(nn.Module):
         super().__init__()
         self.window_size = attn.window_size
         self.num_heads = attn.num_heads
-        self.qkv = nn.Linear(attn.embed_dims, 3 * attn.embed_dims)
-        self.proj = attn.proj
+        channels, head_dim = attn.embed_dims, attn.embed_dims // attn.num_heads
+        missing = missing_head_dim(head_dim, is_cuda=False)
         weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
         scale, shift = norm.weight.double(), norm.bias.double()
         bias = bias + weight @ shift
         weight = weight * scale
-        queries = slice(0, attn.embed_dims)
-        weight[queries] *= (attn.embed_dims // attn.num_heads) ** -0.5
-        bias[queries] *= (attn.embed_dims // attn.num_heads) ** -0.5
-        self.qkv.weight.data.copy_(weight)
-        self.qkv.bias.data.copy_(bias)
+        weight = weight.view(3, attn.num_heads, head_dim, channels)
+        bias = bias.view(3, attn.num_heads, head_dim)
+        queries = torch.tensor([head_dim**-0.5, 1, 1]).to(weight)  # only they are scaled
+        weight = F.pad(weight * queries.view(3, 1, 1, 1), (0, 0, 0, missing)).flatten(0, 2)
+        bias = F.pad(bias * queries.view(3, 1, 1), (0, missing)).flatten()
+        self.qkv = make_linear(weight, bias, attn.qkv)
+        weight = attn.proj.weight.view(channels, attn.num_heads, head_dim)
+        self.proj = make_linear(F.pad(weight, (0, missing)).flatten(1), attn.proj.bias, attn.proj)
         self.register_buffer('padding', (-shift / scale).to(attn.qkv.weight))
-        table = attn.attention_bias((attn.window_size,) * 2, attn.qkv.weight)
-        self.register_buffer('bias', None if table is None else table.contiguous())
+        bias = None
+        if attn.relative_position_bias_table is not None:
+            bias = attn.relative_position_bias(attn.qkv.weight.dtype)
+        self.register_buffer('bias', bias)
 
     @staticmethod
     def fits(attn: nn.Module, norm: nn.Module) -> bool:
@@ -69,10 +96,52 @@ class FusedWindowAttention(nn.Module):
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=1.0)
-        windows = self.proj(out.transpose(1, 2).flatten(2))
-        return window_merge(windows, self.window_size, size)
+        windows = attend(qkv, self.bias, scale=1.0)  # (B * nW, N, C)
+        return self.proj(window_merge(windows, self.window_size, size))
+
+
+class FusedDWConvFFN(nn.Module):
+    """:class:`DWConvFFN` after its normalizations were folded, for inference.
+
+    Args:
+        ffn (DWConvFFN): The FFN.
+    """
+
+    def __init__(self, ffn: DWConvFFN) -> None:
+        super().__init__()
+        self.fc1, self.dw3x3, self.fc2 = ffn.fc1, ffn.dw3x3, ffn.fc2
+
+    @staticmethod
+    def fits(ffn: nn.Module) -> bool:
+        """Whether an FFN can be replaced: all its normalizations are folded."""
+        return type(ffn) is DWConvFFN and all(
+            type(norm) is nn.Identity for norm in (ffn.norm1, ffn.norm2, ffn.norm3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
+        for conv in (self.fc1, self.dw3x3, self.fc2):
+            x = conv_gelu(x, conv)
+        return x.permute(0, 2, 3, 1)
+
+
+def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Compute ``gelu(conv(x))``, on a CPU in one pass.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        conv (nn.Conv2d): The convolution.
+
+    Returns:
+        Tensor: Map of shape (B, out_channels, H', W').
+    """
+    recorded = is_compiling() or torch.jit.is_tracing()
+    plain = x.device.type != 'cpu' or x.dtype != torch.float32 or x.requires_grad
+    if ONEDNN_CONVOLUTION is None or recorded or plain:
+        return F.gelu(conv(x))
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
+    return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)
 
 
 def refuse_training(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -117,6 +186,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                 channels, eps = block.norm1.normalized_shape, block.norm1.eps
                 block.norm1 = nn.LayerNorm(channels, eps, elementwise_affine=False)
         fused = fuse_conv_bn(fused)
+        for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
+            if FusedDWConvFFN.fits(block.ffn):
+                block.ffn = FusedDWConvFFN(block.ffn)
     fused.requires_grad_(False)
     fused.train(False)
     for module in fused.modules():

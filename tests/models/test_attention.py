@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmhrformer import MODELS, LocalWindowSelfAttention
+from mmhrformer.models import attention
 from mmhrformer.models.attention import (
     relative_position_index,
     window_merge,
@@ -125,6 +126,82 @@ def test_works_under_autocast(pad_mask):
         half = attn(x)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), attn(x), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize('pad_mask', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_what_is_done_for_the_kernels_changes_nothing(grad, pad_mask, monkeypatch):
+    """Zeros are appended to heads, many windows are split up, by both formulas."""
+    attn = make_attention(window_size=3, pad_mask=pad_mask)
+    x = make_map(6, 7)
+    expected = reference(attn, x, only_real=pad_mask)
+    monkeypatch.setattr(attention, 'missing_head_dim', lambda *args: 4)
+    monkeypatch.setattr(attention, 'MAX_WINDOWS', 5)
+    for one_kernel in (False, True):
+        monkeypatch.setattr(attention, 'has_one_kernel', lambda *args, answer=one_kernel: answer)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(attn(x), expected)
+
+
+@pytest.mark.parametrize(
+    ('head_dim', 'on_cpu', 'on_cuda'), [(18, 0, 6), (32, 0, 0), (39, 1, 1), (4, 0, 4)]
+)
+def test_zeros_that_are_appended_to_a_head(head_dim, on_cpu, on_cuda):
+    assert attention.missing_head_dim(head_dim, is_cuda=False) == on_cpu
+    assert attention.missing_head_dim(head_dim, is_cuda=True) == on_cuda
+
+
+def increase(attn: LocalWindowSelfAttention) -> None:
+    with torch.no_grad():
+        attn.relative_position_bias_table += 1
+
+
+def replace(attn: LocalWindowSelfAttention) -> None:
+    attn.relative_position_bias_table.data = attn.relative_position_bias_table.data + 1
+
+
+def load(attn: LocalWindowSelfAttention) -> None:
+    attn.load_state_dict({key: value + 1 for key, value in attn.state_dict().items()})
+
+
+def average(attn: LocalWindowSelfAttention) -> None:
+    """As mmengine's EMAHook swaps parameters before it evaluates."""
+    table = attn.relative_position_bias_table
+    table.data.copy_(table.data + 1)
+    attn.eval()
+
+
+def train(attn: LocalWindowSelfAttention) -> None:
+    attn.train()
+    attn(make_map(6, 6)).sum().backward()
+    torch.optim.SGD(attn.parameters(), lr=1.0).step()
+    attn.eval()
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('change', [increase, replace, load, average, train])
+def test_bias_is_kept_until_the_table_changes(change, mode):
+    attn = make_attention(window_size=3).eval()
+    with mode():
+        before = attn.relative_position_bias(torch.float64)
+        assert attn.relative_position_bias(torch.float64) is before
+        assert attn.relative_position_bias(torch.float32).dtype == torch.float32
+    change(attn)
+    index = attn.relative_position_index
+    with mode():
+        after = attn.relative_position_bias(torch.float64)
+        expected = attn.relative_position_bias_table[index].permute(2, 0, 1)[None]
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+def test_bias_with_gradients_is_looked_up_every_time():
+    attn = make_attention(window_size=3).eval()
+    with torch.no_grad():
+        attn(make_map(6, 6))
+    attn(make_map(6, 6)).sum().backward()
+    attn(make_map(6, 6)).sum().backward()
+    assert attn.relative_position_bias_table.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('window', [1, 2, 3, 7])

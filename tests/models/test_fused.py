@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint
-from mmhrformer.models import HRFormerBlock
+from mmhrformer.models import HRFormerBlock, fused
 from mmhrformer.models.fused import FusedWindowAttention
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
@@ -18,7 +18,7 @@ SIZES = [(64, 64), (97, 161), (224, 224)]
 
 def make_backbone(**options) -> HRFormer:
     """A backbone whose normalizations have learned something."""
-    model = HRFormer(arch=TINY, **options)
+    model = HRFormer(**{'arch': TINY, **options})
     golden.recipe.fill_module(model)
     return model.eval()
 
@@ -39,6 +39,7 @@ def difference(model: nn.Module, fused: nn.Module, size: tuple[int, int]) -> flo
         dict(with_rpe=False),
         dict(pad_mask=True),
         dict(upsample='bilinear', out_indices=(0, 2)),
+        dict(arch=dict(TINY, channels=(39, 39, 78, 78), num_heads=(1, 1, 2, 2))),
     ],
     ids=str,
 )
@@ -105,3 +106,17 @@ def test_scales_near_zero_are_not_divided_by():
     ]
     assert len(kept) == 1
     assert difference(model, fused, (97, 161)) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('grad', [False, True])
+def test_every_kernel_gives_the_same(grad, dtype, monkeypatch):
+    """With and without the CPU library's convolution that ends with a GELU."""
+    model = fuse_for_inference(make_backbone()).to(dtype)
+    x = golden.image((2, 3, 64, 96)).to(dtype).requires_grad_(grad)
+    out = model(x)[0]
+    if grad:
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient.abs().sum() > 0
+    monkeypatch.setattr(fused, 'ONEDNN_CONVOLUTION', None)
+    torch.testing.assert_close(model(x)[0], out, atol=1e-5, rtol=1e-5)

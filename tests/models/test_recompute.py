@@ -1,0 +1,142 @@
+"""What is computed again in the backward pass changes no result."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmhrformer import HRFormer
+from mmhrformer.models.ffn import DepthwiseConv2d
+from mmhrformer.models.recompute import norm_gelu_conv
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def make_norm(kind: str, dtype: torch.dtype) -> nn.Module:
+    norms = {
+        'batch': lambda: nn.BatchNorm2d(6),
+        'average': lambda: nn.BatchNorm2d(6, momentum=None),
+        'running': lambda: nn.BatchNorm2d(6).eval(),
+        'no running': lambda: nn.BatchNorm2d(6, track_running_stats=False),
+        'group': lambda: nn.GroupNorm(2, 6),
+        'none': nn.Identity,
+    }
+    norm = norms[kind]().to(dtype)
+    for name, tensor in norm.state_dict().items():
+        if name == 'running_var':
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        elif tensor.is_floating_point():
+            nn.init.normal_(tensor)
+    return norm
+
+
+CONVS = {
+    'pointwise': lambda: nn.Conv2d(6, 4, 1),
+    'depthwise': lambda: DepthwiseConv2d(6),
+    'strided': lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False),
+    'none': lambda: None,
+}
+
+
+def run(plain: bool, x: Tensor, norm: nn.Module, conv: nn.Module | None) -> list[Tensor]:
+    """Output of two passes, gradients and running statistics."""
+    norm, conv = copy.deepcopy(norm), copy.deepcopy(conv)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    for _ in range(2):
+        if plain:
+            out = F.gelu(norm(x))
+            out = out if conv is None else conv(out)
+        else:
+            out = norm_gelu_conv(x, norm, conv)
+    leaves = [x, *norm.parameters(), *([] if conv is None else conv.parameters())]
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves), *norm.buffers()]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('conv', CONVS)
+@pytest.mark.parametrize('norm', ['batch', 'average', 'running', 'no running', 'group', 'none'])
+def test_is_norm_gelu_and_convolution(norm, conv, layout):
+    torch.manual_seed(0)
+    norm, conv = make_norm(norm, torch.float64), CONVS[conv]()
+    conv = None if conv is None else conv.double().to(memory_format=layout)
+    x = torch.randn(3, 6, 7, 5, dtype=torch.float64).contiguous(memory_format=layout)
+    for ours, plain in zip(run(False, x, norm, conv), run(True, x, norm, conv)):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_input_and_parameters_without_gradients_get_none():
+    norm, conv = make_norm('batch', torch.float32), nn.Conv2d(6, 4, 1)
+    norm.weight.requires_grad_(False)
+    conv.weight.requires_grad_(False)
+    norm_gelu_conv(torch.randn(2, 6, 4, 4), norm, conv).sum().backward()
+    assert norm.weight.grad is None
+    assert conv.weight.grad is None
+    assert norm.bias.grad is not None
+    assert conv.bias.grad is not None
+
+
+def test_autocast_keeps_its_data_type_and_the_parameters_theirs():
+    norm, conv = make_norm('batch', torch.float32), nn.Conv2d(6, 4, 1)
+    x = torch.randn(2, 6, 4, 4)
+    with torch.autocast('cpu', torch.bfloat16):
+        half = norm_gelu_conv(x.bfloat16(), norm, conv)
+    half.float().square().mean().backward()
+    grads = [p.grad for p in (*norm.parameters(), *conv.parameters())]
+    assert half.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    full = norm_gelu_conv(x, copy.deepcopy(norm), conv)
+    torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.1)
+
+
+def kept_bytes(function) -> int:
+    """Bytes of the different tensors that a forward pass keeps."""
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()  # its result must live until all is counted
+    return sum(kept.values()) if out is not None else 0
+
+
+@pytest.mark.parametrize(('norm', 'share'), [('batch', 1 / 3), ('group', 2 / 3)])
+def test_keeps_one_map_of_three(norm, share):
+    norm, conv = make_norm(norm, torch.float32), DepthwiseConv2d(6)
+    x = torch.randn(4, 6, 32, 32).requires_grad_()
+    plain = kept_bytes(lambda: F.conv2d(F.gelu(norm(x)), conv.weight, groups=6))
+    assert kept_bytes(lambda: norm_gelu_conv(x, norm, conv)) < (share + 0.01) * plain
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(2, 6, 4, 4).requires_grad_()
+    out = norm_gelu_conv(x, make_norm('batch', torch.float32), nn.Conv2d(6, 4, 1))
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_compiles_to_one_graph_and_only_once_per_size(training):
+    arch = dict(channels=(4, 8, 8, 8), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)
+    model = HRFormer(arch, out_indices=(0,)).train(training)
+    plain = copy.deepcopy(model)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    for size in ((64, 48), (32, 40), (64, 48), (32, 40)):
+        x = torch.randn(2, 3, *size)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(x)[0], plain(x)[0], atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2
