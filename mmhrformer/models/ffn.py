@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..registry import MODELS
 from .recompute import (
     CPU_DEPTHWISE_BACKWARD_IS_CONTIGUOUS,
     is_compiling,
+    may_recompute,
     norm_gelu_conv,
     plainly_strided,
 )
@@ -77,7 +79,15 @@ class DWConvFFN(BaseModule):
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
         x = self.fc1(x)
-        x = norm_gelu_conv(x, self.norm1, self.dw3x3)
-        x = norm_gelu_conv(x, self.norm2, self.fc2)
-        x = norm_gelu_conv(x, self.norm3)
+        if may_recompute():
+            x = norm_gelu_conv(x, self.norm1, self.dw3x3)
+            x = norm_gelu_conv(x, self.norm2, self.fc2)
+            x = norm_gelu_conv(x, self.norm3)
+        else:
+            # Step by step, so that no more than two of the large maps exist at a time.
+            x = self.norm1(x)
+            x = self.dw3x3(F.gelu(x))
+            x = self.norm2(x)
+            x = self.fc2(F.gelu(x))
+            x = F.gelu(self.norm3(x))
         return x.permute(0, 2, 3, 1)

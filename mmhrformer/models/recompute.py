@@ -167,8 +167,13 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=layout)
 
 
+def may_recompute() -> bool:
+    """Whether there will be a backward pass, and nobody else decides what to compute again."""
+    return torch.is_grad_enabled() and not is_compiling() and not torch.jit.is_tracing()
+
+
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d | None = None) -> Tensor:
-    """Compute ``conv(gelu(norm(x)))``, in training with little kept for the backward pass.
+    """Compute ``conv(gelu(norm(x)))`` with little kept for the backward pass.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
@@ -179,14 +184,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d | None = None) ->
     Returns:
         Tensor: Map of shape (B, out_channels, H', W').
     """
-    if is_compiling() or torch.jit.is_tracing():
-        # A compiler decides itself what to compute again.
-        x = F.gelu(norm(x))
-    elif torch.is_grad_enabled():
-        weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
-        if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
-            return NormGELUConv.apply(x, norm.weight, norm.bias, weight, bias, norm, conv)
-        return NormGELUConv.apply(norm(x), None, None, weight, bias, None, conv)
-    else:
-        x = torch.ops.aten.gelu_(norm(x))
-    return x if conv is None else conv(x)
+    weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
+    if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
+        return NormGELUConv.apply(x, norm.weight, norm.bias, weight, bias, norm, conv)
+    return NormGELUConv.apply(norm(x), None, None, weight, bias, None, conv)
