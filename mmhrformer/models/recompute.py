@@ -8,6 +8,7 @@ from mmengine.utils import digit_version
 from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Whether torch.compile (or torch.export) is reading the code; public since torch 2.3.
 is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
@@ -22,11 +23,11 @@ convolution_backward = torch.ops.aten.convolution_backward.default
 batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def batch_statistics_args(norm: nn.BatchNorm2d) -> tuple[bool, float]:
-    """Count a batch as :class:`nn.BatchNorm2d` does.
+def batch_statistics_args(norm: _BatchNorm) -> tuple[bool, float]:
+    """Count a batch as :class:`_BatchNorm` does.
 
     Args:
-        norm (nn.BatchNorm2d): The normalization.
+        norm (_BatchNorm): The normalization.
 
     Returns:
         tuple[bool, float]: Whether to use the statistics of the batch, and how much the running
@@ -55,7 +56,7 @@ class NormGELUConv(torch.autograd.Function):
         beta: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        norm: nn.BatchNorm2d | None,
+        norm: _BatchNorm | None,
         conv: nn.Conv2d | None,
     ) -> Tensor:
         """Compute ``conv(gelu(norm(x)))``, without ``norm`` or ``conv`` if it is None.
@@ -67,7 +68,7 @@ class NormGELUConv(torch.autograd.Function):
             beta (Tensor | None): Shift of the normalization, of shape (C,).
             weight (Tensor | None): Weight of the convolution.
             bias (Tensor | None): Bias of the convolution.
-            norm (nn.BatchNorm2d | None): Whose running statistics to use and update.
+            norm (_BatchNorm | None): Whose running statistics to use and update.
             conv (nn.Conv2d | None): Stride, padding and groups of the convolution.
 
         Returns:
@@ -177,14 +178,16 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d | None = None) ->
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
-        norm (nn.Module): The normalization. Of :class:`nn.BatchNorm2d` only the input is kept, of
-            others their output, too.
+        norm (nn.Module): The normalization. Of batch normalization only the input is kept, of
+            others, such as the synchronized one, their output, too.
         conv (nn.Conv2d, optional): The convolution. Defaults to None: none.
 
     Returns:
         Tensor: Map of shape (B, out_channels, H', W').
     """
     weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
-    if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
+    # mmengine replaces synchronized norms by a class of its own when there is one process.
+    plain = getattr(type(norm), 'forward', None) is _BatchNorm.forward
+    if plain and norm.affine and norm.track_running_stats:
         return NormGELUConv.apply(x, norm.weight, norm.bias, weight, bias, norm, conv)
     return NormGELUConv.apply(norm(x), None, None, weight, bias, None, conv)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
 from mmhrformer import HRFormer
@@ -16,16 +17,19 @@ from mmhrformer.models.recompute import norm_gelu_conv
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
+NORMS = {
+    'batch': lambda: nn.BatchNorm2d(6),
+    'one process': lambda: revert_sync_batchnorm(nn.SyncBatchNorm(6)),
+    'average': lambda: nn.BatchNorm2d(6, momentum=None),
+    'running': lambda: nn.BatchNorm2d(6).eval(),
+    'no running': lambda: nn.BatchNorm2d(6, track_running_stats=False),
+    'group': lambda: nn.GroupNorm(2, 6),
+    'none': nn.Identity,
+}
+
+
 def make_norm(kind: str, dtype: torch.dtype) -> nn.Module:
-    norms = {
-        'batch': lambda: nn.BatchNorm2d(6),
-        'average': lambda: nn.BatchNorm2d(6, momentum=None),
-        'running': lambda: nn.BatchNorm2d(6).eval(),
-        'no running': lambda: nn.BatchNorm2d(6, track_running_stats=False),
-        'group': lambda: nn.GroupNorm(2, 6),
-        'none': nn.Identity,
-    }
-    norm = norms[kind]().to(dtype)
+    norm = NORMS[kind]().to(dtype)
     for name, tensor in norm.state_dict().items():
         if name == 'running_var':
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -60,7 +64,9 @@ def run(plain: bool, x: Tensor, norm: nn.Module, conv: nn.Module | None) -> list
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('conv', CONVS)
-@pytest.mark.parametrize('norm', ['batch', 'average', 'running', 'no running', 'group', 'none'])
+@pytest.mark.parametrize(
+    'norm', ['batch', 'one process', 'average', 'running', 'no running', 'group', 'none']
+)
 def test_is_norm_gelu_and_convolution(norm, conv, layout):
     torch.manual_seed(0)
     norm, conv = make_norm(norm, torch.float64), CONVS[conv]()
@@ -107,7 +113,9 @@ def kept_bytes(function) -> int:
     return sum(kept.values()) if out is not None else 0
 
 
-@pytest.mark.parametrize(('norm', 'share'), [('batch', 1 / 3), ('group', 2 / 3)])
+@pytest.mark.parametrize(
+    ('norm', 'share'), [('batch', 1 / 3), ('one process', 1 / 3), ('group', 2 / 3)]
+)
 def test_keeps_one_map_of_three(norm, share):
     norm, conv = make_norm(norm, torch.float32), DepthwiseConv2d(6)
     x = torch.randn(4, 6, 32, 32).requires_grad_()
