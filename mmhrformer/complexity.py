@@ -25,6 +25,7 @@ from .models.block import Bottleneck, HRFormerBlock
 from .models.ffn import DWConvFFN
 from .models.fusion_neck import HRFormerFusion
 from .models.hr_module import HRModule
+from .models.strips import in_one_piece
 
 
 def _conv(module: nn.Conv2d, x: Tensor, out: Tensor) -> dict:
@@ -119,7 +120,7 @@ def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
             if isinstance(module, kind):
                 module.register_forward_hook(hook(counter))
     whole_model = hasattr(model, 'backbone')
-    with torch.no_grad():
+    with torch.no_grad(), in_one_piece():
         model(torch.zeros(shape), *([None] if whole_model else []))
     return total
 

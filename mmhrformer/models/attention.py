@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .recompute import is_compiling
+from .strips import map_windows, may_split
 
 # CUDA's attention kernels put the windows on an axis of the grid that has no more places.
 MAX_WINDOWS = 65_535
@@ -244,10 +245,17 @@ class LocalWindowSelfAttention(BaseModule):
         """
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size)  # (B * nW, N, C)
+        if may_split(x) and not self.pad_mask:
+            numbers = self.qkv.out_features * windows.shape[1]
+            windows = map_windows(lambda part: self._attend(part, size), windows, numbers)
+        else:
+            windows = self._attend(windows, size)
+        return window_merge(windows, self.window_size, size)
+
+    def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
         scale = (self.embed_dims // self.num_heads) ** -0.5
-        windows = self.proj(attend(qkv, self.attention_bias(size, qkv), scale))  # (B * nW, N, C)
-        return window_merge(windows, self.window_size, size)
+        return self.proj(attend(qkv, self.attention_bias(size, qkv), scale))  # (B * nW, N, C)
 
     def train(self, mode: bool = True) -> LocalWindowSelfAttention:
         """Set the mode, and forget the bias, which may have been changed behind our back."""

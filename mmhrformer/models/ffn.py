@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import MODELS
 from .recompute import (
@@ -16,6 +17,7 @@ from .recompute import (
     norm_gelu_conv,
     plainly_strided,
 )
+from .strips import map_strips, may_split
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -77,6 +79,11 @@ class DWConvFFN(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if may_split(x) and all(is_pointwise(n) for n in (self.norm1, self.norm2, self.norm3)):
+            return map_strips(self._forward, x, self.fc1.out_channels)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
         x = self.fc1(x)
         if may_recompute():
@@ -91,3 +98,9 @@ class DWConvFFN(BaseModule):
             x = self.fc2(F.gelu(x))
             x = F.gelu(self.norm3(x))
         return x.permute(0, 2, 3, 1)
+
+
+def is_pointwise(norm: nn.Module) -> bool:
+    """Whether a normalization treats every place alike, without statistics of the map."""
+    running = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    return type(norm) is nn.Identity or (running and not norm.training)

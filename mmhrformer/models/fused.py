@@ -19,6 +19,7 @@ from .attention import (
 from .block import HRFormerBlock
 from .ffn import DWConvFFN
 from .recompute import is_compiling
+from .strips import map_strips, map_windows, may_split
 
 # The CPU library's convolution with an activation at its end, which torch.compile uses, too.
 ONEDNN_CONVOLUTION = None
@@ -95,9 +96,15 @@ class FusedWindowAttention(nn.Module):
         """
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
+        if may_split(x):
+            windows = map_windows(self._attend, windows, self.qkv.out_features * windows.shape[1])
+        else:
+            windows = self._attend(windows)
+        return window_merge(windows, self.window_size, size)
+
+    def _attend(self, windows: Tensor) -> Tensor:
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
-        windows = attend(qkv, self.bias, scale=1.0)  # (B * nW, N, C)
-        return self.proj(window_merge(windows, self.window_size, size))
+        return self.proj(attend(qkv, self.bias, scale=1.0))  # (B * nW, N, C)
 
 
 class FusedDWConvFFN(nn.Module):
@@ -120,6 +127,11 @@ class FusedDWConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if may_split(x):
+            return map_strips(self._forward, x, self.fc1.out_channels)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
         for conv in (self.fc1, self.dw3x3, self.fc2):
             x = conv_gelu(x, conv)
