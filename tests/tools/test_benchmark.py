@@ -141,12 +141,12 @@ def test_profile(tool):
 
 def test_peak_memory(tool):
     def step():
-        return torch.ones(8_000_000).sum()
+        return torch.ones(16_000_000).sum()  # so large that memory in use before cannot serve it
 
     found = tool.measure.peak_memory(step, 'cpu')
     if found is None:
         pytest.skip('the system does not tell')
-    assert 30e6 < found < 60e6
+    assert 60e6 < found < 120e6
 
 
 def test_snippets_are_timed_in_turn(tool):
@@ -295,7 +295,7 @@ def test_training(tool, tmp_path, capsys):
     found = json.loads(file.read_text())
     assert all(check['gradients'] < 1e-3 for check in found['checks'])
     ours, with_cp, mmpose = found['results']
-    assert with_cp['saved'] < 0.5 * ours['saved']
+    assert with_cp['saved'] < 0.6 * ours['saved']
     assert 0.1 * mmpose['saved'] < ours['saved'] < 2 * mmpose['saved']
 
 
