@@ -5,9 +5,12 @@ from __future__ import annotations
 from . import datasets, engine, models
 from .apis import fuse_for_inference, get_model, list_models, register_in_mmpretrain
 from .checkpoints import load_checkpoint
+from .engine.cpu_dist import prepare_cpu_launch
 from .models import *  # noqa: F403
 from .models import __all__ as _models
 from .registry import (
+    HOOKS,
+    MODEL_WRAPPERS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     PARAM_SCHEDULERS,
@@ -17,7 +20,9 @@ from .registry import (
 from .version import __version__
 
 __all__ = [
+    'HOOKS',
     'MODELS',
+    'MODEL_WRAPPERS',
     'OPTIM_WRAPPER_CONSTRUCTORS',
     'PARAM_SCHEDULERS',
     'TRANSFORMS',
@@ -33,6 +38,11 @@ __all__ = [
     'register_in_mmpretrain',
 ]
 __all__ += _models
+
+# Configs import this package before mmengine starts its process group, and nothing else of ours
+# runs that early. Nothing happens here unless this process was started by a launcher, with
+# `--launcher pytorch`, on a machine without an accelerator: mmengine would ask for a CUDA device.
+prepare_cpu_launch()
 
 
 def __getattr__(name: str) -> type:

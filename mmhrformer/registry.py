@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
@@ -61,6 +63,13 @@ class ModelRegistry(Registry):
 MODELS = ModelRegistry(
     'model', parent=MMENGINE_MODELS, scope='mmhrformer', locations=['mmhrformer.models']
 )
+MODEL_WRAPPERS = Registry(
+    'model_wrapper',
+    parent=MMENGINE_MODEL_WRAPPERS,
+    scope='mmhrformer',
+    locations=['mmhrformer.engine'],
+)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmhrformer', locations=['mmhrformer.engine'])
 PARAM_SCHEDULERS = Registry(
     'parameter scheduler',
     parent=MMENGINE_PARAM_SCHEDULERS,

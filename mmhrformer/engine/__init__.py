@@ -1,7 +1,16 @@
 """What training needs beside the models; importing this registers it."""
 
+from .cpu_dist import CPUDistributedDataParallel
 from .optim import DecayGroupsConstructor
 from .preflight import PreflightChecks
+from .safe_checkpoints import ResumableSeedHook, SafeCheckpointHook
 from .schedulers import WarmupCosineLR
 
-__all__ = ['DecayGroupsConstructor', 'PreflightChecks', 'WarmupCosineLR']
+__all__ = [
+    'CPUDistributedDataParallel',
+    'DecayGroupsConstructor',
+    'PreflightChecks',
+    'ResumableSeedHook',
+    'SafeCheckpointHook',
+    'WarmupCosineLR',
+]

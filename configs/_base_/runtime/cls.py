@@ -2,12 +2,13 @@
 default_scope = 'mmpretrain'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 
+# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    checkpoint=dict(type='mmhrformer.SafeCheckpointHook', interval=1, max_keep_ckpts=3),
+    sampler_seed=dict(type='mmhrformer.ResumableSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
 env_cfg = dict(

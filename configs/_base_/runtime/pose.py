@@ -2,12 +2,18 @@
 default_scope = 'mmpose'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 
+# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=10, save_best='coco/AP', rule='greater'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    checkpoint=dict(
+        type='mmhrformer.SafeCheckpointHook',
+        interval=10,
+        save_best='coco/AP',
+        rule='greater',
+    ),
+    sampler_seed=dict(type='mmhrformer.ResumableSeedHook'),
     visualization=dict(type='PoseVisualizationHook', enable=False),
 )
 # Averages the statistics of batch normalization over the GPUs before each validation.

@@ -2,12 +2,18 @@
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 
+# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=10000, save_best='mIoU'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    checkpoint=dict(
+        type='mmhrformer.SafeCheckpointHook',
+        by_epoch=False,
+        interval=10000,
+        save_best='mIoU',
+    ),
+    sampler_seed=dict(type='mmhrformer.ResumableSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
 env_cfg = dict(

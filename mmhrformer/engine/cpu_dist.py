@@ -1,0 +1,99 @@
+"""Training by several processes on CPUs, through the stock tools and ``--launcher pytorch``.
+
+mmengine's launcher selects a CUDA device before it starts any process group, also for gloo, and
+wraps the model for that device; both fail on a machine that has none. What this module does about
+it, and the options that a run on CPUs needs::
+
+    torchrun --nproc_per_node 2 tools/train.py CONFIG --launcher pytorch --cfg-options
+        env_cfg.dist_cfg.backend=gloo env_cfg.dist_cfg.timeout=300
+        model_wrapper_cfg.type=mmhrformer.CPUDistributedDataParallel
+
+``timeout``, in seconds, is how long a process waits for another one that does not answer; 1800 if
+it is not given. From a process that has died the others hear at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from torch import nn
+
+from ..registry import MODEL_WRAPPERS
+
+NO_DEVICE = '-1'  # torch.cuda.set_device does nothing if the device is negative
+
+
+def prepare_cpu_launch(args: Sequence[str] | None = None) -> bool:
+    """Keep mmengine's ``--launcher pytorch`` away from CUDA on a machine that has no device.
+
+    The launcher calls ``torch.cuda.set_device(LOCAL_RANK)``, which is documented to do nothing for
+    a negative number. So LOCAL_RANK becomes -1, in this process only; the process group is left to
+    mmengine and to ``env_cfg.dist_cfg`` of the config. Nothing happens unless a launcher has
+    started the process (RANK, LOCAL_RANK and WORLD_SIZE are set), the command line says
+    ``--launcher pytorch``, and there is no accelerator: then the run would certainly fail.
+
+    Args:
+        args (Sequence[str], optional): The command line without the script. Defaults to that of
+            this process.
+
+    Returns:
+        bool: Whether LOCAL_RANK has been changed.
+    """
+    words = ' '.join(sys.argv[1:] if args is None else args).replace('=', ' ').split()
+    asked = ('--launcher', 'pytorch') in pairwise(words)
+    launched = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)
+    if not (asked and launched and get_device() == 'cpu'):
+        return False
+    if os.environ['LOCAL_RANK'] == NO_DEVICE:
+        return False
+    os.environ['LOCAL_RANK'] = NO_DEVICE
+    if os.environ['RANK'] == '0':
+        print_log(
+            f'mmhrformer: no GPU was found, so LOCAL_RANK is set to {NO_DEVICE} for mmengine to '
+            'leave CUDA alone. Several processes on CPUs also need --cfg-options '
+            'env_cfg.dist_cfg.backend=gloo '
+            f'model_wrapper_cfg.type=mmhrformer.{CPUDistributedDataParallel.__name__}'
+        )
+    return True
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """mmengine's wrapper of models for several processes, on CPUs.
+
+    It leaves out the CUDA device that mmengine names, and turns synchronized batch normalization,
+    which torch has for GPUs only, into the plain one, as mmengine itself does for one process. Each
+    process then normalizes with the statistics of its own images.
+
+    Args:
+        module (nn.Module): The model, on the CPU.
+        device_ids (Sequence[int], optional): Not used; mmengine gives it to every wrapper.
+        broadcast_buffers (bool): Whether the running statistics of the first process are copied to
+            the others before each step. Defaults to False, as mmengine has it for GPUs.
+        **kwargs: Further options of torch's ``DistributedDataParallel``.
+
+    Raises:
+        ValueError: If the model is not on the CPU.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int] | None = None,
+        broadcast_buffers: bool = False,
+        **kwargs,
+    ) -> None:
+        devices = {parameter.device.type for parameter in module.parameters()}
+        if devices - {'cpu'}:
+            raise ValueError(
+                f'module: its parameters are on {sorted(devices)}, and {type(self).__name__} is '
+                'for CPUs: leave model_wrapper_cfg out where there are GPUs'
+            )
+        module = revert_sync_batchnorm(module)
+        super().__init__(module, broadcast_buffers=broadcast_buffers, **kwargs)
