@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .checkpoints import fetch, list_models, load_checkpoint, read_zoo
 from .checkpoints.loading import locate
-from .launch import config_root, find_config
+from .launch import config_root, find_config, read_config
 from .models.fused import fuse_for_inference
 
 __all__ = ['fuse_for_inference', 'get_model', 'list_models', 'register_in_mmpretrain']
@@ -42,7 +41,7 @@ def get_model(
             hand.
         ImportError: If the framework that the model is for is not installed.
         RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint.
+        ValueError: If there is no such checkpoint, or the config is of no model.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
@@ -54,8 +53,14 @@ def get_model(
         checkpoint = fetch(path.stem, whole=True)
     else:
         checkpoint = locate(pretrained) if pretrained else None
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     cfg.merge_from_dict(cfg_options or {})
+    for option in ('default_scope', 'model'):
+        if option not in cfg:
+            raise ValueError(
+                f'name={str(name)!r}: that config has no {option}; give one that can be trained, '
+                'such as a name of mmhrformer.list_models()'
+            )
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

@@ -76,6 +76,27 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(f'there is no config {name!r}: {hint}')
 
 
+def read_config(path: str | Path) -> Config:
+    """Read a config.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        Config: What it says.
+
+    Raises:
+        ValueError: If it is no Python; the error of mmengine does not tell which file it is about.
+    """
+    try:
+        return Config.fromfile(path)
+    except SyntaxError as err:
+        raise ValueError(
+            f'cannot read the config {str(path)!r}, or one in its _base_: {err.msg}, line '
+            f'{err.lineno}. Correct that line'
+        ) from err
+
+
 def stock_tool(scope: str, tool: str) -> Path:
     """Find a script of a framework.
 
@@ -120,7 +141,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         return
     try:
         config = find_config(args[0])
-        script = stock_tool(Config.fromfile(config).get('default_scope'), tool)
+        script = stock_tool(read_config(config).get('default_scope'), tool)
         rest = args[1:]
         if tool == 'test' and rest and not rest[0].startswith('-'):
             rest[0] = checked(rest[0])

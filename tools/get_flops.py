@@ -7,12 +7,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmhrformer.complexity import complexity
-from mmhrformer.launch import find_config
+from mmhrformer.launch import find_config, read_config
+
+
+def count(config: str, shape: Sequence[int]) -> dict[str, int]:
+    """Build the model of a config and count.
+
+    Args:
+        config (str): Path of a config, or name of one of ours.
+        shape (Sequence[int]): Height and width of the image in pixels.
+
+    Returns:
+        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it.
+
+    Raises:
+        ValueError: If the config has no model, or the image is too small for it.
+    """
+    if min(shape) < 1:
+        raise ValueError(f'--shape {shape[0]} {shape[1]}: give height and width in pixels')
+    cfg = read_config(find_config(config))
+    if 'model' not in cfg:
+        raise ValueError(f'the config {config!r} has no model: give a config that can be trained')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        model = MODELS.build(cfg.model)
+    return complexity(model, (1, 3, *shape))
 
 
 def main() -> None:
@@ -26,12 +49,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        cfg = Config.fromfile(find_config(args.config))
-    except FileNotFoundError as err:
+        counts = count(args.config, args.shape)
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as err:
         sys.exit(f'get_flops.py: {err}')
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-    counts = complexity(model, (1, 3, *args.shape))
     height, width = args.shape
     print(f'\n{args.config} at {height}x{width}')
     print(f'  parameters                        {counts["parameters"]:>14,}')

@@ -162,15 +162,50 @@ def unwrap(checkpoint: MutableMapping) -> dict[str, Tensor]:
 
     Returns:
         dict[str, Tensor]: Tensors by name.
+
+    Raises:
+        ValueError: If there is something, but no tensors where they are expected.
     """
     for container in ('state_dict', 'model'):
         if isinstance(checkpoint.get(container), MutableMapping):
             checkpoint = checkpoint[container]
-    return {
+    tensors = {
         key.removeprefix('module.'): value
         for key, value in checkpoint.items()
-        if isinstance(value, Tensor)
+        if isinstance(key, str) and isinstance(value, Tensor)
     }
+    if checkpoint and not tensors:
+        raise ValueError(
+            f'the checkpoint has no tensors by name, but the keys {list(checkpoint)[:5]}: tensors '
+            "are looked for at the top and under 'state_dict' and 'model'. If they are under "
+            'another key, save what is under that: torch.save(checkpoint[KEY], NEW_FILE)'
+        )
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that a failed training run left behind.
+
+    Args:
+        tensors (Mapping[str, Tensor]): Tensors by name.
+
+    Raises:
+        ValueError: If a number is infinite or not a number.
+    """
+    broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    if broken:
+        raise ValueError(
+            f'the checkpoint has NaN or infinite numbers in {len(broken)} of {len(tensors)} '
+            f'tensors, the first ones {broken[:3]}: the training that wrote it had failed by '
+            'then. Take an earlier checkpoint of it'
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    # A sum is much faster, and finite only if all is; it may overflow, though.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def detect_dialect(keys: Iterable[str]) -> str:

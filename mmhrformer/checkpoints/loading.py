@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.logging import print_log
@@ -11,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..launch import did_you_mean
-from .dialects import BIAS_TABLE, Report, convert, unwrap
+from .dialects import BIAS_TABLE, Report, check_finite, convert, unwrap
 from .download import check_hash
 from .reading import read_checkpoint
 from .zoo import fetch, read_zoo
@@ -40,7 +42,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, or is of no known dialect.
+        ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
+            finite.
         RuntimeError: If tensors do not fit, or with ``strict`` are missing or unused.
 
     Examples:
@@ -49,9 +52,29 @@ def load_checkpoint(
         >>> load_checkpoint(model, model.state_dict()).unused
         []
     """
-    if not isinstance(checkpoint, MutableMapping):
-        checkpoint = read_checkpoint(locate(checkpoint))
-    state_dict, report = convert(unwrap(checkpoint))
+    if isinstance(checkpoint, MutableMapping):
+        return _load(model, checkpoint, strict, new_classes)
+    path = locate(checkpoint)
+    content = read_checkpoint(path)
+    with _naming(path):
+        return _load(model, content, strict, new_classes)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Tell which file an error is about."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as err:
+        kind = ValueError if isinstance(err, ValueError) else RuntimeError
+        raise kind(f'{str(path)!r}: {err}') from err
+
+
+def _load(model: nn.Module, checkpoint: MutableMapping, strict: bool, new_classes: bool) -> Report:
+    """Load what was saved into a model, see :func:`load_checkpoint`."""
+    tensors = unwrap(checkpoint)
+    state_dict, report = convert(tensors)
+    check_finite(tensors)
     names = _names_in(model, state_dict)
     state_dict = {names[key]: tensor for key, tensor in state_dict.items()}
     own = model.state_dict()
@@ -62,6 +85,7 @@ def load_checkpoint(
         for key in report.other_shape:
             del state_dict[key]
     report.dropped += [key for key in state_dict if key.endswith(BIAS_TABLE) and key not in own]
+    _refuse_other_shapes(own, state_dict, differing - set(report.other_shape))
     missing, unused = model.load_state_dict(state_dict, strict=False)
     in_file = {name: key for key, name in names.items()}
     in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
@@ -70,8 +94,31 @@ def load_checkpoint(
     report.used = len(own) - len(missing)
     if strict and (report.missing or report.unused):
         raise RuntimeError(f'the checkpoint is not of this model. {report}')
-    print_log(str(report), 'current')
+    incomplete = [key for key in report.missing if not HEAD.match(key)]
+    print_log(str(report), 'current', logging.WARNING if incomplete else logging.INFO)
     return report
+
+
+def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collection[str]) -> None:
+    """Say what to do about tensors that do not fit, before any is loaded."""
+    # Bias tables are resized for another window, but not for other heads.
+    wrong = [
+        key
+        for key in state_dict
+        if key in differing
+        and not (key.endswith(BIAS_TABLE) and own[key].shape[1:] == state_dict[key].shape[1:])
+    ]
+    if not wrong:
+        return
+    remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
+    if all(map(HEAD.match, wrong)):
+        remedy = 'set num_classes to that of the checkpoint, or load with new_classes=True'
+    lines = [
+        f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
+        f'{tuple(own[key].shape)} in the model'
+        for key in wrong
+    ]
+    raise RuntimeError(f'the checkpoint does not fit the model: {remedy}\n' + '\n'.join(lines))
 
 
 def _names_in(model: nn.Module, state_dict: dict) -> dict[str, str]:
@@ -134,9 +181,14 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
     Raises:
         DownloadError: As :func:`locate`.
         FileNotFoundError: Likewise.
-        ValueError: If the file cannot be read, or is of no known dialect.
+        ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
+            finite.
     """
     path = locate(filename)
-    state_dict, report = convert(unwrap(read_checkpoint(path)))
+    content = read_checkpoint(path)
+    with _naming(path):
+        tensors = unwrap(content)
+        state_dict, report = convert(tensors)
+        check_finite(tensors)
     print_log(f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors', logger)
     return dict(meta={}, state_dict=state_dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,8 +54,20 @@ class _Inert(dict):
         pass
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers, and refuses to import anything else."""
+class _Unpickler(pickle._Unpickler):
+    """Builds tensors and plain containers, and refuses to import anything else.
+
+    It is pickle's own in Python: the one in C reserves as much memory as a number in the file says,
+    so that a single wrong byte can make the system end the process.
+    """
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except KeyError as err:
+            if isinstance(err.args[0], int):  # a byte that is no instruction
+                raise pickle.UnpicklingError(f'invalid load key {err.args[0]}') from err
+            raise
 
     def find_class(self, module: str, name: str) -> Any:
         if module == '__builtin__':  # what torch writes names it as Python 2 did
@@ -87,7 +100,8 @@ _PICKLE = SimpleNamespace(
 # What torch, pickle and safetensors say -> what it means.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
-    'pickle data was truncated|[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
+    '^EOFError$|^index out of range$|unpack requires a buffer|'
+    '[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
     'file not fully covered': ('it is cut off: download it again'),
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
 }
@@ -104,6 +118,19 @@ def _is_torchscript(path: Path) -> bool:
     """Whether torch.load would hand a zip file to the TorchScript interpreter."""
     # torch's own reader: another one can see other entries in a file made to deceive it.
     return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the contents of a zip file with the checksums in it, which torch does not do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as err:  # a damaged file can fail in any way
+        raise ValueError(f'it is damaged ({err}): download or copy it again') from err
+    if broken is not None:
+        raise ValueError(
+            f'it is damaged (the checksum of {broken!r} is wrong): download or copy it again'
+        )
 
 
 def _refuse_other_files(head: bytes) -> None:
@@ -143,11 +170,13 @@ def _read(path: Path) -> Any:
             ) from err
         # Not load_file(), whose tensors would follow what later happens to the file.
         return safetensors.torch.load(path.read_bytes())
-    if head.startswith(b'PK\3\4') and _is_torchscript(path):
-        raise ValueError(
-            'it is a TorchScript program, not a checkpoint: its code would run. Save the '
-            "model's state_dict() instead"
-        )
+    if head.startswith(b'PK\3\4'):
+        if _is_torchscript(path):
+            raise ValueError(
+                'it is a TorchScript program, not a checkpoint: its code would run. Save the '
+                "model's state_dict() instead"
+            )
+        _check_sums(path)
     return torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
 
 
@@ -156,6 +185,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Stored objects other than tensors and plain containers (configurations, message hubs) are
     replaced by inert stand-ins. The format is told by the content, whatever the file's name.
+
+    Files of ``torch.save`` hold a checksum of each tensor, and a changed byte is found by it. Those
+    that torch wrote before 1.6, and safetensors files, hold none: there a changed byte of a tensor
+    cannot be told from a right one.
 
     Args:
         path (str | Path): A file written by ``torch.save``, or a safetensors file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import mmcv
 import numpy as np
@@ -17,10 +18,43 @@ def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
     Raises:
         ValueError: If it is none.
     """
-    low, high = value
-    if not 0 < low <= high:
-        raise ValueError(f'{name}={tuple(value)}: give two numbers, 0 < lowest <= highest')
-    return low, high
+    good = isinstance(value, Sequence) and len(value) == 2
+    if not (good and all(isinstance(v, Real) for v in value) and 0 < value[0] <= value[1]):
+        raise ValueError(f'{name}={value!r}: give two numbers, 0 < lowest <= highest')
+    return tuple(value)
+
+
+def check_number(name: str, value: float, low: float, high: float, kind: type = Real) -> None:
+    """Check a number; both bounds are allowed.
+
+    Raises:
+        ValueError: If it is none, or not between the bounds.
+    """
+    if not (isinstance(value, kind) and low <= value <= high):
+        what = 'whole number' if kind is Integral else 'number'
+        raise ValueError(f'{name}={value!r}: choose a {what} from {low} to {high}')
+
+
+def check_image(transform: BaseTransform, results: dict) -> None:
+    """Check the image of a sample and its label maps, before a library fails at them.
+
+    Raises:
+        ValueError: If there is no image, it has no pixels, or label maps are of another size.
+    """
+    name, where = type(transform).__name__, results.get('img_path', 'the sample')
+    image = results.get('img')
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or not image.size:
+        what = f'shape {image.shape}' if isinstance(image, np.ndarray) else repr(image)
+        raise ValueError(
+            f'{name} got an image of {what} from {where}: it has to be an array (H, W, 3) with '
+            'pixels. Put LoadImageFromFile first, and remove damaged files from the data set'
+        )
+    for key in results.get('seg_fields', []):
+        if results[key].shape != image.shape[:2]:
+            raise ValueError(
+                f'{name} got {key} of shape {results[key].shape} for an image of '
+                f'{image.shape[:2]} from {where}: label maps have to be as large as their images'
+            )
 
 
 @TRANSFORMS.register_module()
@@ -49,6 +83,7 @@ class RandomScaleAspect(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Resize the image (H, W, 3) and its label maps (H, W)."""
+        check_image(self, results)
         scale = np.random.uniform(*self.scale_range)
         stretch = np.random.uniform(*self.aspect_range) ** 0.5
         height, width = results['img'].shape[:2]
@@ -75,12 +110,17 @@ class RandomBrightness(BaseTransform):
     """
 
     def __init__(self, shift: int = 10) -> None:
-        if not 0 <= shift <= 255:
-            raise ValueError(f'shift={shift}: choose a whole number from 0 to 255')
+        check_number('shift', shift, 0, 255, Integral)
         self.shift = shift
 
     def transform(self, results: dict) -> dict:
         """Shift the image (H, W, 3), values from 0 to 255."""
+        check_image(self, results)
+        if results['img'].dtype != np.uint8:
+            raise ValueError(
+                f'RandomBrightness got an image of {results["img"].dtype}: it shifts uint8. Put it '
+                'before what makes other numbers of the image, such as PlaceRandomly or Normalize'
+            )
         shift = np.random.randint(-self.shift, self.shift + 1)
         results['img'] = np.clip(results['img'].astype(np.int16) + shift, 0, 255).astype(np.uint8)
         return results
@@ -107,14 +147,21 @@ class PlaceRandomly(BaseTransform):
     def __init__(
         self, size: Sequence[int], pad_val: Sequence[float], seg_pad_val: int = 255
     ) -> None:
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f'size={tuple(size)}: give height and width of at least 1 pixel')
+        good = isinstance(size, Sequence) and len(size) == 2
+        if not good or not all(isinstance(side, Integral) and side > 0 for side in size):
+            raise ValueError(f'size={size!r}: give height and width of at least 1 pixel')
         self.size = tuple(size)
         self.pad_val = tuple(pad_val)
         self.seg_pad_val = seg_pad_val
 
     def transform(self, results: dict) -> dict:
         """Place the image (H, W, 3) and its label maps (H, W) alike."""
+        check_image(self, results)
+        if results['img'].shape[2] != len(self.pad_val):
+            raise ValueError(
+                f'pad_val={self.pad_val} for an image of {results["img"].shape[2]} channels: give '
+                'one number for each channel'
+            )
         image = results['img'].astype(np.float32)
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
@@ -157,18 +204,27 @@ class RandomScaleRotation(BaseTransform):
     def __init__(
         self, scale_std: float = 0.5, rotation_std: float = 40.0, rotation_prob: float = 0.6
     ) -> None:
-        if not 0 <= scale_std < 1:
-            raise ValueError(f'scale_std={scale_std}: choose a number from 0 to below 1')
-        if not 0 <= rotation_std <= 90:
-            raise ValueError(f'rotation_std={rotation_std}: choose degrees from 0 to 90')
-        if not 0 <= rotation_prob <= 1:
-            raise ValueError(f'rotation_prob={rotation_prob}: choose a number from 0 to 1')
+        if not (isinstance(scale_std, Real) and 0 <= scale_std < 1):
+            raise ValueError(f'scale_std={scale_std!r}: choose a number from 0 to below 1')
+        check_number('rotation_std', rotation_std, 0, 90)
+        check_number('rotation_prob', rotation_prob, 0, 1)
         self.scale_std = scale_std
         self.rotation_std = rotation_std
         self.rotation_prob = rotation_prob
 
     def transform(self, results: dict) -> dict:
-        """Change the boxes, each by its own scale and rotation."""
+        """Change the boxes, each by its own scale and rotation.
+
+        Raises:
+            ValueError: If a box has no size.
+        """
+        sizes = results['bbox_scale']
+        if not (np.isfinite(sizes) & (sizes > 0)).all():
+            raise ValueError(
+                f'RandomScaleRotation got bbox_scale={np.asarray(sizes).tolist()} from '
+                f'{results.get("img_path", "the sample")}: boxes have to be wider and higher than '
+                '0. Correct or remove the annotation'
+            )
         number = len(results['bbox_scale'])
         scale = 1 + self.scale_std * np.random.randn(number, 1).clip(-1, 1)
         rotation = self.rotation_std * np.random.randn(number).clip(-2, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -99,6 +99,9 @@ class HRFormerBlock(BaseModule):
             backward pass: less memory, more time, equal gradients. Defaults to False.
         init_cfg (dict, optional): Initialization config of mmengine.
 
+    Raises:
+        ValueError: If an argument is not possible, or stands in ``attn_cfg`` or ``ffn_cfg``, too.
+
     Examples:
         >>> block = HRFormerBlock(embed_dims=32, num_heads=1)
         >>> block(torch.rand(2, 16, 12, 32)).shape
@@ -121,15 +124,34 @@ class HRFormerBlock(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: choose a number in [0, 1)')
+        if int(mlp_ratio * embed_dims) < 1:
+            raise ValueError(
+                f'mlp_ratio={mlp_ratio} leaves no hidden channels of embed_dims={embed_dims}: give '
+                'a number above 0, such as 4'
+            )
         self.with_cp = with_cp
         attn = dict(num_heads=num_heads, window_size=window_size)
         attn.update(with_rpe=with_rpe, pad_mask=pad_mask)
         ffn = dict(feedforward_channels=int(mlp_ratio * embed_dims), norm_cfg=norm_cfg)
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = MODELS.build(dict(embed_dims=embed_dims, **attn, **attn_cfg))
+        self.attn = self._build('attn_cfg', attn_cfg, embed_dims=embed_dims, **attn)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.ffn = MODELS.build(dict(embed_dims=embed_dims, **ffn, **ffn_cfg))
+        self.ffn = self._build('ffn_cfg', ffn_cfg, embed_dims=embed_dims, **ffn)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    @staticmethod
+    def _build(name: str, cfg: dict, **options) -> nn.Module:
+        """Build a part from its own config and the options that the block decides."""
+        if not isinstance(cfg, Mapping) or 'type' not in cfg:
+            raise ValueError(f"{name}={cfg!r}: give a config, dict(type='mmhrformer.NAME', ...)")
+        if twice := sorted(set(cfg) & set(options)):
+            raise ValueError(
+                f'{name}={cfg!r}: {", ".join(twice)} cannot be set there: the arguments of the '
+                'block and of HRFormer decide; remove it and set those'
+            )
+        return MODELS.build({**options, **cfg})
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""

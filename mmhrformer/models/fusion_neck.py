@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -32,7 +33,8 @@ class HRFormerFusion(BaseModule):
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If ``in_channels`` and ``mid_channels`` differ in length.
+        ValueError: If ``in_channels`` and ``mid_channels`` differ in length, or a number of
+            channels is not possible.
 
     Examples:
         >>> import torch
@@ -51,6 +53,8 @@ class HRFormerFusion(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        self._check_channels(in_channels, mid_channels, out_channels)
+        self.in_channels = tuple(in_channels)
         if len(in_channels) != len(mid_channels):
             raise ValueError(
                 f'in_channels={tuple(in_channels)} and mid_channels={tuple(mid_channels)} must '
@@ -77,6 +81,19 @@ class HRFormerFusion(BaseModule):
             nn.ReLU(inplace=True),
         )
 
+    @staticmethod
+    def _check_channels(
+        in_channels: Sequence[int], mid_channels: Sequence[int], out_channels: int
+    ) -> None:
+        """Check each argument for itself."""
+        lists = dict(in_channels=in_channels, mid_channels=mid_channels)
+        for name, value in (*lists.items(), ('out_channels', [out_channels])):
+            good = isinstance(value, Sequence) and len(value)
+            if not good or not all(isinstance(n, Integral) and n > 0 for n in value):
+                wanted = 'one for each stream' if name in lists else 'such as 2048'
+                given = value if name in lists else out_channels
+                raise ValueError(f'{name}={given!r}: give whole numbers of at least 1, {wanted}')
+
     def forward(self, xs: Sequence[Tensor]) -> tuple[Tensor]:
         """Fuse the streams.
 
@@ -87,12 +104,19 @@ class HRFormerFusion(BaseModule):
             tuple[Tensor]: One map of shape (B, out_channels, H / 8, W / 8).
 
         Raises:
-            ValueError: If there are not as many streams as the neck was made for.
+            ValueError: If there are not as many streams as the neck was made for, or not with its
+                channels.
         """
         if len(xs) != len(self.incre_modules):
             raise ValueError(
                 f'HRFormerFusion got {len(xs)} streams, it fuses {len(self.incre_modules)}: set '
                 "the backbone's out_indices to all of them"
+            )
+        channels = tuple(x.shape[1] for x in xs)
+        if channels != self.in_channels:
+            raise ValueError(
+                f'HRFormerFusion got streams of {channels} channels, in_channels is '
+                f"{self.in_channels}: set in_channels to the channels of the backbone's arch"
             )
         fused = self.incre_modules[0](xs[0])
         for x, widen, halve in zip(xs[1:], self.incre_modules[1:], self.downsamp_modules):

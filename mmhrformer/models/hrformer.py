@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -14,6 +17,7 @@ from ..checkpoints.dialects import adapt_backbone_keys
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
 from .hr_module import HRModule
+from .recompute import is_compiling
 
 NUM_STREAMS = 4
 STEM_CHANNELS = 64
@@ -46,6 +50,11 @@ ARCHS = {
 }
 
 
+def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+    """Whether a value is a whole number between two bounds, both included."""
+    return isinstance(value, Integral) and low <= value <= high
+
+
 def parse_arch(arch: str | dict) -> dict:
     """Look an architecture up, or check one that is spelled out.
 
@@ -58,7 +67,7 @@ def parse_arch(arch: str | dict) -> dict:
 
     Raises:
         ValueError: If the name or a field is unknown, a field is missing, a list has the wrong
-            length, a number is below 1, or heads do not divide channels.
+            length, a number is not whole or below 1, or heads do not divide channels.
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -73,15 +82,9 @@ def parse_arch(arch: str | dict) -> dict:
             f'arch={dict(arch)!r}: unknown fields {sorted(set(fields) - names)}, missing fields '
             f'{sorted(names - set(fields))}; an arch has the fields {sorted(names)}'
         )
-    lengths = dict(channels=NUM_STREAMS, num_heads=NUM_STREAMS, num_modules=NUM_STREAMS - 1)
-    for name, length in lengths.items():
-        value = fields[name]
-        if not isinstance(value, Sequence) or len(value) != length or min(value) < 1:
-            raise ValueError(f'arch[{name!r}]={value}: give {length} numbers of at least 1')
-        fields[name] = tuple(value)
-    for name in ('num_blocks', 'mlp_ratio'):
-        if fields[name] <= 0:
-            raise ValueError(f'arch[{name!r}]={fields[name]}: give a number above 0')
+    _check_numbers(fields)
+    for name in ('channels', 'num_heads', 'num_modules'):
+        fields[name] = tuple(fields[name])
     for channels, heads in zip(fields['channels'], fields['num_heads']):
         if channels % heads:
             raise ValueError(
@@ -90,6 +93,24 @@ def parse_arch(arch: str | dict) -> dict:
                 'channels'
             )
     return fields
+
+
+def _check_numbers(fields: Mapping) -> None:
+    """Check every field of an architecture for itself."""
+    lengths = dict(channels=NUM_STREAMS, num_heads=NUM_STREAMS, num_modules=NUM_STREAMS - 1)
+    for name, length in lengths.items():
+        value = fields[name]
+        good = isinstance(value, Sequence) and len(value) == length
+        if not good or not all(is_whole(number, 1) for number in value):
+            raise ValueError(
+                f'arch[{name!r}]={value!r}: give {length} numbers of at least 1, all whole'
+            )
+    blocks, ratio = fields['num_blocks'], fields['mlp_ratio']
+    if not is_whole(blocks, 1):
+        raise ValueError(f"arch['num_blocks']={blocks!r}: give a whole number above 0")
+    # Of the narrowest stream at least one hidden channel has to be left.
+    if not (isinstance(ratio, Real) and 1 <= ratio * min(fields['channels']) < math.inf):
+        raise ValueError(f"arch['mlp_ratio']={ratio!r}: give a number above 0, such as 4")
 
 
 def conv_norm_relu(
@@ -173,7 +194,7 @@ class HRFormer(BaseModule):
         self.in_channels = in_channels
         self.window_sizes = self._per_stream(window_size)
         if not isinstance(out_indices, Sequence):
-            raise ValueError(f'out_indices={out_indices}: give a list, such as (0,)')
+            raise ValueError(f'out_indices={out_indices!r}: give a list, such as (0,)')
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -197,28 +218,36 @@ class HRFormer(BaseModule):
 
     @staticmethod
     def _per_stream(window_size: int | Sequence[int]) -> tuple[int, ...]:
-        sizes = (window_size,) * NUM_STREAMS if isinstance(window_size, int) else window_size
-        sizes = tuple(sizes)
-        if len(sizes) != NUM_STREAMS or min(sizes) < 1:
+        sizes = window_size if isinstance(window_size, Sequence) else (window_size,) * NUM_STREAMS
+        if len(sizes) != NUM_STREAMS or not all(is_whole(size, 1) for size in sizes):
             raise ValueError(
-                f'window_size={window_size}: give one side of at least 1 token, or one for each '
-                f'of the {NUM_STREAMS} streams'
+                f'window_size={window_size!r}: give one side of at least 1 token, a whole number, '
+                f'or one for each of the {NUM_STREAMS} streams'
             )
-        return sizes
+        return tuple(sizes)
 
     def _check_options(self, drop_path_rate: float) -> None:
         streams = range(NUM_STREAMS)
         indices = self.out_indices
-        if not indices or not set(indices) <= set(streams) or len(set(indices)) < len(indices):
+        known = all(is_whole(index, 0, NUM_STREAMS - 1) for index in indices)
+        if not indices or not known or len(set(indices)) < len(indices):
             raise ValueError(f'out_indices={indices}: choose some of the streams {tuple(streams)}')
         if self.upsample not in ('nearest', 'bilinear'):
             raise ValueError(f"upsample={self.upsample!r}: choose 'nearest' or 'bilinear'")
-        if not -1 <= self.frozen_stages <= NUM_STREAMS:
-            raise ValueError(f'frozen_stages={self.frozen_stages}: choose -1 to {NUM_STREAMS}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate}: choose a number in [0, 1)')
-        if self.in_channels < 1:
-            raise ValueError(f'in_channels={self.in_channels}: an image has at least 1 channel')
+        if not is_whole(self.frozen_stages, -1, NUM_STREAMS):
+            raise ValueError(f'frozen_stages={self.frozen_stages!r}: choose -1 to {NUM_STREAMS}')
+        if not (isinstance(drop_path_rate, Real) and 0 <= drop_path_rate < 1):
+            raise ValueError(f'drop_path_rate={drop_path_rate!r}: choose a number in [0, 1)')
+        if not is_whole(self.in_channels, 1):
+            raise ValueError(
+                f'in_channels={self.in_channels!r}: give a whole number, an image has at least 1 '
+                'channel'
+            )
+        if not isinstance(self.norm_cfg, Mapping) or 'type' not in self.norm_cfg:
+            raise ValueError(
+                f'norm_cfg={self.norm_cfg!r}: give the config of a normalization, such as '
+                "dict(type='BN')"
+            )
 
     def _build_stem(self) -> None:
         width = STEM_CHANNELS
@@ -290,6 +319,7 @@ class HRFormer(BaseModule):
             (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))).
 
         Raises:
+            TypeError: If the input is no tensor, or of another data type than the weights.
             ValueError: If the input has another shape or is too small.
         """
         self._check_input(x)
@@ -307,6 +337,19 @@ class HRFormer(BaseModule):
         return tuple(xs[i] for i in self.out_indices)
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f'HRFormer got {type(x).__name__} as input: give a tensor of images, '
+                f'(B, {self.in_channels}, H, W)'
+            )
+        dtype = self.conv1.weight.dtype
+        # Autocast brings floating point numbers to the type it wants; a compiler need not look.
+        autocast = torch.is_autocast_enabled if x.is_cuda else torch.is_autocast_cpu_enabled
+        if x.dtype != dtype and not (is_compiling() or (x.is_floating_point() and autocast())):
+            raise TypeError(
+                f'HRFormer got an input of {x.dtype}, its weights are {dtype}: normalize the '
+                f'images, which the data_preprocessor of a model does, and call .to({dtype})'
+            )
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'HRFormer got an input of shape {tuple(x.shape)}: give images of shape '

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,11 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..registry import MODELS
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is a number from 0 on."""
+    return isinstance(value, Real) and 0 <= value < math.inf
 
 
 @MODELS.register_module()
@@ -25,6 +33,9 @@ class WeightedCrossEntropyLoss(nn.Module):
         loss_name (str): Name in the log; only names that begin with ``loss_`` are optimized.
             Defaults to ``'loss_ce'``.
 
+    Raises:
+        ValueError: If a weight is not possible.
+
     Examples:
         >>> loss = WeightedCrossEntropyLoss(class_weight=[1., 2.])
         >>> label = torch.tensor([[[0, 1, 255, 1]]])
@@ -39,6 +50,14 @@ class WeightedCrossEntropyLoss(nn.Module):
         loss_name: str = 'loss_ce',
     ) -> None:
         super().__init__()
+        if not is_weight(loss_weight):
+            raise ValueError(f'loss_weight={loss_weight!r}: give a number from 0 on')
+        if not isinstance(class_weight, Sequence | None) or not all(
+            map(is_weight, class_weight or ())
+        ):
+            raise ValueError(
+                f'class_weight={class_weight!r}: give a number from 0 on for each class, or None'
+            )
         self.loss_weight = loss_weight
         self.loss_name = loss_name
         weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float)
@@ -56,7 +75,7 @@ class WeightedCrossEntropyLoss(nn.Module):
 
         Args:
             logits (Tensor): Class scores of shape (B, classes, H, W).
-            label (Tensor): Class indices of shape (B, H, W).
+            label (Tensor): Class indices of shape (B, H, W), int64.
             weight (Tensor, optional): Must be None; the place where mmseg passes the result of
                 a pixel sampler.
             ignore_index (int): Label of pixels that do not count. Defaults to 255.
@@ -65,8 +84,8 @@ class WeightedCrossEntropyLoss(nn.Module):
             Tensor: The loss, a scalar; 0 if every pixel is ignored.
 
         Raises:
-            ValueError: If a pixel sampler is used or the class weights are not as many as the
-                classes.
+            ValueError: If a pixel sampler is used, the class weights are not as many as the
+                classes, or labels are not of the shape of the logits, not int64, or no class.
         """
         name = type(self).__name__
         if weight is not None:
@@ -76,16 +95,40 @@ class WeightedCrossEntropyLoss(nn.Module):
                 f'{name}: class_weight has {len(self.class_weight)} numbers, the head '
                 f'{logits.shape[1]} classes'
             )
-        if (label == ignore_index).all():
-            if not self._told_all_ignored:
-                self._told_all_ignored = True
-                print_log(
-                    f'{name}: every pixel of a batch is ignored (label {ignore_index}), its loss '
-                    'is 0. Check the labels if this happens often; it is said only once.',
-                    'current',
-                )
-            return logits.sum() * 0
-        return self.loss_weight * self._loss(logits, label, ignore_index)
+        if self._check_labels(logits, label, ignore_index):
+            return self.loss_weight * self._loss(logits, label, ignore_index)
+        if not self._told_all_ignored:
+            self._told_all_ignored = True
+            print_log(
+                f'{name}: every pixel of a batch is ignored (label {ignore_index}), its loss '
+                'is 0. Check the labels if this happens often; it is said only once.',
+                'current',
+            )
+        return logits.sum() * 0
+
+    def _check_labels(self, logits: Tensor, label: Tensor, ignore_index: int) -> bool:
+        """Refuse labels that are none; return whether any pixel counts."""
+        name, classes = type(self).__name__, logits.shape[1]
+        shape = (len(logits), *logits.shape[2:])
+        if label.shape != shape or label.dtype != torch.long:
+            raise ValueError(
+                f'{name} got labels of shape {tuple(label.shape)} and {label.dtype} for logits of '
+                f'shape {tuple(logits.shape)}: give class indices of shape {tuple(shape)}, '
+                'torch.int64'
+            )
+        counts = label != ignore_index
+        wrong = counts & ((label < 0) | (label >= classes))
+        # A GPU would stop the program at the first wrong index, without saying which. Both
+        # questions are asked at once, since each answer waits for it.
+        any_wrong, any_counts = torch.stack([wrong.any(), counts.any()]).tolist()
+        if any_wrong:
+            raise ValueError(
+                f'{name} got the labels {label[wrong].unique()[:5].tolist()}, which are neither a '
+                f'class (0 to {classes - 1}, as num_classes={classes}) nor ignore_index='
+                f"{ignore_index}: correct the label maps, the data set's reduce_zero_label, or "
+                'num_classes of the head'
+            )
+        return any_counts
 
     def _class_weight(self, logits: Tensor) -> Tensor | None:
         return None if self.class_weight is None else self.class_weight.to(logits)

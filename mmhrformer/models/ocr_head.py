@@ -7,6 +7,7 @@ official segmentation checkpoints have them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from mmcv.cnn import build_activation_layer, build_conv_layer, build_norm_layer
@@ -28,6 +29,52 @@ def conv_norm_act(
         build_norm_layer(head.norm_cfg, out_channels)[1],
         build_activation_layer(head.act_cfg),
     )
+
+
+def check_options(head: BaseDecodeHead, **channels: int) -> None:
+    """Refuse what mmseg builds without a word, or fails at later.
+
+    Args:
+        head (BaseDecodeHead): The head.
+        **channels (int): Numbers of channels, by the names of the arguments.
+
+    Raises:
+        ValueError: If an argument is not possible.
+    """
+    for name, value in dict(channels, channels=head.channels, num_classes=head.num_classes).items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f'{name}={value!r}: give a whole number of at least 1')
+    if not 0 <= head.dropout_ratio < 1:
+        raise ValueError(f'dropout_ratio={head.dropout_ratio}: choose a number in [0, 1)')
+
+
+def select_inputs(head: BaseDecodeHead, inputs: Sequence[Tensor]) -> Tensor:
+    """Bring the streams that a head uses to one size and put them together.
+
+    Args:
+        head (BaseDecodeHead): The head.
+        inputs (Sequence[Tensor]): Streams of the backbone.
+
+    Returns:
+        Tensor: Map of shape (B, in_channels, H, W).
+
+    Raises:
+        ValueError: If the streams are not those that the head was made for.
+    """
+    last = head.in_index if isinstance(head.in_index, Integral) else max(head.in_index)
+    if last >= len(inputs):
+        raise ValueError(
+            f'{type(head).__name__} got {len(inputs)} streams, in_index is {head.in_index}: set '
+            "in_index, or the backbone's out_indices, so that each index has a stream"
+        )
+    x = head._transform_inputs(inputs)
+    if x.shape[1] != head.in_channels:
+        raise ValueError(
+            f'{type(head).__name__} got streams of {[x.shape[1] for x in inputs]} channels, '
+            f'in_channels is {head.in_channels} in all for in_index={head.in_index}: set '
+            "in_channels to the channels of the backbone's streams"
+        )
+    return x
 
 
 class ObjectAttention(nn.Module):
@@ -98,6 +145,7 @@ class OCRHead(BaseCascadeDecodeHead):
         super().__init__(
             norm_cfg=norm_cfg, dropout_ratio=dropout_ratio, align_corners=align_corners, **kwargs
         )
+        check_options(self, ocr_channels=ocr_channels)
         self.bottleneck = conv_norm_act(self, self.in_channels, self.channels, 3)
         self.object_attention = ObjectAttention(self, self.channels, ocr_channels)
         self.fuse = conv_norm_act(self, 2 * self.channels, self.channels)
@@ -112,7 +160,7 @@ class OCRHead(BaseCascadeDecodeHead):
         Returns:
             Tensor: Logits of shape (B, classes, H, W).
         """
-        pixels = self.bottleneck(self._transform_inputs(inputs))  # (B, C, H, W)
+        pixels = self.bottleneck(select_inputs(self, inputs))  # (B, C, H, W)
         regions = self.gather_regions(pixels, prev_output)
         context = self.object_attention(pixels, regions)
         return self.cls_seg(self.fuse(torch.cat([context, pixels], 1)))
@@ -158,6 +206,7 @@ class OCRAuxHead(BaseDecodeHead):
         super().__init__(
             norm_cfg=norm_cfg, dropout_ratio=dropout_ratio, align_corners=align_corners, **kwargs
         )
+        check_options(self)
         self.conv = conv_norm_act(self, self.in_channels, self.channels, 3)
         self._kept: tuple[Sequence[Tensor], Tensor] | None = None
 
@@ -173,7 +222,7 @@ class OCRAuxHead(BaseDecodeHead):
         kept, self._kept = self._kept, None
         if kept is not None and kept[0] is inputs:
             return kept[1]
-        return self.cls_seg(self.conv(self._transform_inputs(inputs)))
+        return self.cls_seg(self.conv(select_inputs(self, inputs)))
 
     def loss(self, inputs: Sequence[Tensor], batch_data_samples: list, train_cfg: dict) -> dict:
         """Compute the losses, see mmseg's ``BaseDecodeHead``, and keep the logits."""
