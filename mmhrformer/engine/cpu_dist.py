@@ -93,7 +93,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         if devices - {'cpu'}:
             raise ValueError(
                 f'module: its parameters are on {sorted(devices)}, and {type(self).__name__} is '
-                'for CPUs: leave model_wrapper_cfg out where there are GPUs'
+                'for CPUs: leave model_wrapper_cfg.type as it is where there are GPUs'
             )
         module = revert_sync_batchnorm(module)
         super().__init__(module, broadcast_buffers=broadcast_buffers, **kwargs)

@@ -23,6 +23,10 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
+# Several processes: gradients lie in the buffers of the exchange instead of twice in memory.
+model_wrapper_cfg = dict(
+    type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
+)
 # PreflightChecks stops a run with missing data or dead options before anything is built.
 vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.PreflightChecks')]
 visualizer = dict(type='PoseLocalVisualizer', vis_backends=vis_backends, name='visualizer')
