@@ -4,11 +4,11 @@ PYTHON ?=
 SETUP = tools/setup_env.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format clean distclean
+.PHONY: help env demo docs test test-fast test-modern lint format clean distclean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
-		while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 # A name on the PATH may be a stand-in that runs nothing: take the first Python that really is a
 # 3.10 or 3.11. If there is none, the script says what to do.
@@ -27,6 +27,16 @@ test: test-fast ## run all tests: the fast ones, then the end-to-end ones
 test-fast: env ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e"
 
+test-modern: ## run the fast tests on current torch and NumPy, in their own environment
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
+			2>/dev/null && exec "$$python" tools/setup_env.py --stack modern --venv "$(VENV)-modern"; \
+	done; exec $(or $(PYTHON),python3) tools/setup_env.py --stack modern --venv "$(VENV)-modern"
+	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python -m pytest -n 2 -m "not e2e"
+
+docs: env ## build the documentation, warnings are errors
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 lint: env ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -36,8 +46,8 @@ format: env ## repair style and formatting where a program can
 	$(PY) -m ruff format .
 
 clean: ## remove what the demo, the tests and builds wrote
-	rm -rf demo_output work_dirs build dist .pytest_cache .ruff_cache *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf demo_output work_dirs build dist docs/_build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the environment (the compiled mmcv stays in the user's cache)
-	rm -rf "$(VENV)"
+	rm -rf "$(VENV)" "$(VENV)-modern"

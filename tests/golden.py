@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -38,6 +39,7 @@ def build(config: str, **options):
     """Build the model of a shipped config, on the CPU; options as on the command line."""
     cfg = Config.fromfile(CONFIGS / config)
     cfg.merge_from_dict(options)
+    pytest.importorskip(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model)
 

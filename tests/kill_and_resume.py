@@ -166,6 +166,10 @@ def moment(work: Path, rng: random.Random, duration: float, writing: bool) -> Ca
 
 def check_resumed(said: str, epoch: int, cut: list[Path], tally: Tally) -> None:
     """Check what a run has resumed from, if it came that far."""
+    warned = [path for path in cut if f'{path} is damaged' in said]
+    for path in warned:  # once: from then on last_checkpoint names another one
+        cut.remove(path)
+    tally.passed_over += len(warned)
     resumed = re.search(r'resumed epoch: (\d+), iter', said)
     anew = 'training starts from the beginning' in said
     if not resumed and not anew:
@@ -174,11 +178,8 @@ def check_resumed(said: str, epoch: int, cut: list[Path], tally: Tally) -> None:
     started = int(resumed[1]) if resumed else 0
     if started != epoch:
         raise AssertionError(f'resumed from epoch {started} instead of {epoch}:\n{said}')
-    for path in cut:
-        if f'{path} is damaged' not in said:
-            raise AssertionError(f'no warning for {path}:\n{said}')
-    tally.passed_over += len(cut)
-    cut.clear()  # it is warned of once: from now on last_checkpoint names another one
+    if cut:
+        raise AssertionError(f'no warning for {cut}:\n{said}')
     tally.resumed_from.append(started)
 
 

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmhrformer
 from mmhrformer import (
     HRFormer,
     HRFormerFusion,
     LocalWindowSelfAttention,
-    OCRAuxHead,
-    OCRHead,
     OHEMCrossEntropyLoss,
     WeightedCrossEntropyLoss,
     fuse_for_inference,
@@ -202,11 +200,13 @@ class Segmentor(nn.Module):
         common.update(input_transform='resize_concat')
         ohem = dict(type='mmhrformer.OHEMCrossEntropyLoss', min_kept=1000)
         self.backbone = HRFormer(arch=MICRO, drop_path_rate=0.1)
-        self.aux = OCRAuxHead(loss_decode=ohem, **common)
-        self.ocr = OCRHead(ocr_channels=8, loss_decode=ohem, **common)
+        self.aux = mmhrformer.OCRAuxHead(loss_decode=ohem, **common)
+        self.ocr = mmhrformer.OCRHead(ocr_channels=8, loss_decode=ohem, **common)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         streams = self.backbone(x)
+        from mmseg.structures import SegDataSample
+
         samples = [SegDataSample(gt_sem_seg=PixelData(data=one[None])) for one in label]
         losses = self.aux.loss(streams, samples, None)
         logits = self.aux(streams)

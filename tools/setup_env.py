@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Make the Python environment of this checkout, or bring it up to date.
 
-    python3 tools/setup_env.py [--venv .venv] [--cache DIR]
+    python3 tools/setup_env.py [--stack classic] [--venv .venv] [--cache DIR]
 
 It installs the pinned packages of requirements/classic.txt, mmcv with its compiled operators
 (built once per user, then taken from the cache folder) and this project as an editable install.
+The stack "modern" is requirements/modern.txt, with current torch and NumPy, and has no operators.
 A stamp notes what the environment was made from: if nothing changed, nothing is done; if only
 configs/ or tools/ did, their installed copies are renewed; else the environment is made anew,
 which is cheap because uv keeps what it downloaded. So an interrupted call is repaired by the next.
@@ -26,14 +27,27 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = 'requirements/classic.txt'
-FITTING_PYTHONS = ((3, 10), (3, 11))
+Stack = namedtuple('Stack', 'requirements pythons imports has_operators')
+STACKS = {
+    'classic': Stack(
+        'requirements/classic.txt',
+        ((3, 10), (3, 11)),
+        ('torch', 'mmcv.ops', 'mmpretrain', 'mmpose.models', 'mmseg.models', 'mmhrformer'),
+        True,
+    ),
+    'modern': Stack(
+        'requirements/modern.txt',
+        ((3, 11), (3, 12)),
+        ('torch', 'mmcv', 'mmpretrain.models', 'mmpretrain.datasets', 'mmhrformer'),
+        False,
+    ),
+}
 MMCV = '2.1.0'
 UV = 'uv>=0.13.8,<1'
-IMPORTS = ('torch', 'mmcv.ops', 'mmpretrain', 'mmpose.models', 'mmseg.models', 'mmhrformer')
 NEW_GB = 8  # 5.3 GB of packages, the mmcv build, and what the demo and the tests write
 AGAIN_GB = 2  # uv's cache has the packages and shares their files
 COMPILE_MINUTES = 16  # mmcv's operators for the CPU, on one core
@@ -72,17 +86,18 @@ def apt_install(packages):
     return '{}apt-get install {}'.format('' if os.geteuid() == 0 else 'sudo ', packages)
 
 
-def check_python(version_info):
-    """Refuse a Python that torch 2.1 has no packages for."""
-    if tuple(version_info[:2]) not in FITTING_PYTHONS:
+def check_python(version_info, fitting=STACKS['classic'].pythons):
+    """Refuse a Python that the stack has no packages for."""
+    if tuple(version_info[:2]) not in fitting:
         found = '.'.join(str(part) for part in version_info[:3])
+        fitting = ' or '.join('{}.{}'.format(*version) for version in fitting)
         remedy = (
             'Name a fitting one: make PYTHON=/path/to/python3.11. If there is none: '
             + apt_install('python3.11-venv python3.11-dev')
             + ' (Debian 12; python3.10-... on Ubuntu 22.04), or on newer systems '
             '"uv python install 3.11" and make PYTHON="$(uv python find 3.11)".'
         )
-        raise SetupError([(f'This needs Python 3.10 or 3.11; this is Python {found}.', remedy)])
+        raise SetupError([(f'This needs Python {fitting}; this is Python {found}.', remedy)])
 
 
 REMEDIES = {  # by what a failing command printed; the first that fits counts
@@ -120,12 +135,17 @@ def remedy_for(text):
     return next(remedy for signs, remedy in REMEDIES.items() if re.search(signs, text))
 
 
-def index_env(environ, pip_index):
-    """Hand uv the package index that pip was told to use; uv does not read pip's settings."""
-    if any(name in environ for name in ('UV_DEFAULT_INDEX', 'UV_INDEX_URL', 'UV_INDEX')):
-        return {}
+def index_env(environ, pip_index, pip_links=''):
+    """Hand uv the places that pip was told to use; uv does not read pip's settings."""
+    result = {}
     index = environ.get('PIP_INDEX_URL') or pip_index.strip()
-    return {'UV_DEFAULT_INDEX': index} if index else {}
+    known = any(name in environ for name in ('UV_DEFAULT_INDEX', 'UV_INDEX_URL', 'UV_INDEX'))
+    if index and not known:
+        result['UV_DEFAULT_INDEX'] = index
+    links = environ.get('PIP_FIND_LINKS') or pip_links
+    if links.split() and 'UV_FIND_LINKS' not in environ:
+        result['UV_FIND_LINKS'] = ','.join(links.split())
+    return result
 
 
 def compile_jobs(environ, cores, memory_gb):
@@ -144,13 +164,13 @@ def digest(root, names):
     return result.hexdigest()
 
 
-def wanted_stamp(root, venv):
+def wanted_stamp(root, venv, requirements):
     """What an up-to-date environment was made from."""
     paths = [path for top in ('configs', 'tools') for path in (root / top).rglob('*')]
     copied = [path for path in paths if path.is_file() and path.suffix != '.pyc']
     return {
         'places': [str(root), str(venv)],  # the installed scripts hold them
-        'packages': digest(root, [REQUIREMENTS, 'pyproject.toml', 'tools/setup_env.py']),
+        'packages': digest(root, [requirements, 'pyproject.toml', 'tools/setup_env.py']),
         'copies': digest(root, [str(path.relative_to(root)) for path in copied]),
     }
 
@@ -208,7 +228,8 @@ class Line:
 class Setup:
     """The environment folder, the cache folder and the steps between them."""
 
-    def __init__(self, root, venv, cache):
+    def __init__(self, root, venv, cache, stack='classic'):
+        self.stack = STACKS[stack]
         self.root, self.shown, self.venv = root, venv, Path(os.path.abspath(venv))
         self.wheels = Path(os.path.abspath(cache)) / 'wheels'
         self.python, self.uv = self.venv / 'bin/python', self.venv / 'bin/uv'
@@ -218,16 +239,20 @@ class Setup:
         self.jobs = compile_jobs(os.environ, len(os.sched_getaffinity(0)), memory)
         self.line = None
 
+    def wanted_stamp(self):
+        """What an up-to-date environment was made from."""
+        return wanted_stamp(self.root, self.venv, self.stack.requirements)
+
     def work(self):
         """What is to be done: 'nothing', 'copies' (only renew these) or 'all'."""
-        have, wanted = read_stamp(self.stamp), wanted_stamp(self.root, self.venv)
+        have, wanted = read_stamp(self.stamp), self.wanted_stamp()
         if not self.python.exists() or dict(have, copies='') != dict(wanted, copies=''):
             return 'all'
         return 'nothing' if have == wanted else 'copies'
 
     def pinned(self, name):
         """The version that the requirements ask for."""
-        text = (self.root / REQUIREMENTS).read_text()
+        text = (self.root / self.stack.requirements).read_text()
         return re.search(rf'^{re.escape(name)}==([^\s;]+)', text, flags=re.MULTILINE).group(1)
 
     def wheel_folder(self, accelerator):
@@ -236,8 +261,10 @@ class Setup:
         return self.wheels / f'mmcv{MMCV}-torch{torch}-cp{python}-{accelerator}'
 
     def must_compile(self):
-        """Whether the cache has no mmcv for this Python and torch."""
-        return not any(self.wheels.glob(self.wheel_folder('*').name + '/*.whl'))
+        """Whether mmcv is needed and the cache has none for this Python and torch."""
+        return self.stack.has_operators and not any(
+            self.wheels.glob(self.wheel_folder('*').name + '/*.whl')
+        )
 
     def problems(self):
         """Everything that is missing, at once, so that the user need not come back for each."""
@@ -310,10 +337,13 @@ class Setup:
 
     def uv_install(self, what, *arguments):
         """Install packages, from where pip would take them."""
-        command = [self.python, '-m', 'pip', 'config', 'get', 'global.index-url']
-        pip_index = subprocess.run(command, capture_output=True, text=True).stdout
+        command = [self.python, '-m', 'pip', 'config', 'get']
+        settings = [
+            subprocess.run([*command, f'global.{name}'], capture_output=True, text=True).stdout
+            for name in ('index-url', 'find-links')
+        ]
         command = [self.uv, 'pip', 'install', '--python', self.python, *arguments]
-        self.call(what, command, **index_env(os.environ, pip_index))
+        self.call(what, command, **index_env(os.environ, *settings))
 
     @contextlib.contextmanager
     def locked(self):
@@ -342,7 +372,7 @@ class Setup:
 
     def update(self, work):
         """Bring the environment up to date and note what it was made from."""
-        wanted = wanted_stamp(self.root, self.venv)
+        wanted = self.wanted_stamp()
         if work == 'copies':
             with self.step('[1/1] Renewing the installed copies of configs and tools'):
                 self.log.write_text('')
@@ -357,26 +387,25 @@ class Setup:
         compiling = f' and {minutes} min to compile mmcv' if self.must_compile() else ''
         print(
             f'Setting up {self.shown} with Python {self.version}: 1 min; the first time up to 10 '
-            f'(2.5 GB of downloads){compiling}. Output: {self.shown}/setup.log'
+            f'(up to 3 GB of downloads){compiling}. Output: {self.shown}/setup.log'
         )
         with self.step('[1/5] Environment folder and installer (10 s)'):
             self.make_folder()
         with self.step('[2/5] torch and OpenMMLab packages (10 s; the first time minutes)'):
             self.install_packages()
             self.call('Importing torch', [self.python, '-c', PRINT_ACCELERATOR], self.venv)
-        accelerator = self.last_output().split()[-1]
-        folder = self.wheel_folder(accelerator)
-        cached = any(folder.glob('*.whl'))
-        how = 'from the cache (5 s)' if cached else f'compiled once (CPU: {minutes} min)'
-        with self.step(f'[3/5] mmcv {MMCV} with operators for {accelerator}, {how}'):
-            if not cached:
-                self.build_mmcv(folder)
-            self.uv_install('Installing mmcv', '--no-deps', *folder.glob('*.whl'))
+        if self.stack.has_operators:
+            self.install_mmcv(self.last_output().split()[-1], minutes)
+        else:
+            with self.step('[3/5] Looking at torchvision (10 s)'):
+                self.declare_operators()
         with self.step('[4/5] This project, editable (5 s)'):
             self.install_project()
         with self.step('[5/5] Checking that everything imports (20 s)'):
             # From another folder, or the checkout itself would be found instead of the install.
-            self.call('The check', [self.python, '-c', CHECK_IMPORTS, *IMPORTS], self.venv)
+            self.call(
+                'The check', [self.python, '-c', CHECK_IMPORTS, *self.stack.imports], self.venv
+            )
 
     def make_folder(self):
         """Make an empty environment with uv in it; the log stays to show whose folder it is."""
@@ -394,7 +423,7 @@ class Setup:
 
     def install_packages(self):
         """Install the pinned packages."""
-        self.uv_install('Installing the packages', '-r', REQUIREMENTS)
+        self.uv_install('Installing the packages', '-r', self.stack.requirements)
         # Both OpenCV packages are required by name and own the same files. The one that is
         # installed last wins: the headless one needs no graphics libraries of the system. (uv's
         # own --reinstall would download it again.)
@@ -402,6 +431,30 @@ class Setup:
         command = [self.uv, 'pip', 'uninstall', '--python', self.python, name]
         self.call('Installing OpenCV', command)
         self.uv_install('Installing OpenCV', '--no-deps', f'{name}=={self.pinned(name)}')
+
+    def install_mmcv(self, accelerator, minutes):
+        """Install mmcv with its operators, which may have to be compiled first."""
+        folder = self.wheel_folder(accelerator)
+        cached = any(folder.glob('*.whl'))
+        how = 'from the cache (5 s)' if cached else f'compiled once (CPU: {minutes} min)'
+        with self.step(f'[3/5] mmcv {MMCV} with operators for {accelerator}, {how}'):
+            if not cached:
+                self.build_mmcv(folder)
+            self.uv_install('Installing mmcv', '--no-deps', *folder.glob('*.whl'))
+
+    def declare_operators(self):
+        """Make torchvision importable where its library does not fit torch."""
+        command = [self.python, '-c', 'import torchvision']
+        try:
+            self.call('Importing torchvision', command, self.venv)
+        except SetupError as error:
+            if 'operator torchvision::nms does not exist' not in error.output:
+                raise
+            source = self.root / 'requirements/torchvision_operators.py'
+            folder = next(self.venv.glob('lib/python3*/site-packages'))
+            shutil.copy(str(source), str(folder))
+            (folder / 'torchvision_operators.pth').write_text('import torchvision_operators\n')
+            self.call('Importing torchvision', command, self.venv)
 
     def build_mmcv(self, folder):
         """Compile mmcv next to its place in the cache, then move it there in one go."""
@@ -443,12 +496,15 @@ def report(error, log=''):
 def main(argv=None):
     """Run the command line; tell foreseeable failures in words instead of a traceback."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--stack', choices=sorted(STACKS), default='classic', help='which packages (%(default)s)'
+    )
     parser.add_argument('--venv', default='.venv', help='environment folder (%(default)s)')
     parser.add_argument('--cache', default=CACHE, help='for the compiled mmcv (%(default)s)')
     args = parser.parse_args(argv)
     try:
-        check_python(sys.version_info)
-        Setup(ROOT, args.venv, args.cache).run()
+        check_python(sys.version_info, STACKS[args.stack].pythons)
+        Setup(ROOT, args.venv, args.cache, args.stack).run()
         return 0
     except SetupError as error:
         report(error, f'{args.venv}/setup.log')

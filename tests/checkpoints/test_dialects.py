@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import golden
-import mmpose.models
 import pytest
 import torch
 from mmengine.config import Config
@@ -19,7 +18,7 @@ from mmhrformer.checkpoints import convert, detect_dialect, resize_bias_table, u
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 CLS_HEAD = ('incre_modules.', 'downsamp_modules.', 'final_layer.', 'classifier.')
 MMPOSE_CONFIG = (
-    Path(mmpose.__file__).parent / '.mim/configs/body_2d_keypoint/topdown_heatmap/coco'
+    '.mim/configs/body_2d_keypoint/topdown_heatmap/coco'
     '/td-hm_hrformer-small_8xb32-210e_coco-256x192.py'
 )
 
@@ -45,7 +44,9 @@ def pose_backbone() -> dict[str, Tensor]:
 
 def make_mmpose_backbone(with_rpe: bool = True) -> torch.nn.Module:
     """The backbone of mmpose, from the config that mmpose ships, with random weights."""
-    options = Config.fromfile(MMPOSE_CONFIG).model.backbone
+    import mmpose.models
+
+    options = Config.fromfile(Path(mmpose.__file__).parent / MMPOSE_CONFIG).model.backbone
     options.pop('init_cfg')
     options.extra.with_rpe = with_rpe
     assert options.pop('type') == 'HRFormer'

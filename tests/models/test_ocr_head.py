@@ -10,11 +10,13 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmhrformer import MODELS, OCRAuxHead, OCRHead
+from mmhrformer import MODELS
+
+SegDataSample = pytest.importorskip('mmseg.structures').SegDataSample
+from mmhrformer import OCRAuxHead, OCRHead  # noqa: E402
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 CLASSES = 5

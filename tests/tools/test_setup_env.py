@@ -146,6 +146,10 @@ def test_jobs():
 
 
 def test_uv_gets_pips_index():
+    links = env.index_env({}, '', '/a\n/b\n')
+    assert links == {'UV_FIND_LINKS': '/a,/b'}
+    assert env.index_env({'PIP_FIND_LINKS': '/c'}, '', '/a') == {'UV_FIND_LINKS': '/c'}
+    assert env.index_env({'UV_FIND_LINKS': '/d'}, '', '/a') == {}
     assert env.index_env({}, 'https://a/simple\n') == {'UV_DEFAULT_INDEX': 'https://a/simple'}
     assert env.index_env({'PIP_INDEX_URL': 'b'}, 'a') == {'UV_DEFAULT_INDEX': 'b'}
     assert env.index_env({'UV_INDEX_URL': 'c', 'PIP_INDEX_URL': 'b'}, 'a') == {}
@@ -192,6 +196,32 @@ class TestRun:
         commands.clear()
         setup.run()
         assert commands == []
+
+    def test_modern_stack_compiles_nothing(self, setup, commands):
+        setup.stack = env.STACKS['modern']
+        write(setup.root / 'requirements/modern.txt', 'opencv-python-headless==5.0\n')
+        assert not setup.must_compile()
+        setup.run()
+        text = '\n'.join(commands)
+        steps = ('-m venv', 'modern.txt', 'headless==5.0\n', 'import torchvision', '-e .')
+        places = [text.index(step) for step in steps]
+        assert places == sorted(places)
+        assert '.whl' not in text
+
+    def test_operators_of_torchvision_are_declared_if_missing(self, setup, commands, monkeypatch):
+        name = 'requirements/torchvision_operators.py'
+        write(setup.root / name, (SCRIPT.parents[1] / name).read_text())
+        folder = setup.venv / 'lib/python3.11/site-packages'
+        folder.mkdir(parents=True)
+
+        def call(what, command, cwd=None):
+            if not (folder / 'torchvision_operators.pth').exists():
+                problem = (what, 'read the log')
+                raise env.SetupError([problem], 'operator torchvision::nms does not exist')
+
+        monkeypatch.setattr(setup, 'call', call)
+        setup.declare_operators()
+        assert (folder / 'torchvision_operators.py').exists()
 
     @pytest.mark.parametrize(
         ('name', 'work'),
@@ -250,7 +280,7 @@ class TestFailures:
         assert 'network' in text
 
     def test_message(self, monkeypatch, capsys):
-        def fail(version):
+        def fail(version, fitting):
             raise OSError(28, 'No space left on device')
 
         monkeypatch.setattr(env, 'check_python', fail)
