@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from . import datasets, engine, models
-from .apis import fuse_for_inference, get_model, list_models, register_in_mmpretrain
+from .apis import (
+    ClsInferencer,
+    PoseInferencer,
+    SegInferencer,
+    fuse_for_inference,
+    get_inferencer,
+    get_model,
+    inference,
+    list_models,
+    register_in_mmpretrain,
+)
 from .checkpoints import load_checkpoint
 from .engine.cpu_dist import prepare_cpu_launch
 from .models import *  # noqa: F403
@@ -27,11 +37,16 @@ __all__ = [
     'PARAM_SCHEDULERS',
     'TRANSFORMS',
     'VISBACKENDS',
+    'ClsInferencer',
+    'PoseInferencer',
+    'SegInferencer',
     '__version__',
     'datasets',
     'engine',
     'fuse_for_inference',
+    'get_inferencer',
     'get_model',
+    'inference',
     'list_models',
     'load_checkpoint',
     'models',

@@ -1,4 +1,4 @@
-"""What a notebook wants in one line: the models of the zoo, built and with weights."""
+"""What a notebook wants in one line: models with weights, and what they see in an image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ from torch import nn
 
 from .checkpoints import fetch, list_models, load_checkpoint, read_zoo
 from .checkpoints.loading import locate
+from .inferencers import (
+    ClsInferencer,
+    Inferencer,
+    PoseInferencer,
+    SegInferencer,
+    get_inferencer,
+    inference,
+)
 from .launch import config_root, find_config, read_config
 from .models.fused import fuse_for_inference
 
-__all__ = ['fuse_for_inference', 'get_model', 'list_models', 'register_in_mmpretrain']
+__all__ = [
+    'ClsInferencer',
+    'Inferencer',
+    'PoseInferencer',
+    'SegInferencer',
+    'fuse_for_inference',
+    'get_inferencer',
+    'get_model',
+    'inference',
+    'list_models',
+    'register_in_mmpretrain',
+]
 
 
 def get_model(

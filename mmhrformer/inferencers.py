@@ -1,0 +1,816 @@
+"""From an image to what is in it, in one line: inferencers for the three tasks.
+
+They are made of the stock inferencers of mmpose, mmsegmentation and mmpretrain: those prepare the
+images, run the models and draw. What is added here is the same for all tasks: what can be given,
+batches, precision, progress, files, and plain results.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, DefaultScope
+from rich.progress import track
+from torch import nn
+
+from .checkpoints import fetch, read_checkpoint, read_zoo
+from .checkpoints.loading import locate
+from .launch import PACKAGES, did_you_mean, find_config, read_config
+from .media import Picture, Writer, open_media
+from .models.fused import fuse_for_inference
+
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+PERSON = 0  # the category of people in detectors trained on COCO
+# What the stock inferencers do with pictures themselves, which is done here for all tasks.
+DONE_HERE = {'show', 'wait_time', 'return_vis', 'vis_out_dir', 'img_out_dir', 'show_dir'}
+# Maps of another size than the picture do not go with ``min_side``.
+NOT_OFFERED = {'draw_heatmap', 'resize', 'rescale_factor'}
+
+
+class Inferencer:
+    """Finds what is in images and videos, and draws it. The base of the three tasks.
+
+    Args:
+        model (str | Path): Name of a model of the zoo, or path of a config.
+        checkpoint (bool | str | Path): The weights, as ``pretrained`` of :func:`get_model`: True
+            for the published ones, a file of any dialect, ``mmhrformer://NAME`` or a name of the
+            zoo; False leaves random ones. Defaults to True.
+        device (str, optional): Where to compute, such as ``'cpu'`` or ``'cuda:0'``. Defaults to
+            None: the best that there is.
+        dtype (str): ``'float32'``, or ``'bfloat16'`` or ``'float16'`` for the backbone and neck
+            by autocast; heads compute in float32 in any case. Defaults to ``'float32'``.
+        fuse (bool): Whether to fold the model, see :func:`fuse_for_inference`. Defaults to False.
+        cfg_options (dict, optional): Options of the config to change, by dotted name.
+        show_progress (bool): Whether to show a progress bar when there is more than one batch.
+            Defaults to True.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ImportError: If the framework of the task is not installed.
+        RuntimeError: If the checkpoint does not fit the model.
+        ValueError: If an argument is not possible; the message tells what is.
+    """
+
+    scope = ''
+
+    def __init__(
+        self,
+        model: str | Path,
+        checkpoint: bool | str | Path = True,
+        device: str | None = None,
+        dtype: str = 'float32',
+        fuse: bool = False,
+        cfg_options: dict | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        from .apis import get_model  # here, since apis hands on what is in this module
+
+        self.device = check_device(device)
+        self.autocast = check_dtype(dtype, self.device)
+        self.show_progress = show_progress
+        check_scope(model, self.scope)
+        weights = find_weights(model, checkpoint)
+        built = get_model(str(model), weights or False, cfg_options=cfg_options)
+        self.cfg = prepare_config(built.cfg)
+        with DefaultScope.overwrite_default_scope(self.scope):
+            self.dataset_meta = self._dataset_meta(weights)
+            built = fuse_for_inference(built) if fuse else built
+            self.stock = self._stock_inferencer(built.to(self.device))
+        self.model = self.stock.model
+        if self.autocast is not None:
+            self._compute_features_in(self.autocast)
+        self.draw_options = self.stock.visualize_kwargs - DONE_HERE - NOT_OFFERED
+
+    def __call__(
+        self,
+        inputs: object,
+        batch_size: int = 1,
+        boxes: object = None,
+        out_dir: str | Path | None = None,
+        return_vis: bool = False,
+        return_datasamples: bool = False,
+        min_side: int = 0,
+        **draw: Any,
+    ) -> dict:
+        """Find what is in images or a video.
+
+        Args:
+            inputs (str | Path | np.ndarray | Sequence): An image: path, address (http, https) or
+                array (H, W, 3) uint8 in BGR; a list of these; a folder; a video: path or address.
+            batch_size (int): Images, for pose people, to compute at a time. Defaults to 1.
+            boxes (np.ndarray | Sequence, optional): For pose, the people: (N, 4) of left, top,
+                right, bottom in pixels, for every image, or a list of such, one for each image.
+                Defaults to None: the detector, or the whole image.
+            out_dir (str | Path, optional): Folder to write pictures and predictions to, image by
+                image: ``visualizations/*.jpg`` or ``*.mp4``, ``predictions/*.json`` and, for
+                segmentation, ``predictions/*.png``. Defaults to None: nothing is written.
+            return_vis (bool): Whether to return drawn pictures. Defaults to False.
+            return_datasamples (bool): Whether to return the data samples of the framework, too.
+                Defaults to False.
+            min_side (int): Pictures whose shorter side has fewer pixels are enlarged by a whole
+                factor before drawing. Defaults to 0: none.
+            **draw: Options of the stock inferencer's ``visualize``, such as ``radius`` and
+                ``kpt_thr`` for pose or ``opacity`` for segmentation.
+
+        Returns:
+            dict: ``predictions``: a dict of plain Python for each image or frame, ready for JSON;
+            ``visualization`` and ``data_samples``: lists, empty unless asked for; ``files``: what
+            was written. Of an image that could not be read, among others, the prediction is
+            ``dict(input=..., error=...)``, its data sample and picture are None.
+
+        Raises:
+            FileNotFoundError: If there is no such file, or no image in the folder.
+            TypeError: If the inputs are nothing to look at.
+            ValueError: If an argument is not possible, or nothing can be read.
+        """
+        media = open_media(inputs)
+        check_whole('batch_size', batch_size, 1)
+        check_whole('min_side', min_side, 0)
+        check_draw_options(draw, self.draw_options)
+        boxes = self._check_boxes(boxes, media)
+        result = dict(predictions=[], visualization=[], data_samples=[])
+        with Writer(out_dir, media) as writer:
+            for picture, sample in self._predict(media, batch_size, boxes):
+                prediction, drawn = dict(input=picture.name), None
+                if sample is None:
+                    prediction['error'] = picture.error
+                else:
+                    prediction.update(self._to_plain(sample))
+                    if return_vis or out_dir is not None:
+                        drawn = self._draw(*self._enlarge(picture.pixels, sample, min_side), draw)
+                writer.add(picture, prediction, drawn, self._labels(sample))
+                result['predictions'].append(prediction)
+                if return_vis:
+                    result['visualization'].append(drawn)
+                if return_datasamples:
+                    result['data_samples'].append(sample)
+        return dict(result, files=writer.files)
+
+    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
+        """Bring an image into the form the model takes.
+
+        Args:
+            picture (Picture): The image.
+            boxes (np.ndarray, optional): (N, 4) boxes of people, for pose.
+
+        Returns:
+            list[dict]: ``inputs``, a (3, H, W) uint8 tensor in BGR, and ``data_samples``: one for
+            the image or, for pose, one for each person.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, items: Sequence[dict]) -> list:
+        """Run the model on what :meth:`prepare` gave; all of one size.
+
+        Args:
+            items (Sequence[dict]): The inputs.
+
+        Returns:
+            list: A data sample for each, on the CPU.
+        """
+        with DefaultScope.overwrite_default_scope(self.scope):
+            samples = self.model.test_step(self._collate(list(items)))
+        return [sample.cpu() for sample in samples]
+
+    def _predict(self, media: Any, batch_size: int, boxes: Callable) -> Iterator[tuple]:
+        """Give each image and its data sample, None if it could not be read."""
+        pictures, number = iter(media), 0
+        batches = iter(lambda: list(islice(pictures, batch_size)), [])
+        total = ceil(len(media) / batch_size)
+        hidden = not self.show_progress or total < 2
+        for batch in track(batches, 'Inference', total=total, disable=hidden):
+            items, owners = [], []
+            for i, picture in enumerate(batch):
+                if picture.pixels is not None:
+                    own = self.prepare(picture, boxes(number + i))
+                    items, owners = items + own, owners + [i] * len(own)
+            samples = self._run(items, [batch[i] for i in owners], batch_size)
+            for i, picture in enumerate(batch):
+                mine = [sample for sample, owner in zip(samples, owners) if owner == i]
+                yield picture, self._merge(picture, mine) if picture.pixels is not None else None
+            number += len(batch)
+
+    def _run(self, items: Sequence[dict], pictures: Sequence[Picture], batch_size: int) -> list:
+        """Run the model in batches of one size each; images of a folder may differ."""
+        groups = defaultdict(list)
+        for i, item in enumerate(items):
+            groups[self._size(item)].append(i)
+        samples = [None] * len(items)
+        for group in groups.values():
+            for start in range(0, len(group), batch_size):
+                part = group[start : start + batch_size]
+                try:
+                    found = self.forward([items[i] for i in part])
+                except (RuntimeError, ValueError) as err:
+                    names = ', '.join(dict.fromkeys(pictures[i].name for i in part))
+                    kind = ValueError if isinstance(err, ValueError) else RuntimeError
+                    raise kind(f'inputs: {names}: {err}') from err
+                for i, sample in zip(part, found):
+                    samples[i] = sample
+        return samples
+
+    def _compute_features_in(self, dtype: torch.dtype) -> None:
+        """Let backbone and neck compute under autocast, and hand float32 to the heads.
+
+        Heads end in NumPy, which has no bfloat16, and decide about coordinates and classes.
+        """
+        extract = self.model.extract_feat
+
+        def extract_feat(*args, **kwargs):
+            with torch.autocast(self.device.type, dtype):
+                features = extract(*args, **kwargs)
+            if isinstance(features, torch.Tensor):
+                return features.float()
+            return type(features)(feature.float() for feature in features)
+
+        self.model.extract_feat = extract_feat
+
+    def _check_boxes(self, boxes: object, media: Sequence) -> Callable[[int], np.ndarray | None]:
+        if boxes is not None:
+            raise ValueError(
+                f'boxes: {type(self).__name__} looks at whole images; leave boxes out, or give a '
+                'pose model'
+            )
+        return lambda number: None
+
+    def _collate(self, items: list[dict]) -> dict:
+        return self.stock.collate_fn(items)
+
+    def _size(self, item: dict) -> tuple:
+        return tuple(item['inputs'].shape)
+
+    def _merge(self, picture: Picture, samples: list) -> Any:
+        return samples[0]
+
+    def _labels(self, sample: Any) -> np.ndarray | None:
+        return None
+
+    def _enlarge(self, pixels: np.ndarray, sample: Any, min_side: int) -> tuple:
+        """The picture (RGB) and its data sample, enlarged if they are small."""
+        factor = max(1, ceil(min_side / min(pixels.shape[:2])))
+        rgb = np.ascontiguousarray(pixels[..., ::-1])
+        if factor == 1:
+            return rgb, sample
+        rgb = cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+        return rgb, self._enlarge_sample(sample, factor)
+
+    def _enlarge_sample(self, sample: Any, factor: int) -> Any:
+        return sample
+
+
+class ClsInferencer(Inferencer):
+    """Classifies images, by mmpretrain. The arguments are those of :class:`Inferencer`.
+
+    A prediction has ``pred_label``, ``pred_score``, ``pred_scores`` of all classes and, where names
+    are known from the config or the checkpoint, ``pred_class``.
+
+    Examples:
+        >>> classify = ClsInferencer('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
+        >>> classify('dog.jpg')['predictions'][0]['pred_class']  # doctest: +SKIP
+        'golden retriever'
+    """
+
+    scope = 'mmpretrain'
+
+    def _dataset_meta(self, weights: Path | None) -> dict:
+        return dict(classes=find_classes(self.cfg, self.cfg.model.head.num_classes, weights)[0])
+
+    def _stock_inferencer(self, model: nn.Module) -> Any:
+        from mmpretrain import ImageClassificationInferencer
+        from mmpretrain.visualization import UniversalVisualizer
+
+        model._config = self.cfg
+        stock = ImageClassificationInferencer(
+            model, pretrained=False, device=None, classes=self.dataset_meta['classes']
+        )
+        stock.visualizer = UniversalVisualizer()
+        return stock
+
+    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
+        """See :meth:`Inferencer.prepare`."""
+        size = picture.pixels.shape[:2]
+        with DefaultScope.overwrite_default_scope(self.scope):
+            return [self.stock.pipeline(dict(img=picture.pixels, img_shape=size, ori_shape=size))]
+
+    def _collate(self, items: list[dict]) -> dict:
+        from mmengine.dataset import default_collate  # as the stock inferencer does
+
+        return default_collate(items)
+
+    def _to_plain(self, sample: Any) -> dict:
+        (result,) = self.stock.postprocess([sample], None)
+        return dict(result, pred_scores=result['pred_scores'].tolist())
+
+    def _draw(self, image: np.ndarray, sample: Any, options: dict) -> np.ndarray:
+        # Stock `visualize` draws only what it may show or write.
+        visualizer = self.stock.visualizer
+        classes = self.dataset_meta['classes']
+        return visualizer.visualize_cls(image, sample, classes, draw_gt=False, **options)
+
+
+class SegInferencer(Inferencer):
+    """Finds the class of each pixel, by mmsegmentation; arguments of :class:`Inferencer`.
+
+    A prediction has ``size``, height and width; ``areas``, the share of the image that each class
+    has, largest first; ``runs``, the labels row by row as pairs of label and number of pixels:
+    :meth:`label_map` makes an array of them.
+
+    Examples:
+        >>> name = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
+        >>> segment = SegInferencer(name, 'trained.pth')  # doctest: +SKIP
+        >>> prediction = segment('street.jpg')['predictions'][0]  # doctest: +SKIP
+        >>> prediction['areas']['road']  # doctest: +SKIP
+        0.32
+        >>> segment.label_map(prediction).shape  # doctest: +SKIP
+        (1024, 2048)
+    """
+
+    scope = 'mmseg'
+
+    def _dataset_meta(self, weights: Path | None) -> dict:
+        head = self.cfg.model.decode_head
+        num_classes = (head[-1] if isinstance(head, (list, tuple)) else head).num_classes
+        classes, palette = find_classes(self.cfg, num_classes, weights)
+        classes = classes or tuple(f'class {i}' for i in range(num_classes))
+        return dict(classes=classes, palette=palette or make_palette(num_classes))
+
+    def _stock_inferencer(self, model: nn.Module) -> Any:
+        from mmseg.apis import MMSegInferencer
+
+        model.dataset_meta = self.dataset_meta
+        self.cfg.setdefault('visualizer', dict(type='SegLocalVisualizer'))
+        return with_model(MMSegInferencer, model, self.cfg, device='cpu', **self.dataset_meta)
+
+    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
+        """See :meth:`Inferencer.prepare`."""
+        with DefaultScope.overwrite_default_scope(self.scope):
+            return [self.stock.pipeline(picture.pixels)]
+
+    def _size(self, item: dict) -> tuple:
+        # Logits of a batch are brought to one original size.
+        return (*super()._size(item), *item['data_samples'].ori_shape)
+
+    @staticmethod
+    def label_map(prediction: Mapping) -> np.ndarray:
+        """Unpack the labels of a prediction.
+
+        Args:
+            prediction (Mapping): One of the ``predictions``, perhaps read from its JSON file.
+
+        Returns:
+            np.ndarray: The label of each pixel, (H, W) uint8.
+
+        Examples:
+            >>> SegInferencer.label_map(dict(size=[2, 3], runs=[[0, 4], [7, 2]]))
+            array([[0, 0, 0],
+                   [0, 7, 7]], dtype=uint8)
+        """
+        labels, lengths = np.array(prediction['runs']).T
+        return np.repeat(labels.astype(np.uint8), lengths).reshape(prediction['size'])
+
+    def _labels(self, sample: Any) -> np.ndarray | None:
+        return None if sample is None else sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
+
+    def _to_plain(self, sample: Any) -> dict:
+        labels = self._labels(sample)
+        flat, classes = labels.ravel(), self.dataset_meta['classes']
+        starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+        lengths = np.diff(starts, append=flat.size)
+        counts = np.bincount(flat, minlength=len(classes))
+        order = [i for i in counts.argsort()[::-1] if counts[i]]
+        return dict(
+            size=list(labels.shape),
+            areas={classes[i]: float(counts[i] / flat.size) for i in order},
+            runs=np.stack([flat[starts], lengths], 1).tolist(),
+        )
+
+    def _enlarge_sample(self, sample: Any, factor: int) -> Any:
+        labels = sample.pred_sem_seg.data
+        labels = labels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return type(sample)(pred_sem_seg=type(sample.pred_sem_seg)(data=labels))
+
+    def _draw(self, image: np.ndarray, sample: Any, options: dict) -> np.ndarray:
+        return self.stock.visualize([image], [sample], return_vis=True, **options)[0]
+
+
+class PoseInferencer(Inferencer):
+    """Finds the joints of people, by mmpose.
+
+    A prediction has ``instances``, one for each person: ``keypoints``, ``keypoint_scores``,
+    ``bbox`` and ``bbox_score``.
+
+    Args:
+        *args: As :class:`Inferencer`.
+        detector (bool | str): What finds the people: True for the detector that mmpose uses, or
+            name or config of another model of mmdet. Defaults to False: boxes are given with the
+            images, else a person fills the image.
+        detector_weights (str, optional): Checkpoint of the detector. Defaults to None: the
+            published one.
+        detector_threshold (float): Least score of a person. Defaults to 0.3.
+        **kwargs: As :class:`Inferencer`.
+
+    Raises:
+        ImportError: If a detector is wanted and mmdet is not installed.
+
+    Examples:
+        >>> name = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
+        >>> find_joints = PoseInferencer(name)  # doctest: +SKIP
+        >>> result = find_joints('people.jpg', boxes=[[10, 20, 110, 320]])  # doctest: +SKIP
+        >>> len(result['predictions'][0]['instances'][0]['keypoints'])  # doctest: +SKIP
+        17
+    """
+
+    scope = 'mmpose'
+
+    def __init__(
+        self,
+        *args: Any,
+        detector: bool | str = False,
+        detector_weights: str | None = None,
+        detector_threshold: float = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        if detector_weights and not detector:
+            raise ValueError(
+                f'detector_weights={detector_weights!r} without a detector: give detector, too'
+            )
+        super().__init__(*args, **kwargs)
+        self.detector_threshold = detector_threshold
+        self.detector = None
+        if detector:
+            self.detector = build_detector(detector, detector_weights, self.device)
+
+    def _dataset_meta(self, weights: Path | None) -> dict:
+        from mmpose.apis.inference import dataset_meta_from_config
+
+        meta = dataset_meta_from_config(self.cfg, 'test')
+        if meta is None:
+            raise ValueError(
+                'the config tells no joints: set metainfo of test_dataloader.dataset, as in '
+                "metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
+            )
+        return meta
+
+    def _stock_inferencer(self, model: nn.Module) -> Any:
+        from mmpose.apis import Pose2DInferencer
+
+        if self.cfg.model.type.split('.')[-1] != 'TopdownPoseEstimator':
+            raise ValueError(
+                f'model.type={self.cfg.model.type!r}: PoseInferencer is for models that look at '
+                "one person at a time, 'TopdownPoseEstimator'"
+            )
+        model.dataset_meta = self.dataset_meta
+        # The stock class wants these on top of the config, where only mmpose's own have them.
+        self.cfg.data_mode = 'topdown'
+        self.cfg.dataset_type = self.cfg.test_dataloader.dataset.type
+        self.cfg.setdefault('visualizer', dict(type='PoseLocalVisualizer'))
+        return with_model(Pose2DInferencer, model, self.cfg, det_model='whole_image')
+
+    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
+        """See :meth:`Inferencer.prepare`."""
+        image, scores = picture.pixels, None
+        if boxes is None and self.detector is not None:
+            boxes, scores = self._detect(image)
+        elif boxes is None:
+            boxes = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
+        scores = np.ones(len(boxes), np.float32) if scores is None else scores
+        start = dict(img=image, img_path=f'{picture.stem}.jpg', **self.dataset_meta)
+        with DefaultScope.overwrite_default_scope(self.scope):
+            return [
+                self.stock.pipeline(dict(start, bbox=box[None], bbox_score=score[None]))
+                for box, score in zip(boxes, scores)
+            ]
+
+    def _detect(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes of people and their scores."""
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            (sample,) = self.detector(image, return_datasamples=True)['predictions']
+        found = sample.pred_instances.cpu().numpy()
+        kept = (found.labels == PERSON) & (found.scores >= self.detector_threshold)
+        return found.bboxes[kept], found.scores[kept]
+
+    def _check_boxes(self, boxes: object, media: Sequence) -> Callable[[int], np.ndarray | None]:
+        if boxes is None:
+            return lambda number: None
+        if self.detector is not None:
+            raise ValueError('boxes and a detector: give boxes, or build without detector')
+        try:
+            alike = all(np.ndim(box) <= 1 for box in boxes)
+        except (TypeError, ValueError):  # no sequence, or one of different things
+            alike = True
+        if alike:
+            found = check_box_array(boxes, 'boxes')
+            return lambda number: found
+        if len(boxes) != len(media):
+            raise ValueError(
+                f'boxes: {len(boxes)} lists for {len(media)} images; give one (N, 4) list for '
+                'each image, or a single one for all'
+            )
+        each = [check_box_array(one, f'boxes[{i}]') for i, one in enumerate(boxes)]
+        # A video may have more frames than it says.
+        return lambda number: each[min(number, len(each) - 1)]
+
+    def _merge(self, picture: Picture, samples: list) -> Any:
+        from mmpose.structures import PoseDataSample, merge_data_samples
+
+        if not samples:
+            return PoseDataSample(metainfo=dict(img_path=f'{picture.stem}.jpg'))
+        return merge_data_samples(samples)
+
+    def _to_plain(self, sample: Any) -> dict:
+        from mmpose.structures import split_instances
+
+        instances = split_instances(sample.get('pred_instances'))
+        for instance in instances:
+            (instance['bbox'],) = instance['bbox']
+            instance['bbox_score'] = float(instance['bbox_score'])
+        return dict(instances=instances)
+
+    def _enlarge_sample(self, sample: Any, factor: int) -> Any:
+        if 'pred_instances' not in sample:
+            return sample
+        larger, instances = sample.clone(), sample.pred_instances.clone()  # neither copies arrays
+        instances.keypoints = instances.keypoints * factor
+        instances.bboxes = instances.bboxes * factor
+        larger.pred_instances = instances
+        return larger
+
+    def _draw(self, image: np.ndarray, sample: Any, options: dict) -> np.ndarray:
+        self.stock.update_model_visualizer_settings(**options)
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        return self.stock.visualize([bgr], [sample], return_vis=True, **options)[0]
+
+
+TASKS = dict(cls=ClsInferencer, pose=PoseInferencer, seg=SegInferencer)
+
+
+def get_inferencer(
+    model: str | Path,
+    checkpoint: bool | str | Path = True,
+    task: str | None = None,
+    **kwargs: Any,
+) -> Inferencer:
+    """Build what looks at images with a model.
+
+    Args:
+        model (str | Path): Name of a model of the zoo (:func:`list_models`), or path of a config.
+        checkpoint (bool | str | Path): The weights: True for the published ones, a file of any
+            dialect, ``mmhrformer://NAME`` or a name of the zoo; False leaves random ones.
+            Defaults to True.
+        task (str, optional): ``'cls'``, ``'pose'`` or ``'seg'``; an error if the model is for
+            another. Defaults to None: what the model is for.
+        **kwargs: Further arguments of :class:`ClsInferencer`, :class:`PoseInferencer` or
+            :class:`SegInferencer`: ``device``, ``dtype``, ``fuse``, ``cfg_options``,
+            ``show_progress``, and for pose ``detector``, ``detector_weights`` and
+            ``detector_threshold``.
+
+    Returns:
+        Inferencer: Call it with images or a video.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ImportError: If the framework of the task is not installed.
+        RuntimeError: If the checkpoint does not fit the model.
+        ValueError: If an argument is not possible; the message tells what is.
+
+    Examples:
+        >>> segment = get_inferencer('my_config.py', 'my.pth', device='cuda')  # doctest: +SKIP
+        >>> segment('folder', batch_size=4, out_dir='found')['files']  # doctest: +SKIP
+        ['found/visualizations/a.jpg', 'found/predictions/a.png', 'found/predictions/a.json']
+    """
+    if task is not None and task not in TASKS:
+        hint = did_you_mean(str(task), TASKS)
+        raise ValueError(f'task={task!r}: choose one of {list(TASKS)}. {hint}'.rstrip())
+    scope = check_scope(model, TASKS[task].scope if task else None)
+    kind = next(kind for kind in TASKS.values() if kind.scope == scope)
+    return kind(model, checkpoint, **kwargs)
+
+
+def inference(
+    model: str | Path,
+    inputs: object,
+    checkpoint: bool | str | Path = True,
+    **kwargs: Any,
+) -> dict:
+    """Find what is in images or a video with a model, in one line.
+
+    Args:
+        model (str | Path): As in :func:`get_inferencer`.
+        inputs (str | Path | np.ndarray | Sequence): An image: path, address (http, https) or array
+            (H, W, 3) uint8 in BGR; a list of these; a folder; a video: path or address.
+        checkpoint (bool | str | Path): As in :func:`get_inferencer`. Defaults to True.
+        **kwargs: Arguments of :func:`get_inferencer`, and of the call: ``batch_size``, ``boxes``,
+            ``out_dir``, ``return_vis``, ``return_datasamples``, ``min_side`` and options of
+            drawing.
+
+    Returns:
+        dict: As :meth:`Inferencer.__call__`.
+
+    Raises:
+        FileNotFoundError: If there is no such config, checkpoint or input.
+        ImportError: If the framework of the task is not installed.
+        RuntimeError: If the checkpoint does not fit the model.
+        TypeError: If the inputs are nothing to look at.
+        ValueError: If an argument is not possible; the message tells what is.
+
+    Examples:
+        >>> name = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
+        >>> inference(name, 'people.jpg', detector=True, out_dir='found')  # doctest: +SKIP
+    """
+    media = open_media(inputs)  # before a model is built
+    building = {'task', 'device', 'dtype', 'fuse', 'cfg_options', 'show_progress'}
+    building |= {'detector', 'detector_weights', 'detector_threshold'}
+    options = {key: kwargs.pop(key) for key in building & set(kwargs)}
+    return get_inferencer(model, checkpoint, **options)(media, **kwargs)
+
+
+def check_scope(model: str | Path, wanted: str | None) -> str:
+    """Return the ``default_scope`` of a config; refuse one of another task than wanted."""
+    scope = read_config(find_config(str(model))).get('default_scope')
+    tasks = {kind.scope: task for task, kind in TASKS.items()}
+    if scope not in tasks:
+        raise ValueError(
+            f'model={str(model)!r}: its default_scope is {scope!r}; give a config of one of '
+            f'{list(PACKAGES)}'
+        )
+    if wanted is not None and scope != wanted:
+        raise ValueError(
+            f'model={str(model)!r} is for task={tasks[scope]!r}, not {tasks[wanted]!r}: give that '
+            'task, or another model'
+        )
+    return scope
+
+
+def find_weights(model: str | Path, checkpoint: bool | str | Path) -> Path | None:
+    """Find the file of the weights; None for random ones."""
+    if checkpoint is False:
+        return None
+    if checkpoint is not True:
+        return locate(checkpoint)
+    name = find_config(str(model)).stem
+    if name not in read_zoo():
+        raise ValueError(
+            f'checkpoint=True: {str(model)!r} is no model of the zoo, nobody published weights for '
+            'it; give the path of your checkpoint'
+        )
+    return fetch(name, whole=True)
+
+
+def check_device(device: str | None) -> torch.device:
+    """Return a device that exists here, the best one for None."""
+    try:
+        found = torch.device(device or get_device())
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, TypeError) as err:
+        reason = str(err).splitlines()[0]
+        raise ValueError(
+            f"device={device!r}: {reason}. Give a device that this machine has, such as 'cpu'"
+        ) from err
+    return found
+
+
+def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """Return what autocast has to use, None for float32; refuse what the device cannot."""
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype={dtype!r}: choose one of {list(DTYPES)}')
+    if DTYPES[dtype] is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # where torch would go on in float32
+            with torch.autocast(device.type, DTYPES[dtype]):
+                pass
+    except (RuntimeError, UserWarning) as err:
+        others = [name for name in DTYPES if name != dtype]
+        reason = ' '.join(str(err).split())
+        raise ValueError(
+            f'dtype={dtype!r}: torch {torch.__version__} cannot on device={str(device)!r} '
+            f'({reason}). Choose one of {others}'
+        ) from err
+    return DTYPES[dtype]
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f'{name}={value!r}: give a whole number of at least {least}')
+
+
+def check_draw_options(given: Mapping, known: set[str]) -> None:
+    """Refuse options that the stock inferencer does not draw with."""
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f'{unknown[0]}={given[unknown[0]]!r}: no such argument. Options of drawing for this '
+            f'task are {sorted(known)}. {did_you_mean(unknown[0], known)}'.rstrip()
+        )
+
+
+def check_box_array(boxes: object, name: str) -> np.ndarray:
+    """Return boxes as (N, 4) float32; refuse others."""
+    wanted = 'give (N, 4) numbers: left, top, right, bottom in pixels for each person'
+    try:
+        array = np.asarray(boxes, np.float32)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f'{name}={boxes!r}: {wanted}') from err
+    if array.size == 0:
+        return array.reshape(0, 4)  # an image without people
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise ValueError(f'{name}: an array of shape {array.shape}; {wanted}')
+    flat = ~((array[:, 2] > array[:, 0]) & (array[:, 3] > array[:, 1]) & np.isfinite(array).all(1))
+    if flat.any():
+        i = int(flat.argmax())
+        raise ValueError(
+            f'{name}[{i}]={array[i].tolist()}: a box without area; {wanted} (not width and height)'
+        )
+    return array
+
+
+def prepare_config(cfg: Config) -> Config:
+    """A copy of a config as the stock inferencers want it; refuse one without a test pipeline."""
+    cfg = Config(cfg._cfg_dict.to_dict())
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and (dataset.get('dataset') or dataset.get('datasets')):
+        dataset = dataset.get('dataset') or dataset['datasets'][0]  # wrapped or concatenated
+    if 'pipeline' not in dataset:
+        raise ValueError(
+            'model: the config has no test_dataloader.dataset.pipeline, which says how images are '
+            'prepared; add it'
+        )
+    cfg.test_dataloader.dataset = dataset
+    if cfg.get('visualizer'):
+        cfg.visualizer.vis_backends = None  # files are written here
+    return cfg
+
+
+def with_model(stock: type, model: nn.Module, cfg: Config, **kwargs: Any) -> Any:
+    """Build a stock inferencer around a model that is built and loaded already."""
+    own = type(stock.__name__, (stock,), dict(_init_model=lambda self, *args: model))
+    return own(cfg, **kwargs)
+
+
+def find_classes(cfg: Config, num_classes: int, weights: Path | None) -> tuple:
+    """Names and colours of classes, from the config or else from the checkpoint.
+
+    Args:
+        cfg (Config): The config.
+        num_classes (int): How many there are.
+        weights (Path, optional): The checkpoint.
+
+    Returns:
+        tuple: Names and colours, each None where nothing fits.
+    """
+    sources = [_meta_of_dataset(cfg.test_dataloader.dataset)]
+    if weights is not None:
+        meta = read_checkpoint(weights).get('meta') or {}
+        sources.append(meta.get('dataset_meta') or {})
+    names = colours = None
+    for source in sources:
+        if names is None and len(source.get('classes') or ()) == num_classes:
+            names = tuple(map(str, source['classes']))
+            palette = source.get('palette') or ()
+            colours = [list(colour) for colour in palette] if len(palette) == num_classes else None
+    return names, colours
+
+
+def _meta_of_dataset(dataset: Mapping) -> dict:
+    """What a dataset tells about its classes: its options, over those of its class."""
+    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+
+
+def make_palette(num_classes: int) -> list[list[int]]:
+    """Colours for classes that have none, well apart and always the same."""
+    hues = (np.arange(num_classes) * 0.618 * 180 % 180).astype(np.uint8)  # the golden ratio
+    values = np.where(np.arange(num_classes) % 2, 150, 230).astype(np.uint8)
+    hsv = np.stack([hues, np.full_like(hues, 190), values], 1)[None]
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0].tolist()
+
+
+def build_detector(detector: bool | str, weights: str | None, device: torch.device) -> Any:
+    """Build mmdet's inferencer; without a name, of the detector that mmpose uses for people."""
+    try:
+        from mmdet.apis import DetInferencer
+    except ImportError as err:
+        raise ImportError(
+            f'detector={detector!r} needs mmdet: pip install "mmdet>=3.0,<3.4"; or give boxes'
+        ) from err
+    if detector is True:
+        from mmpose.apis.inferencers.utils import default_det_models
+
+        detector = default_det_models['human']['model']
+        weights = weights or default_det_models['human']['weights']
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return DetInferencer(detector, weights, device=str(device), show_progress=False)

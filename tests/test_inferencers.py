@@ -1,0 +1,490 @@
+"""One-line use: what can be given, what comes back, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import golden
+import numpy as np
+import pytest
+import torch
+from http_server import Answer, Server
+
+import mmhrformer
+from mmhrformer import get_inferencer, inference, media
+from mmhrformer.inferencers import check_box_array, find_classes, make_palette
+from mmhrformer.launch import find_config, read_config
+
+CONFIGS = dict(
+    cls='hrformer-demo_1xb64-6e_digits',
+    pose='td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+    seg='ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+)
+FOUND = dict(cls='pred_label', pose='instances', seg='areas')
+TASKS = list(CONFIGS)
+rng = np.random.default_rng(0)
+
+
+def make_image(height: int = 48, width: int = 40) -> np.ndarray:
+    coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+@pytest.fixture(scope='module')
+def models() -> dict:
+    for package in ('mmpretrain', 'mmpose', 'mmseg'):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    return {
+        task: get_inferencer(config, False, task, device='cpu', show_progress=False)
+        for task, config in CONFIGS.items()
+    }
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """Images of different sizes and formats, one of them broken, and other files."""
+    path = tmp_path_factory.mktemp('images')
+    cv2.imwrite(str(path / 'a.png'), make_image(48, 40))
+    cv2.imwrite(str(path / 'a.jpg'), make_image(40, 64))
+    cv2.imwrite(str(path / 'c.png'), make_image(48, 40))
+    (path / 'b.png').write_bytes((path / 'a.png').read_bytes()[:-200])
+    (path / 'notes.txt').write_text('no image')
+    (path / 'inside').mkdir()
+    return path
+
+
+@pytest.fixture(scope='module')
+def video(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp('video') / 'walk.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (64, 48))
+    for _ in range(5):
+        writer.write(make_image(48, 64))
+    writer.release()
+    return path
+
+
+def check(task: str, prediction: dict) -> None:
+    """A prediction is complete, and plain Python."""
+    assert FOUND[task] in prediction
+    assert json.loads(json.dumps(prediction)) == prediction
+    if task == 'cls':
+        assert len(prediction['pred_scores']) == 10
+        assert sum(prediction['pred_scores']) == pytest.approx(1, abs=1e-4)
+    elif task == 'pose':
+        for one in prediction['instances']:
+            assert np.shape(one['keypoints']) == (17, 2)
+            assert np.shape(one['bbox']) == (4,)
+    else:
+        assert sum(prediction['areas'].values()) == pytest.approx(1)
+        labels = mmhrformer.SegInferencer.label_map(prediction)
+        assert list(labels.shape) == prediction['size']
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_path_and_array_give_the_same(task, models, folder):
+    path = folder / 'a.png'
+    by_path = models[task](path, return_vis=True, return_datasamples=True)
+    by_array = models[task](cv2.imread(str(path)))
+    (prediction,) = by_path['predictions']
+    check(task, prediction)
+    assert prediction.pop('input') == str(path)
+    assert by_array['predictions'][0].pop('input') == 'array 0'
+    assert by_array['predictions'] == [prediction]
+    assert by_array['visualization'] == by_array['data_samples'] == by_array['files'] == []
+    (drawn,) = by_path['visualization']
+    assert drawn.shape == (48, 40, 3)
+    assert drawn.dtype == np.uint8
+    assert len(by_path['data_samples']) == 1
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_folder_of_different_sizes_with_a_broken_image(task, models, folder, tmp_path):
+    with pytest.warns(UserWarning, match=r'b\.png: it is damaged'):
+        result = models[task](str(folder), batch_size=3, out_dir=tmp_path, return_vis=True)
+    names = [Path(one['input']).name for one in result['predictions']]
+    assert names == ['a.jpg', 'a.png', 'b.png', 'c.png']
+    assert 'damaged' in result['predictions'][2]['error']
+    assert [drawn is None for drawn in result['visualization']] == [False, False, True, False]
+    for name, prediction, stem in zip(names, result['predictions'], ['a', 'a_1', 'b', 'c']):
+        assert json.loads((tmp_path / f'predictions/{stem}.json').read_text()) == prediction
+        if 'error' in prediction:
+            continue
+        check(task, prediction)
+        alone = models[task](folder / name)['predictions'][0]
+        if task == 'pose':  # where random heatmaps have their maximum, depends on rounding
+            for one in (*prediction['instances'], *alone['instances']):
+                del one['keypoints']
+        assert_close(prediction, alone)
+        drawn = cv2.imread(str(tmp_path / f'visualizations/{stem}.jpg'))
+        assert drawn.shape[:2] == cv2.imread(str(folder / name)).shape[:2]
+        if task == 'seg':
+            labels = cv2.imread(str(tmp_path / f'predictions/{stem}.png'), cv2.IMREAD_UNCHANGED)
+            assert np.array_equal(labels, models[task].label_map(prediction))
+    assert sorted(result['files']) == sorted(str(p) for p in tmp_path.glob('*/*'))
+
+
+def assert_close(a: object, b: object) -> None:
+    """Plain results are equal up to rounding, which depends on the batch."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_close(one, other)
+    else:
+        assert a == (b if isinstance(b, str) else pytest.approx(b, abs=1e-3))
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_list_of_anything(task, models, folder):
+    content = (folder / 'c.png').read_bytes()
+    with Server({'/c.png': content}) as server:
+        inputs = [str(folder / 'a.png'), make_image(), folder / 'a.jpg', server.url('c.png')]
+        result = models[task](inputs, batch_size=2)
+    assert [one['input'] for one in result['predictions']] == [
+        str(inputs[0]), 'array 1', str(inputs[2]), inputs[3],
+    ]  # fmt: skip
+    for prediction in result['predictions']:
+        check(task, prediction)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_video(task, models, video, tmp_path):
+    result = models[task](str(video), batch_size=2, out_dir=tmp_path)
+    assert len(result['predictions']) == 5
+    assert result['predictions'][3]['input'] == f'{video}, frame 3'
+    for prediction in result['predictions']:
+        check(task, prediction)
+    assert json.loads((tmp_path / 'predictions/walk.json').read_text()) == result['predictions']
+    drawn = cv2.VideoCapture(str(tmp_path / 'visualizations/walk.mp4'))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+    assert drawn.get(cv2.CAP_PROP_FPS) == 10
+    assert drawn.read()[1].shape == (48, 64, 3)
+    assert len(list(tmp_path.glob('predictions/walk_*.png'))) == (5 if task == 'seg' else 0)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_address_of_an_image_and_of_a_video(task, models, folder, video):
+    files = {'/some%20one.png': (folder / 'a.png').read_bytes(), '/v.avi': video.read_bytes()}
+    with Server(files) as server:
+        url = server.url('some%20one.png')
+        (prediction,) = models[task](url)['predictions']
+        frames = models[task](server.url('v.avi'))['predictions']
+    assert prediction['input'] == url
+    check(task, prediction)
+    assert [one['input'].rpartition('/')[2] for one in frames[:2]] == [
+        'v.avi, frame 0', 'v.avi, frame 1',
+    ]  # fmt: skip
+
+
+def test_address_without_suffix_and_other_answers(folder):
+    content = (folder / 'a.png').read_bytes()
+    with Server(content, finally_=Answer(headers={'Content-Type': 'image/png'})) as server:
+        (picture,) = media.open_media(server.url('image?id=7'))
+        assert (picture.stem, picture.pixels.shape) == ('image', (48, 40, 3))
+    page = Answer(headers={'Content-Type': 'text/html'})
+    with Server(content, finally_=page) as server, pytest.raises(ValueError, match='is a web page'):
+        media.open_media(server.url('a.png'))
+    with Server({}) as server, pytest.raises(ValueError, match=r'downloaded \(HTTP Error 404'):
+        media.open_media(server.url('a.png'))
+    with Server(b'GIF89a') as server, pytest.raises(ValueError, match=r'x\.gif.*Give an image'):
+        media.open_media(server.url('x.gif'))
+    with pytest.raises(ValueError, match='cannot be downloaded'):
+        media.open_media('http://127.0.0.1:9/a.png')
+
+
+def test_boxes_of_people(models):
+    pose, image = models['pose'], make_image(96, 120)
+    boxes = [[0, 0, 60, 96], [50, 4.5, 118, 90]]
+    both = pose(image, boxes=boxes)['predictions'][0]['instances']
+    assert [one['bbox'] for one in both] == boxes
+    single = pose(image, boxes=np.array(boxes[1:]), batch_size=4)['predictions'][0]['instances']
+    assert_close(single[0]['keypoint_scores'], both[1]['keypoint_scores'])
+    whole = pose(image)['predictions'][0]['instances']
+    assert [one['bbox'] for one in whole] == [[0, 0, 120, 96]]
+    # For each image its own, of different number; nobody is nobody.
+    result = pose([image, image, image], boxes=[boxes, boxes[:1], []], batch_size=2, return_vis=1)
+    assert [len(one['instances']) for one in result['predictions']] == [2, 1, 0]
+    assert np.array_equal(result['visualization'][2], image[..., ::-1])
+    one_for_all = pose([image, image], boxes=boxes[:1])['predictions']
+    assert [len(one['instances']) for one in one_for_all] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ('boxes', 'message'),
+    [
+        ([[1, 2, 3]], r'boxes: an array of shape \(1, 3\); give \(N, 4\)'),
+        ([10, 10, 20, 20], r'boxes: an array of shape \(4,\)'),
+        ([[10, 10, 5, 20]], r'boxes\[0\]=\[10.0, 10.0, 5.0, 20.0\]: a box without area'),
+        ([[0, 0, 9, float('nan')]], 'a box without area'),
+        (['person'], 'boxes'),
+        (7, r'boxes: an array of shape \(\)|boxes=7'),
+        ([[[0, 0, 9, 9]], [[0, 0, 9, 9]]], 'boxes: 2 lists for 1 images'),
+        ([[[0, 0, 9]]], r'boxes\[0\]: an array of shape \(1, 3\)'),
+    ],
+)
+def test_wrong_boxes(boxes, message, models):
+    with pytest.raises(ValueError, match=message):
+        models['pose'](make_image(), boxes=boxes)
+
+
+def test_boxes_are_for_pose_and_instead_of_a_detector(models, monkeypatch):
+    with pytest.raises(ValueError, match='SegInferencer looks at whole images; leave boxes out'):
+        models['seg'](make_image(), boxes=[[0, 0, 9, 9]])
+    monkeypatch.setattr(models['pose'], 'detector', object())
+    with pytest.raises(ValueError, match='give boxes, or build without detector'):
+        models['pose'](make_image(), boxes=[[0, 0, 9, 9]])
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor(models):
+    image = make_image(48, 40)
+    for task in TASKS:
+        result = models[task](image, min_side=100, return_vis=True)
+        assert result['visualization'][0].shape == (144, 120, 3)
+        check(task, result['predictions'][0])
+    # What is drawn is where it was found.
+    sample = models['pose'](image, return_datasamples=True)['data_samples'][0]
+    larger = models['pose']._enlarge_sample(sample, 3)
+    assert np.allclose(larger.pred_instances.keypoints, 3 * sample.pred_instances.keypoints)
+    sample = models['seg'](image, return_datasamples=True)['data_samples'][0]
+    larger = models['seg']._enlarge_sample(sample, 3)
+    assert torch.equal(larger.pred_sem_seg.data[0, ::3, ::3], sample.pred_sem_seg.data[0])
+
+
+def test_options_of_drawing(models):
+    image = make_image(64, 64)
+    full = models['seg'](image, return_vis=True, opacity=1.0, with_labels=False)
+    none = models['seg'](image, return_vis=True, opacity=0.0, with_labels=False)
+    assert np.array_equal(none['visualization'][0], image[..., ::-1])
+    assert not np.array_equal(full['visualization'][0], image[..., ::-1])
+    with pytest.raises(ValueError, match=r'opacty=1: no such argument.*did you mean opacity'):
+        models['seg'](image, opacty=1)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_folded_and_in_bfloat16(task, models, tmp_path):
+    file = tmp_path / 'weights.pth'
+    torch.save(models[task].model.state_dict(), file)
+    image = make_image(64, 48)
+    options = dict(checkpoint=file, device='cpu', return_datasamples=True)
+    wanted = values_of(models[task](image, return_datasamples=True))
+    fused = values_of(inference(CONFIGS[task], image, fuse=True, **options))
+    assert np.allclose(fused, wanted, atol=1e-3 * np.abs(wanted).max())
+    rough = values_of(
+        inference(CONFIGS[task], image, dtype='bfloat16', fuse=task == 'cls', **options)
+    )
+    assert not np.array_equal(rough, wanted)
+    assert np.median(np.abs(rough - wanted)) < 0.1 * np.abs(wanted).max()
+
+
+def values_of(result: dict) -> np.ndarray:
+    """Numbers that tell results of a model apart."""
+    (sample,) = result['data_samples']
+    if 'pred_score' in sample:
+        return sample.pred_score.numpy()
+    if 'pred_instances' in sample:
+        return sample.pred_instances.keypoint_scores
+    return sample.seg_logits.data.numpy()
+
+
+def test_precision_and_device_that_cannot_be():
+    for options, message in (
+        (dict(dtype='float8'), r"dtype='float8': choose one of"),
+        (dict(device='cuda:99'), r"device='cuda:99'.*Give a device that this machine has"),
+        (dict(device='nowhere'), r"device='nowhere'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_inferencer(CONFIGS['cls'], False, **{'device': 'cpu', **options})
+
+
+def test_autocast_of_float16_is_refused_where_torch_would_ignore_it():
+    try:
+        with torch.autocast('cpu', torch.float16):
+            possible = torch.is_autocast_cpu_enabled()
+    except RuntimeError:
+        possible = False
+    if possible:
+        half = get_inferencer(CONFIGS['cls'], False, device='cpu', dtype='float16')
+        assert half.autocast == torch.float16
+        return
+    with pytest.raises(ValueError, match=r"dtype='float16': torch .* cannot on device='cpu'"):
+        get_inferencer(CONFIGS['cls'], False, device='cpu', dtype='float16')
+
+
+def test_inputs_that_cannot_be_seen(tmp_path, models):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken').mkdir()
+    for name in ('broken/a.png', 'broken/b.jpg', 'text.png', 'walk.mp4'):
+        (tmp_path / name).write_text('this is text')
+    (tmp_path / 'nothing.png').touch()
+    cls = models['cls']
+    for inputs, kind, message in (
+        (tmp_path / 'no.png', FileNotFoundError, r'no such file .*no\.png.*Check the path'),
+        ([make_image(), 'a.png', 'b.png'], FileNotFoundError, 'no such file .*: a.png, b.png'),
+        (tmp_path / 'empty', FileNotFoundError, 'no image in that folder'),
+        (tmp_path / 'text.png', ValueError, r"text\.png': it is no image. Give an image"),
+        (tmp_path / 'nothing.png', ValueError, 'it is empty'),
+        (tmp_path / 'walk.mp4', ValueError, r"walk\.mp4': no frame of the video can be read"),
+        (tmp_path / 'no.mp4', FileNotFoundError, r"no\.mp4': no such file"),
+        ([tmp_path / 'walk.mp4'], ValueError, 'give a video by itself'),
+        ([], ValueError, 'the list is empty'),
+        (7, TypeError, 'got int; give a path'),
+        ([None], TypeError, 'got NoneType'),
+        (np.zeros((8, 8), np.uint8), ValueError, r'an array of shape \(8, 8\) and type uint8'),
+        (np.zeros((8, 8, 3)), ValueError, 'type float64; give'),
+        (make_image(20, 20), ValueError, 'array 0: HRFormer got images of 20x20 pixels'),
+    ):
+        with pytest.raises(kind, match=message):
+            cls(inputs)
+    with (
+        pytest.warns(UserWarning, match='it is no image'),
+        pytest.raises(ValueError, match='none of the 2 images could be read'),
+    ):
+        cls(tmp_path / 'broken')
+
+
+def test_other_arguments_that_cannot_be(models, tmp_path):
+    (tmp_path / 'file').touch()
+    for options, message in (
+        (dict(batch_size=0), 'batch_size=0: give a whole number of at least 1'),
+        (dict(batch_size=1.5), 'batch_size=1.5'),
+        (dict(min_side=-1), 'min_side=-1'),
+        (dict(out_dir=tmp_path / 'file'), r'out_dir=.*file.*Give a folder to write to'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models['cls'](make_image(), **options)
+
+
+def test_models_tasks_and_checkpoints_that_cannot_be(tmp_path):
+    file = tmp_path / 'official.pth'
+    torch.save(golden.official_checkpoint('pose', 'keys_pose_tiny.json'), file)
+    cls = CONFIGS['cls']
+    for model, checkpoint, task, kind, message in (
+        ('hrformer-tny_8xb128_in1k', True, None, FileNotFoundError, 'did you mean'),
+        (cls, False, 'sge', ValueError, "task='sge': choose.*did you mean seg"),
+        (cls, False, 'seg', ValueError, "is for task='cls', not 'seg'"),
+        (cls, True, None, ValueError, 'checkpoint=True: .* is no model of the zoo'),
+        (cls, 'no.pth', None, FileNotFoundError, "no checkpoint 'no.pth'"),
+        (cls, file, None, RuntimeError, r'official\.pth.*checkpoint'),
+    ):
+        with pytest.raises(kind, match=message):
+            inference(model, make_image(), checkpoint, task=task, device='cpu')
+
+
+def test_weights_of_another_code(tmp_path):
+    file = tmp_path / 'official.pth'
+    torch.save(golden.official_checkpoint('pose', 'keys_pose_tiny.json'), file)
+    name = 'td-hm_hrformer-tiny_8xb32-210e_coco-256x192'
+    result = inference(name, make_image(80, 60), f'mmhrformer://{file}', device='cpu')
+    check('pose', result['predictions'][0])
+
+
+def test_classes_come_from_the_config_or_the_checkpoint(models, tmp_path):
+    assert models['seg'].dataset_meta['classes'][:2] == ('sky', 'mountain')
+    assert models['seg'].dataset_meta['palette'][0] == [135, 190, 235]
+    assert models['cls'].dataset_meta['classes'] is None
+    names = tuple('abcdefghij')
+    file = tmp_path / 'digits.pth'
+    meta = dict(dataset_meta=dict(classes=names))
+    torch.save(dict(state_dict=models['cls'].model.state_dict(), meta=meta), file)
+    (one,) = inference(CONFIGS['cls'], make_image(), file, device='cpu')['predictions']
+    assert one['pred_class'] == names[one['pred_label']]
+    cfg = read_config(find_config('ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'))
+    cfg.test_dataloader.dataset.type = 'mmseg.CityscapesDataset'
+    classes, palette = find_classes(cfg, 19, None)
+    assert (classes[0], palette[0]) == ('road', [128, 64, 128])
+    assert find_classes(cfg, 18, file) == (None, None)  # of neither
+
+
+def test_other_numbers_of_classes_are_drawn_too(tmp_path):
+    options = {f'model.decode_head.{i}.num_classes': 5 for i in (0, 1)}
+    result = inference(
+        CONFIGS['seg'], make_image(), False, cfg_options=options, device='cpu', return_vis=True
+    )
+    assert set(result['predictions'][0]['areas']) <= {f'class {i}' for i in range(5)}
+    assert len({tuple(colour) for colour in make_palette(150)}) == 150
+
+
+def test_configs_that_do_not_tell_enough(tmp_path):
+    text = find_config(CONFIGS['cls']).read_text().replace('../_base_', f'{base()}/_base_')
+    for added, message in (
+        ('test_dataloader = dict(_delete_=True)', 'has no test_dataloader.dataset.pipeline'),
+        ("default_scope = 'mmdet'", "default_scope is 'mmdet'; give a config of one of"),
+    ):
+        path = tmp_path / 'mine.py'
+        path.write_text(f'{text}\n{added}\n')
+        with pytest.raises(ValueError, match=message):
+            get_inferencer(path, False, device='cpu')
+
+
+def base() -> Path:
+    return find_config(CONFIGS['cls']).parents[1]
+
+
+def test_people_found_by_mmdet(tmp_path):
+    mmdet = pytest.importorskip('mmdet')
+    config = Path(mmdet.__file__).parent / '.mim/configs/yolox/yolox_tiny_8xb8-300e_coco.py'
+    pose = mmhrformer.PoseInferencer(
+        CONFIGS['pose'], False, 'cpu', detector=str(config), detector_threshold=0.0
+    )
+    kept = []
+    found = pose.detector(make_image(96, 120), return_datasamples=True)['predictions'][0]
+    found.pred_instances = found.pred_instances[:0]
+    from mmengine.structures import InstanceData
+
+    found.pred_instances = InstanceData(
+        bboxes=torch.tensor([[0.0, 0, 50, 90], [40, 0, 90, 90], [5, 5, 20, 20]]),
+        scores=torch.tensor([0.9, 0.2, 0.8]),
+        labels=torch.tensor([0, 0, 16]),
+    )
+    pose.detector = lambda image, **options: kept.append(image) or dict(predictions=[found])
+    pose.detector_threshold = 0.3
+    (one,) = pose(make_image(96, 120))['predictions'][0]['instances']
+    assert one['bbox'] == [0, 0, 50, 90]  # the other is unlikely, the third a dog
+    assert one['bbox_score'] == pytest.approx(0.9)
+    assert kept[0].shape == (96, 120, 3)
+
+
+def test_detector_without_mmdet_or_without_name(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, 'mmdet.apis', None)
+    with pytest.raises(ImportError, match=r'detector=True needs mmdet: pip install'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector=True)
+    with pytest.raises(ValueError, match=r"detector_weights='a\.pth' without a detector"):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector_weights='a.pth')
+
+
+def test_progress_is_shown_on_long_inputs_only(models, monkeypatch, capsys):
+    cls = models['cls']
+    monkeypatch.setattr(cls, 'show_progress', True)
+    cls([make_image()] * 2, batch_size=2)
+    assert capsys.readouterr().out == ''
+    cls([make_image()] * 3, batch_size=2)
+    assert 'Inference' in capsys.readouterr().out
+
+
+def test_what_was_done_is_kept_when_the_work_stops(models, video, tmp_path, monkeypatch):
+    cls, calls = models['cls'], []
+
+    def fail_at_third(items):
+        calls.append(items)
+        if len(calls) == 3:
+            raise RuntimeError('out of memory')
+        return type(cls).forward(cls, items)
+
+    monkeypatch.setattr(cls, 'forward', fail_at_third)
+    with pytest.raises(RuntimeError, match=r'walk\.avi, frame 2: out of memory'):
+        cls(video, out_dir=tmp_path)
+    assert len(json.loads((tmp_path / 'predictions/walk.json').read_text())) == 2
+    assert cv2.VideoCapture(str(tmp_path / 'visualizations/walk.mp4')).read()[0]
+
+
+def test_box_arrays():
+    assert check_box_array([], 'boxes').shape == (0, 4)
+    assert check_box_array(((0, 1, 2, 3),), 'boxes').tolist() == [[0, 1, 2, 3]]

@@ -1,0 +1,211 @@
+"""Find people, scenes or classes in images and videos, and draw them.
+
+    python tools/demo.py data/demo/digits/val/3/0003.png --task cls
+    python tools/demo.py street.mp4 --model ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024
+    python tools/demo.py people.jpg --task pose --boxes 10,20,110,320 130,15,240,310 --show-features
+
+INPUT is an image, a video, a folder of images, or the address of an image or video. Without
+--model, the small model of the task that "make demo" has trained is used, which needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+# The demos beside this file: their configs, and where they leave what they trained.
+from run_demo import TASKS, newest_checkpoint
+
+from mmhrformer.inferencers import DTYPES, Inferencer, get_inferencer
+from mmhrformer.media import Images, Picture, Video, open_media
+from mmhrformer.pictures import draw_attention, draw_features, find_attention
+
+DEMO_OUTPUT = Path('demo_output')  # where "make demo" writes, below the current folder
+MIN_SIDE = 256  # smaller pictures are enlarged before drawing
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('inputs', metavar='INPUT', help='image, video, folder or address')
+    parser.add_argument('--task', choices=TASKS, help='what to find; else what --model is for')
+    parser.add_argument('--model', help='name of a model of the zoo, or path of a config')
+    parser.add_argument(
+        '--checkpoint', help='weights for the model: a file, or a name of the zoo (its own)'
+    )
+    parser.add_argument(
+        '--out', default='demo_output/pictures', help='folder to write to (%(default)s)'
+    )
+    parser.add_argument('--device', help="such as 'cpu' or 'cuda:0' (the best that there is)")
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='(%(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, help='at a time (%(default)s)')
+    parser.add_argument(
+        '--boxes', nargs='+', metavar='L,T,R,B', help='people, in pixels (the whole image)'
+    )
+    parser.add_argument(
+        '--detector',
+        nargs='?',
+        const=True,
+        help="find people by mmdet: mmpose's detector, or the model or config named here",
+    )
+    parser.add_argument('--detector-weights', help='checkpoint of the detector')
+    parser.add_argument(
+        '--show-features', action='store_true', help='draw the four streams of the first image'
+    )
+    parser.add_argument(
+        '--show-attention', action='store_true', help='draw attention weights, likewise'
+    )
+    parser.add_argument(
+        '--query',
+        default='0.5,0.5',
+        metavar='X,Y',
+        help='place that attends, as fractions of what the model sees (%(default)s)',
+    )
+    parser.add_argument(
+        '--block',
+        metavar='NAME',
+        help='block that attends, such as stage3.0.branches.1.0 (the last one of each stream)',
+    )
+    return parser.parse_args()
+
+
+def numbers(text: str, count: int, option: str) -> list[float]:
+    """Read ``count`` numbers with commas between them."""
+    try:
+        values = [float(part) for part in text.split(',')]
+    except ValueError:
+        values = []
+    if len(values) != count:
+        raise ValueError(f'{option} {text}: give {count} numbers with commas between them')
+    return values
+
+
+def choose_model(args: argparse.Namespace) -> tuple[str, str | bool]:
+    """The model and checkpoint of the command line, else those of the demo of the task.
+
+    Args:
+        args (argparse.Namespace): The command line.
+
+    Returns:
+        tuple[str, str | bool]: Model and checkpoint, as :func:`get_inferencer` wants them.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint of the demo.
+        ValueError: If neither a model nor a task was given.
+    """
+    if args.model:
+        return args.model, args.checkpoint or True
+    if not args.task:
+        raise ValueError(f'give --task, one of {", ".join(TASKS)}, or --model')
+    model = TASKS[args.task].config
+    if args.checkpoint:
+        return model, args.checkpoint
+    folder = DEMO_OUTPUT / args.task / 'train'
+    if not (folder / 'last_checkpoint').is_file():
+        raise FileNotFoundError(
+            f'there is no checkpoint in {folder.resolve()}: run "make demo", or "python '
+            f'tools/run_demo.py --tasks {args.task}", which trains one; or give --checkpoint, or '
+            '--model with a name of the zoo'
+        )
+    noted = newest_checkpoint(folder)
+    return model, str(noted if noted.is_file() else folder / noted.name)  # the folder was moved
+
+
+def write_inside(
+    args: argparse.Namespace,
+    inferencer: Inferencer,
+    picture: Picture,
+    boxes: np.ndarray | None,
+    query: tuple[float, ...],
+) -> list[str]:
+    """Draw what goes on inside the model; returns the files."""
+    drawn = {}
+    if args.show_features:
+        drawn['features'] = draw_features(inferencer, picture, boxes)
+    if args.show_attention:
+        drawn['attention'] = draw_attention(inferencer, picture, query, args.block, boxes)
+    files = []
+    for name, pixels in drawn.items():
+        path = Path(args.out, name, f'{picture.stem}.png')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(path), np.ascontiguousarray(pixels[..., ::-1])):
+            raise OSError(f'--out {args.out}: cannot write {path}')
+        files.append(str(path))
+    return files
+
+
+def first_picture(media: Images | Video) -> Picture:
+    """The first image that can be read."""
+    return next(islice((picture for picture in media if picture.pixels is not None), 1))
+
+
+def summary(prediction: dict) -> str:
+    """One line about what was found."""
+    if 'error' in prediction:
+        return prediction['error']
+    if 'instances' in prediction:
+        scores = [np.mean(one['keypoint_scores']) for one in prediction['instances']]
+        people = ', '.join(f'{score:.2f}' for score in scores)
+        return f'{len(scores)} people, mean scores of their joints: {people or "-"}'
+    if 'areas' in prediction:
+        areas = list(prediction['areas'].items())[:5]
+        return ', '.join(f'{name} {share:.0%}' for name, share in areas)
+    name = prediction.get('pred_class', f'class {prediction["pred_label"]}')
+    return f'{name} ({prediction["pred_score"]:.1%})'
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Args:
+        args (argparse.Namespace): The command line.
+    """
+    media = open_media(args.inputs)  # before a model is built
+    boxes = None
+    if args.boxes:
+        boxes = np.array([numbers(text, 4, '--boxes') for text in args.boxes])
+    query = tuple(numbers(args.query, 2, '--query'))
+    model, checkpoint = choose_model(args)
+    options = {}
+    if args.detector:
+        options = dict(detector=args.detector, detector_weights=args.detector_weights)
+    inferencer = get_inferencer(
+        model, checkpoint, args.task, device=args.device, dtype=args.dtype, **options
+    )
+    if args.show_attention:
+        find_attention(inferencer, query, args.block)  # an error before the work, not after it
+    result = inferencer(
+        media, batch_size=args.batch_size, boxes=boxes, out_dir=args.out, min_side=MIN_SIDE
+    )
+    for prediction in result['predictions'][:10]:
+        print(f'{prediction["input"]}: {summary(prediction)}')
+    if len(result['predictions']) > 10:
+        print(f'... and {len(result["predictions"]) - 10} more')
+    files = result['files']
+    if args.show_features or args.show_attention:
+        files = files + write_inside(args, inferencer, first_picture(media), boxes, query)
+    print('\nwritten:')
+    for path in files:
+        print(f'  {path}')
+
+
+def main() -> None:
+    """Run, and end with one line about what is wrong, if anything is."""
+    # What the frameworks say about their own insides helps nobody who looks at pictures.
+    warnings.filterwarnings('ignore', module=r'mm(cv|engine|pose|pretrain|seg)\b')
+    try:
+        run(parse_args())
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as err:
+        sys.exit(f'demo.py: {err}')
+
+
+if __name__ == '__main__':
+    main()
