@@ -1,0 +1,109 @@
+"""How Sphinx builds these pages: ``python -m sphinx -W -b html docs docs/_build/html``."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+
+from model_zoo import markdown, metafiles, read_models  # noqa: E402
+
+from mmhrformer.launch import config_root  # noqa: E402
+from mmhrformer.version import __version__  # noqa: E402
+
+project = 'mmhrformer'
+author = 'the contributors of mmhrformer'
+copyright = author
+version = release = __version__
+
+extensions = [
+    'myst_parser',
+    'sphinx.ext.autodoc',
+    'sphinx.ext.napoleon',
+    'sphinx.ext.viewcode',
+    'sphinx_copybutton',
+]
+exclude_patterns = ['_build']
+suppress_warnings = ['misc.highlighting_failure']  # an apostrophe in "the framework's train.py"
+html_theme = 'sphinx_rtd_theme'
+html_static_path = ['_static']
+html_css_files = ['custom.css']
+html_show_sourcelink = False
+html_copy_source = False
+
+# Links between pages are written as on GitHub: page.md#heading.
+myst_heading_anchors = 3
+myst_enable_extensions = ['colon_fence']
+
+# What is made for a framework is documented without it, so that the pages can be built without.
+autodoc_mock_imports = ['mmdet', 'mmpose', 'mmpretrain', 'mmseg']
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'none'  # types stand in the docstrings
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+copybutton_prompt_text = r'>>> |\.\.\. '
+copybutton_prompt_is_regexp = True
+
+
+class ModelZoo(SphinxDirective):
+    """``{model-zoo} FOLDER``: the table of ``configs/FOLDER/metafile.yml``, made in the build."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Parse the table as Markdown."""
+        folder = self.arguments[0]
+        (metafile,) = (path for path in metafiles(config_root()) if path.parent.name == folder)
+        self.env.note_dependency(str(metafile))
+        # The table names the configs as its README does, which lies beside them.
+        table = re.sub(
+            r'\]\((?!https?:)', f'](../configs/{folder}/', markdown(read_models(metafile))
+        )
+        container = nodes.container(classes=['wide-table'])
+        self.state.nested_parse(StringList(table.splitlines(), str(metafile)), 0, container)
+        return [container]
+
+
+class OutsideLinks(SphinxTransform):
+    """Links to pages and folders outside ``docs``, which GitHub shows and Sphinx does not.
+
+    A page is offered as a file, as other files are by MyST; of a link to a folder the text stays.
+    """
+
+    default_priority = 10
+
+    def apply(self) -> None:
+        """Replace what could not be resolved."""
+        for link in list(self.document.findall(addnodes.pending_xref)):
+            path = (DOCS / link['reftarget']).resolve()
+            if link.get('reftype') != 'myst' or path.is_relative_to(DOCS):
+                continue
+            page = path.with_name(f'{path.name}.md')
+            if path.is_dir():
+                link.replace_self(link.children)
+            elif page.is_file():
+                target = f'/{os.path.relpath(page, DOCS)}'
+                link.replace_self(
+                    addnodes.download_reference(
+                        '', '', *link.children, reftarget=target, refdoc=link['refdoc']
+                    )
+                )
+
+
+def setup(app: Sphinx) -> None:
+    """Register what these pages need."""
+    app.add_directive('model-zoo', ModelZoo)
+    app.add_transform(OutsideLinks)

@@ -1,0 +1,35 @@
+"""The tutorial runs from its first cell to its last."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from places import ENV, ROOT
+
+pytestmark = pytest.mark.e2e
+
+TUTORIAL = ROOT / 'docs/tutorial.ipynb'
+
+
+def outputs_of(notebook: nbformat.NotebookNode) -> list:
+    return [out for cell in notebook.cells for out in cell.get('outputs', [])]
+
+
+def test_tutorial_runs(demo_data, monkeypatch, tmp_path):
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    assert not outputs_of(notebook), 'store the notebook without outputs'
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    for name in ('OMP_NUM_THREADS', 'PYTHONWARNINGS'):
+        monkeypatch.setenv(name, ENV[name])
+    resources = dict(metadata=dict(path=str(tmp_path)))
+    client = NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources)
+    client.execute()  # raises the error of a cell
+    outputs = outputs_of(notebook)
+    text = ''.join(out.text for out in outputs if out.output_type == 'stream')
+    assert '(1, 18, 107, 160)' in text  # the finest stream of the photograph
+    assert float(re.search(r'top-1 accuracy: ([\d.]+) %', text)[1]) > 50
+    assert re.search(r'mmhrformer \d+ used, 0 missing', text)
+    assert sum('image/png' in out.get('data', {}) for out in outputs) == 3
