@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from .environment import check_core
+
+check_core()  # before what needs it, so that the error tells how to mend an installation
+
 from . import datasets, engine, models
 from .apis import (
     ClsInferencer,

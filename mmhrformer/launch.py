@@ -6,10 +6,13 @@ import difflib
 import importlib.util
 import runpy
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config
+
+from .environment import INSTALL, explain
 
 # default_scope of a config -> the package whose tools run it.
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
@@ -102,7 +105,7 @@ def stock_tool(scope: str, tool: str) -> Path:
 
     Args:
         scope (str): ``'mmpretrain'``, ``'mmpose'`` or ``'mmseg'``.
-        tool (str): Name of the script, such as ``'train'``.
+        tool (str): Name of the script, such as ``'train'``, in whatever folder of tools it is.
 
     Returns:
         Path: The script.
@@ -116,11 +119,12 @@ def stock_tool(scope: str, tool: str) -> Path:
         raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
     spec = importlib.util.find_spec(scope)
     if spec is None:
-        raise ImportError(f'the config needs {PACKAGES[scope]}: pip install {PACKAGES[scope]}')
+        raise ImportError(f'the config needs {PACKAGES[scope]}: {INSTALL[scope]}')
     package = Path(spec.origin).parent
     for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
-        if (folder / f'{tool}.py').is_file():
-            return folder / f'{tool}.py'
+        scripts = sorted(folder.rglob(f'{tool}.py'))
+        if scripts:  # the one in the folder itself before those below it
+            return min(scripts, key=lambda script: len(script.parts))
     raise FileNotFoundError(f'{PACKAGES[scope]} in {package} has no tool {tool}.py: reinstall it')
 
 
@@ -136,7 +140,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
             f'usage: {tool}.py CONFIG [arguments]\n\n'
             f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
             'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
-            f'Example: {tool}.py hrformer-tiny_8xb128_in1k --help'
+            f'Example: python tools/{tool}.py hrformer-tiny_8xb128_in1k --help'
         )
         return
     try:
@@ -147,8 +151,51 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
             rest[0] = checked(rest[0])
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
-    sys.argv = [str(script), str(config), *rest]
-    runpy.run_path(str(script), run_name='__main__')
+    run_script(script, [str(config), *rest])
+
+
+def run_script(script: Path, args: list[str]) -> None:
+    """Run a script in this process, as Python does; say how to mend an import that fails.
+
+    Args:
+        script (Path): The script.
+        args (list[str]): Its arguments.
+    """
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except Exception as err:  # not only ImportError: a package built for another NumPy or torch
+        if not (cure := explain(err)):
+            raise
+        traceback.print_exc()
+        sys.exit(f'{script.name}: {err}. To mend it: {cure}')
+
+
+def our_tool(name: str) -> Path:
+    """Find a script of ours: in the checkout, or in the installed package.
+
+    Args:
+        name (str): Such as ``'get_flops'``.
+
+    Returns:
+        Path: The script.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+
+    Examples:
+        >>> our_tool('get_flops').name
+        'get_flops.py'
+    """
+    folder = config_root().parent / 'tools'
+    script = folder / f'{name}.py'
+    if script.is_file():
+        return script
+    names = [path.stem for path in folder.glob('*.py')]
+    raise FileNotFoundError(
+        f'there is no tool {name!r} in {folder}. {did_you_mean(name, names).capitalize()}'
+    )
 
 
 def checked(checkpoint: str) -> str:

@@ -17,6 +17,8 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import Registry
 
+from .environment import explain
+
 # Classes that are built on a framework: name -> (module that defines it, framework, our extra).
 # They are imported when somebody asks for them, so that the rest works without the framework.
 FRAMEWORK_CLASSES = {
@@ -43,9 +45,10 @@ def import_framework_class(name: str) -> type:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AssertionError) as err:  # mmseg asserts the version of mmcv
+        cure = explain(err) or f"pip install 'mmhrformer[{extra}]'"
         raise ImportError(
             f"'mmhrformer.{name}' needs {framework}, which could not be imported ({err}). "
-            f"Install it with: pip install 'mmhrformer[{extra}]'"
+            f'To mend it: {cure}'
         ) from err
 
 

@@ -231,7 +231,9 @@ TASKS = {'cls': make_digits, 'pose': make_figures, 'seg': make_scenes}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--task', choices=(*TASKS, 'all'), default='all', help='which set')
     parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder of the sets')
     parser.add_argument('--seed', type=int, default=0, help='0 or more; same seed, same bytes')

@@ -1,6 +1,12 @@
-"""Print parameters and operations of a config's model.
+"""Count parameters and operations of a config's model, at any size of the image.
 
-python tools/get_flops.py hrformer-tiny_8xb128_in1k --shape 224 224
+Example:
+  python tools/get_flops.py hrformer-tiny_8xb128_in1k --shape 256 192
+
+Operations are counted by two rules, since publications use both. Multiply-accumulates (MACs) are
+those of convolutions, linear layers and matrix products, nothing else, and are counted twice: by
+mmengine's analysis of the traced graph, and module by module. The rule of the official code, whose
+results the paper calls FLOPs, adds biases, normalization, softmax and element-wise operations.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ from collections.abc import Sequence
 
 from mmengine.registry import MODELS, DefaultScope
 
-from mmhrformer.complexity import complexity
+from mmhrformer.complexity import analyzed_macs, complexity
 from mmhrformer.launch import find_config, read_config
 
 
@@ -23,7 +29,8 @@ def count(config: str, shape: Sequence[int]) -> dict[str, int]:
         shape (Sequence[int]): Height and width of the image in pixels.
 
     Returns:
-        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it.
+        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it, and ``analyzed``,
+        the multiply-accumulates by mmengine's analysis.
 
     Raises:
         ValueError: If the config has no model, or the image is too small for it.
@@ -35,7 +42,8 @@ def count(config: str, shape: Sequence[int]) -> dict[str, int]:
         raise ValueError(f'the config {config!r} has no model: give a config that can be trained')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         model = MODELS.build(cfg.model)
-    return complexity(model, (1, 3, *shape))
+    size = (1, 3, *shape)
+    return {**complexity(model, size), 'analyzed': analyzed_macs(model, size)}
 
 
 def main() -> None:
@@ -54,9 +62,10 @@ def main() -> None:
         sys.exit(f'get_flops.py: {err}')
     height, width = args.shape
     print(f'\n{args.config} at {height}x{width}')
-    print(f'  parameters                        {counts["parameters"]:>14,}')
-    print(f'  multiply-accumulates              {counts["macs"] / 1e9:>12.4f} G')
-    print(f"  FLOPs by the official code's rule {counts['flops_official'] / 1e9:>12.4f} G")
+    print(f'  parameters                          {counts["parameters"]:>13,}')
+    print(f"  MACs by mmengine's analysis         {counts['analyzed'] / 1e9:>13.4f} G")
+    print(f'  MACs, counted module by module      {counts["macs"] / 1e9:>13.4f} G')
+    print(f"  FLOPs by the official code's rule   {counts['flops_official'] / 1e9:>13.4f} G")
 
 
 if __name__ == '__main__':

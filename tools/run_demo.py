@@ -186,7 +186,9 @@ def print_table(results: dict[str, dict]) -> None:
 
 def main() -> None:
     """Run the demos named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()

@@ -1,0 +1,214 @@
+"""The command-line tools: the help of each has examples, and they run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own
+COMMANDS = sorted(
+    path.stem
+    for path in TOOLS.glob('*.py')
+    if "if __name__ == '__main__':" in path.read_text() and path.stem not in ELSEWHERE
+)
+# make and run_demo.py call these.
+WITHOUT_EXAMPLE = {'demo_data', 'demo_pictures', 'setup_env'}
+DIGITS = 'hrformer-demo_1xb64-6e_digits'
+DEMOS = {
+    'digits': DIGITS,
+    'figures': 'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+    'scenes': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+}
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Runs a tool in this process and in an empty folder; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [str(TOOLS), *sys.path])
+
+    def call(name: str, *args: str) -> str:
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, args)])
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            try:
+                runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+            except SystemExit as exit:
+                if exit.code:
+                    raise
+        return said.getvalue()
+
+    return call
+
+
+def examples(text: str, name: str) -> list[list[str]]:
+    """The arguments of the examples in a help text."""
+    lines = re.findall(rf'python3? tools/{name}\.py *(.*)', text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def write_logs(folder: Path, lines: list[dict]) -> None:
+    file = folder / '20260101_000000/vis_data/scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, lines)))
+
+
+def epochs() -> list[dict]:
+    """What mmengine logs of a run by epochs."""
+    lines = []
+    for step in range(1, 9):
+        epoch = (step + 3) // 4
+        lines.append(dict(lr=1e-3, loss=8.0 / step, time=0.5, epoch=epoch, iter=step, step=step))
+        if step % 4 == 0:
+            lines.append({'coco/AP': 0.1 * step, 'time': 0.1, 'step': epoch})
+    return lines
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name in ('RUN', 'A', 'B'):
+        write_logs(tmp_path / 'work_dirs' / name, epochs())
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_the_help_of_a_command_has_an_example(tool, name):
+    said = tool(name, '--help')
+    assert 'usage: ' in said
+    assert examples(said, name) or name in WITHOUT_EXAMPLE
+
+
+class TestGetFlops:
+    def test_the_example_says_by_which_rule_it_counts(self, tool):
+        (example,) = examples(tool('get_flops', '--help'), 'get_flops')
+        said = tool('get_flops', *example)
+        assert 'hrformer-tiny_8xb128_in1k at 256x192' in said
+        counts = dict(re.findall(r'^  (.*\S) +([\d.,]+)(?: G)?$', said, flags=re.MULTILINE))
+        assert list(counts) == [
+            'parameters',
+            "MACs by mmengine's analysis",
+            'MACs, counted module by module',
+            "FLOPs by the official code's rule",
+        ]
+        parameters, analyzed, macs, flops = counts.values()
+        assert parameters == '8,035,820'
+        assert analyzed == macs < flops
+
+    def test_a_size_that_cannot_be(self, tool):
+        with pytest.raises(SystemExit, match='--shape 0 192'):
+            tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '0', '192')
+
+
+class TestPrintConfig:
+    def test_the_example(self, tool):
+        (example,) = examples(tool('print_config', '--help'), 'print_config')
+        said = tool('print_config', *example)
+        assert 'max_epochs=100' in said
+        assert "type='mmhrformer.HRFormer'" in said  # inherited
+
+    def test_the_file_is_a_config(self, tool, tmp_path):
+        assert tool('print_config', DIGITS, '--out', 'new/whole.py') == ''
+        assert '_base_' not in (tmp_path / 'new/whole.py').read_text()
+        assert 'hrformer-demo' not in tool('print_config', 'new/whole.py')
+
+    def test_an_unknown_config(self, tool):
+        with pytest.raises(SystemExit, match='did you mean hrformer-tiny'):
+            tool('print_config', 'hrformer-tny_8xb128_in1k')
+
+
+class TestAnalyzeLogs:
+    @pytest.mark.usefixtures('runs')
+    def test_the_examples(self, tool):
+        for example in examples(tool('analyze_logs', '--help'), 'analyze_logs'):
+            said = tool('analyze_logs', *example)
+            if '--out' in example:
+                picture = cv2.imread(example[-1])
+                assert picture.std() > 1  # something is drawn
+            else:
+                assert 'average iter time: 0.5000 s/iter' in said
+
+    @pytest.mark.usefixtures('runs')
+    def test_curves_have_the_names_of_the_runs(self, tool):
+        namespace = runpy.run_path(str(TOOLS / 'analyze_logs.py'))
+        logs = namespace['find_logs'](['work_dirs/A', 'work_dirs/B'])
+        names = namespace['legends'](logs, ['loss', 'coco/AP'])
+        assert names == ['A loss', 'A coco/AP', 'B loss', 'B coco/AP']
+        again = namespace['legends']([logs[0], logs[0]], ['loss'])
+        assert again[0] == 'A/20260101_000000 loss'
+
+    @pytest.mark.usefixtures('runs')
+    def test_an_unknown_key_is_answered_with_those_there_are(self, tool):
+        with pytest.raises(SystemExit, match=r'Invalid key "AP".*coco/AP'):
+            tool('analyze_logs', 'plot_curve', 'work_dirs/A', '--keys', 'AP')
+
+    def test_a_folder_without_logs(self, tool, tmp_path):
+        (tmp_path / 'empty').mkdir()
+        with pytest.raises(SystemExit, match="there is no log in 'empty'"):
+            tool('analyze_logs', 'plot_curve', 'empty')
+
+    def test_what_to_install_where_no_script_can_draw(self, tool, monkeypatch):
+        choose = runpy.run_path(str(TOOLS / 'analyze_logs.py'))['choose_script']
+        monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+        monkeypatch.setitem(sys.modules, 'seaborn', None)
+        with pytest.raises(ImportError, match='pip install seaborn'):
+            choose('plot_curve')
+        monkeypatch.setitem(sys.modules, 'mmpose', None)
+        monkeypatch.setitem(sys.modules, 'mmseg', None)
+        with pytest.raises(ImportError, match='pip install mmpretrain'):
+            choose('plot_curve')
+
+
+class TestBrowseDataset:
+    @pytest.fixture
+    def data(self, tool, tmp_path):
+        """A little of each of the demo's data sets."""
+        from demo_data import make_figures, make_scenes
+
+        root = tmp_path / 'data/demo'
+        make_figures(root, train=3, val=2)
+        make_scenes(root, train=3, val=2)
+
+    def pictures(self, folder: Path) -> list:
+        return [cv2.imread(str(path)) for path in sorted(folder.iterdir())]
+
+    def test_the_example(self, tool, tmp_path):
+        tool('demo_data', '--task', 'cls', '--out', 'data/demo')
+        (example,) = examples(tool('browse_dataset', '--help'), 'browse_dataset')
+        said = tool('browse_dataset', *example)
+        assert '4 of 1397 images of the train split drawn in digits' in said
+        pictures = self.pictures(tmp_path / 'digits')
+        assert [picture.shape for picture in pictures] == [(224, 224, 3)] * 4
+        assert all(picture.std() > 10 for picture in pictures)
+
+    @pytest.mark.e2e
+    @pytest.mark.usefixtures('data')
+    @pytest.mark.parametrize('name', ['figures', 'scenes'])
+    def test_poses_and_scenes(self, tool, tmp_path, name):
+        """What is drawn has the colours of the labels, and is not the bare image."""
+        tool('browse_dataset', DEMOS[name], '--split', 'val', '--number', '2')
+        pictures = self.pictures(tmp_path / 'work_dirs/browse' / DEMOS[name])
+        assert len(pictures) == 2
+        images = tmp_path / 'data/demo' / name
+        for picture in pictures:
+            assert picture.std() > 10
+            assert all(
+                other.shape != picture.shape or (other != picture).any()
+                for other in map(cv2.imread, map(str, images.rglob('*.jpg')))
+            )
+
+    def test_missing_data_are_named(self, tool):
+        with pytest.raises(SystemExit, match=r'train_dataloader\.dataset\.data_root'):
+            tool('browse_dataset', DIGITS)
+
+    def test_a_number_that_cannot_be(self, tool):
+        with pytest.raises(SystemExit, match='--number 0'):
+            tool('browse_dataset', DIGITS, '--number', '0')

@@ -1,0 +1,120 @@
+"""Draw what a data set gives to the model: images and labels behind all of the augmentation.
+
+Example:
+  python tools/browse_dataset.py hrformer-demo_1xb64-6e_digits --number 4 --out digits
+
+It builds the data set of any of the three frameworks as a training run does, and draws with the
+framework's own visualizer. The images are taken at even distances from the whole data set. It
+stands in for the browse_dataset.py of mmpretrain and mmsegmentation, which fail with current
+versions of matplotlib and OpenCV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config, DictAction
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
+from mmengine.visualization import Visualizer
+
+from mmhrformer.engine.preflight import missing_data
+from mmhrformer.launch import find_config, read_config
+
+MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
+
+
+def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
+    """Build a data set and the visualizer of a config.
+
+    Args:
+        cfg (Config): The config.
+        loader (str): Which of its data loaders, such as ``'train_dataloader'``.
+
+    Returns:
+        tuple[BaseDataset, Visualizer]: Both.
+
+    Raises:
+        ValueError: If the config has no such data loader or no visualizer.
+        FileNotFoundError: If files of the data set are missing.
+    """
+    for option in ('default_scope', loader, 'visualizer'):
+        if not cfg.get(option):
+            raise ValueError(f'the config has no {option}: give one that can be trained')
+    if missing := missing_data(cfg, [loader]):
+        raise FileNotFoundError('files of the data set are missing\n  ' + '\n  '.join(missing))
+    options = cfg[loader].dataset
+    pipeline = options.get('pipeline')
+    if pipeline and pipeline[-1].type.endswith('PackPoseInputs'):
+        pipeline[-1].pack_transformed = True  # else the key points are those of the whole image
+    dataset = DATASETS.build(options)
+    # Pictures are written where the command line says, not to the backends of the runs.
+    visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': 'browse', 'vis_backends': None})
+    visualizer.dataset_meta = dataset.metainfo
+    return dataset, visualizer
+
+
+def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
+    """Draw a sample of a data set.
+
+    Args:
+        visualizer (Visualizer): The visualizer of its framework.
+        sample (dict): What the pipeline returns: ``inputs``, and ``data_samples`` with the labels.
+        file (Path): Picture to write.
+    """
+    bgr = sample['inputs'].permute(1, 2, 0).numpy()
+    image = np.ascontiguousarray(bgr[..., ::-1]).clip(0, 255).astype(np.uint8)
+    labels = sample['data_samples']
+    if hasattr(visualizer, 'visualize_cls'):
+        side = max(MIN_SIDE, *image.shape[:2])
+        visualizer.visualize_cls(image, labels, resize=side, draw_pred=False, out_file=str(file))
+    else:
+        visualizer.add_datasample(file.stem, image, labels, draw_pred=False, out_file=str(file))
+
+
+def browse(args: argparse.Namespace) -> None:
+    """Draw what the command line asks for.
+
+    Args:
+        args (argparse.Namespace): The command line.
+    """
+    if args.number < 1:
+        raise ValueError(f'--number {args.number}: give how many images to draw, 1 or more')
+    config = find_config(args.config)
+    cfg = read_config(config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    out = args.out or Path('work_dirs/browse') / config.stem
+    out.mkdir(parents=True, exist_ok=True)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        dataset, visualizer = build(cfg, f'{args.split}_dataloader')
+        number = min(args.number, len(dataset))
+        for index in np.linspace(0, len(dataset) - 1, number).round().astype(int):
+            sample = dataset[index]
+            source = Path(sample['data_samples'].get('img_path', 'image')).stem
+            draw(visualizer, sample, out / f'{index:06d}_{source}.jpg')
+    print(f'{number} of {len(dataset)} images of the {args.split} split drawn in {out}')
+
+
+def main() -> None:
+    """Draw what the command line asks for; tell failures in words."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='path of a config, or name of one of ours')
+    parser.add_argument(
+        '--split', choices=('train', 'val', 'test'), default='train', help='(%(default)s)'
+    )
+    parser.add_argument('--number', type=int, default=16, help='of images (%(default)s)')
+    parser.add_argument('--out', type=Path, help='folder (work_dirs/browse/NAME_OF_CONFIG)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
+    try:
+        browse(parser.parse_args())
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as err:
+        sys.exit(f'browse_dataset.py: {err}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,40 @@
+"""Print a config with everything that it inherits.
+
+Example:
+  python tools/print_config.py hrformer-tiny_8xb128_in1k --cfg-options train_cfg.max_epochs=100
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from mmhrformer.launch import find_config, read_config
+
+
+def main() -> None:
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='path of a config, or name of one of ours')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
+    parser.add_argument('--out', type=Path, help='file to write it to, instead of printing it')
+    args = parser.parse_args()
+    try:
+        cfg = read_config(find_config(args.config))
+        cfg.merge_from_dict(args.cfg_options or {})
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            cfg.dump(args.out)
+        else:
+            print(cfg.pretty_text)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as err:
+        sys.exit(f'print_config.py: {err}')
+
+
+if __name__ == '__main__':
+    main()
