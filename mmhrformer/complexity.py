@@ -39,6 +39,21 @@ def _linear(module: nn.Linear, x: Tensor, out: Tensor) -> dict:
     return dict(macs=x.numel() * module.out_features, linear_bias=out.numel())
 
 
+def _deconv(module: nn.ConvTranspose2d, x: Tensor, out: Tensor) -> dict:
+    return dict(macs=x.numel() * module.weight[0].numel())
+
+
+def _stock_attention(module: nn.Module, x: Tensor, out: Tensor) -> dict:
+    """Of mmpretrain's transformers: (B, N, C), where B counts windows, too."""
+    weights = x.shape[0] * module.num_heads * x.shape[1] ** 2
+    has_bias = hasattr(module, 'relative_position_bias_table')
+    return dict(
+        macs=2 * x.numel() * x.shape[1],
+        softmax=5 * weights,
+        elementwise=x.numel() + weights * has_bias + weights,
+    )
+
+
 def _attention(module: LocalWindowSelfAttention, x: Tensor, out: Tensor) -> dict:
     B, H, W, C = x.shape
     window = module.window_size
@@ -85,6 +100,7 @@ PRODUCTS = ('conv', 'linear', 'addmm', 'mm', 'matmul', 'bmm', 'einsum')
 
 COUNTERS: dict[type, Callable] = {
     nn.Conv2d: _conv,
+    nn.ConvTranspose2d: _deconv,
     nn.Linear: _linear,
     _BatchNorm: lambda module, x, out: dict(batch_norm=4 * out.numel()),
     nn.ReLU: lambda module, x, out: dict(elementwise=out.numel()),
@@ -121,6 +137,8 @@ def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
     counters = dict(COUNTERS)
     if ocr_head := sys.modules.get('mmhrformer.models.ocr_head'):  # needs mmseg
         counters[ocr_head.ObjectAttention] = _object_attention
+    if stock := sys.modules.get('mmpretrain.models.utils.attention'):
+        counters[stock.WindowMSA] = counters[stock.MultiheadAttention] = _stock_attention
     for module in model.modules():
         for kind, counter in counters.items():
             if isinstance(module, kind):

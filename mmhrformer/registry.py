@@ -24,6 +24,7 @@ from .environment import explain
 FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
+    'SwinTransformer': ('mmhrformer.models.swin', 'mmpretrain', 'cls'),
     'SumLogitsTTAModel': ('mmhrformer.models.seg_tta', 'mmsegmentation', 'seg'),
 }
 

@@ -96,7 +96,7 @@ def list_models(pattern: str = '*') -> list[str]:
         list[str]: Their names, which are also those of their configs.
 
     Examples:
-        >>> list_models('hrformer-tiny*')
+        >>> list_models('hrformer-tiny_*')
         ['hrformer-tiny_8xb128_in1k']
     """
     return sorted(fnmatch.filter(read_zoo(), pattern))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -30,6 +30,27 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, kept):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tensor:
+    """Call a function, keep nothing of it, and call it again in the backward pass.
+
+    Args:
+        module (nn.Module): Whose running statistics are not to be updated a second time.
+        function (Callable): What to compute with that module.
+        *args: What to compute it of.
+
+    Returns:
+        Tensor: ``function(*args)``.
+    """
+    if is_compiling():  # compiled code updates running statistics once in any case
+        return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), frozen_running_stats(module)),
+    )
 
 
 class Bottleneck(BaseModule):
@@ -156,14 +177,7 @@ class HRFormerBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         if self.with_cp and torch.is_grad_enabled():
-            if is_compiling():  # compiled code updates running statistics once in any case
-                return checkpoint(self._forward, x, use_reentrant=False)
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), frozen_running_stats(self)),
-            )
+            return recompute(self, self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from numbers import Integral, Real
 from typing import Any
 
@@ -141,8 +142,9 @@ class HRFormer(BaseModule):
             streams or for each of the four. Defaults to 7 (paper, Section 3).
         drop_path_rate (float): Stochastic depth rate of the last block; it rises linearly from
             0 over the blocks. Defaults to 0.
-        attn_cfg (dict): The registered attention of the blocks, with its own options. Defaults
-            to ``dict(type='mmhrformer.LocalWindowSelfAttention')``.
+        attn_cfg (dict | Sequence[dict]): The registered attention of the blocks, with its own
+            options; or several, which take turns from the first block to the last. Defaults to
+            ``dict(type='mmhrformer.LocalWindowSelfAttention')``.
         ffn_cfg (dict): The registered FFN of the blocks, with its own options. Defaults to
             ``dict(type='mmhrformer.DWConvFFN')``.
         with_rpe (bool): Whether attention has a relative position bias. Defaults to True.
@@ -177,7 +179,7 @@ class HRFormer(BaseModule):
         in_channels: int = 3,
         window_size: int | Sequence[int] = 7,
         drop_path_rate: float = 0.0,
-        attn_cfg: dict = dict(type='mmhrformer.LocalWindowSelfAttention'),
+        attn_cfg: dict | Sequence[dict] = dict(type='mmhrformer.LocalWindowSelfAttention'),
         ffn_cfg: dict = dict(type='mmhrformer.DWConvFFN'),
         with_rpe: bool = True,
         pad_mask: bool = False,
@@ -207,13 +209,12 @@ class HRFormer(BaseModule):
             mlp_ratio=self.arch['mlp_ratio'],
             with_rpe=with_rpe,
             pad_mask=pad_mask,
-            attn_cfg=attn_cfg,
             ffn_cfg=ffn_cfg,
             norm_cfg=norm_cfg,
             with_cp=with_cp,
         )
         self._build_stem()
-        self._build_stages(drop_path_rate)
+        self._build_stages(drop_path_rate, attn_cfg)
         self._freeze_stages()
 
     @staticmethod
@@ -259,16 +260,20 @@ class HRFormer(BaseModule):
             Bottleneck(width * Bottleneck.expansion, width, norm_cfg=self.norm_cfg),
         )
 
-    def _build_stages(self, drop_path_rate: float) -> None:
+    def _build_stages(self, drop_path_rate: float, attn_cfg: dict | Sequence[dict]) -> None:
         """Transitions and stages 2 to 4; the drop path rate rises from block to block."""
         num_modules, num_blocks = self.arch['num_modules'], self.arch['num_blocks']
+        attn_cfgs = attn_cfg if isinstance(attn_cfg, (list, tuple)) else [attn_cfg]
+        if not attn_cfgs:
+            raise ValueError(f'attn_cfg={attn_cfg!r}: give the config of an attention, or several')
         rates = torch.linspace(0, drop_path_rate, sum(num_modules) * num_blocks).tolist()
+        blocks = [dict(drop_path_rate=r, attn_cfg=a) for r, a in zip(rates, cycle(attn_cfgs))]
         channels = (STEM_CHANNELS * Bottleneck.expansion,)
         for stage, modules in enumerate(num_modules, start=2):
             streams = self.arch['channels'][:stage]
             setattr(self, f'transition{stage - 1}', self._build_transition(channels, streams))
-            stage_rates = [rates.pop(0) for _ in range(modules * num_blocks)]
-            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_rates))
+            stage_blocks = [blocks.pop(0) for _ in range(modules * num_blocks)]
+            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_blocks))
             channels = streams
 
     def _build_transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
@@ -284,27 +289,27 @@ class HRFormer(BaseModule):
                 layers.append(nn.Identity())
         return ModuleList(layers)
 
-    def _build_stage(self, stage: int, num_modules: int, rates: Sequence[float]) -> Sequential:
-        """A stage of modules on its first ``stage`` streams; ``rates`` are those of its blocks."""
+    def _build_stage(self, stage: int, num_modules: int, blocks: Sequence[dict]) -> Sequential:
+        """A stage of modules on its first ``stage`` streams; ``blocks``: options of its blocks."""
         channels = self.arch['channels'][:stage]
         num_blocks = self.arch['num_blocks']
         modules = []
         for m in range(num_modules):
-            module_rates = rates[m * num_blocks : (m + 1) * num_blocks]
+            module_blocks = blocks[m * num_blocks : (m + 1) * num_blocks]
             last = stage == NUM_STREAMS and m == num_modules - 1
-            branches = [self._build_branch(i, module_rates) for i in range(stage)]
+            branches = [self._build_branch(i, module_blocks) for i in range(stage)]
             out_streams = self.out_indices if last else range(stage)
             modules.append(HRModule(branches, channels, out_streams, self.upsample, self.norm_cfg))
         return Sequential(*modules)
 
-    def _build_branch(self, stream: int, rates: Sequence[float]) -> Sequential:
+    def _build_branch(self, stream: int, blocks: Sequence[dict]) -> Sequential:
         """The blocks of one stream in one module."""
         channels, heads = self.arch['channels'][stream], self.arch['num_heads'][stream]
         window = self.window_sizes[stream]
         return Sequential(
             *(
-                HRFormerBlock(channels, heads, window, drop_path_rate=rate, **self._block_cfg)
-                for rate in rates
+                HRFormerBlock(channels, heads, window, **options, **self._block_cfg)
+                for options in blocks
             )
         )
 

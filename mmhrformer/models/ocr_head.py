@@ -20,22 +20,24 @@ from ..registry import MODELS
 
 
 def conv_norm_act(
-    head: BaseDecodeHead, in_channels: int, out_channels: int, kernel_size: int = 1
+    head: BaseDecodeHead, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
 ) -> Sequential:
     """Convolution with bias, normalization and activation of the kinds that a head uses."""
-    padding = kernel_size // 2
+    options = dict(padding=kernel_size // 2, groups=groups)
     return Sequential(
-        build_conv_layer(head.conv_cfg, in_channels, out_channels, kernel_size, padding=padding),
+        build_conv_layer(head.conv_cfg, in_channels, out_channels, kernel_size, **options),
         build_norm_layer(head.norm_cfg, out_channels)[1],
         build_activation_layer(head.act_cfg),
     )
 
 
-def check_options(head: BaseDecodeHead, **channels: int) -> None:
+def check_options(head: BaseDecodeHead, kernel_size: int, groups: int, **channels: int) -> None:
     """Refuse what mmseg builds without a word, or fails at later.
 
     Args:
         head (BaseDecodeHead): The head.
+        kernel_size (int): Side of the kernel of the first convolution.
+        groups (int): Groups of the first convolution.
         **channels (int): Numbers of channels, by the names of the arguments.
 
     Raises:
@@ -44,6 +46,14 @@ def check_options(head: BaseDecodeHead, **channels: int) -> None:
     for name, value in dict(channels, channels=head.channels, num_classes=head.num_classes).items():
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f'{name}={value!r}: give a whole number of at least 1')
+    if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size={kernel_size!r}: give an odd number, such as 3')
+    divided = isinstance(groups, Integral) and groups >= 1
+    if not divided or head.in_channels % groups or head.channels % groups:
+        raise ValueError(
+            f'groups={groups!r}: give a number that divides the {head.in_channels} channels of the '
+            f'streams and channels={head.channels}'
+        )
     if not 0 <= head.dropout_ratio < 1:
         raise ValueError(f'dropout_ratio={head.dropout_ratio}: choose a number in [0, 1)')
 
@@ -120,13 +130,16 @@ class ObjectAttention(nn.Module):
 
 @MODELS.register_module()
 class OCRHead(BaseCascadeDecodeHead):
-    """The OCR head of the official HRFormer segmentation code ("v2").
+    """The OCR head of the official HRFormer segmentation code.
 
     Comes second in a ``CascadeEncoderDecoder``, after :class:`OCRAuxHead`, whose logits tell
-    which pixels make up the region of each class.
+    which pixels make up the region of each class. The defaults are the official "v2"; "v3" has
+    ``kernel_size=7`` and as many ``groups`` as divide both numbers of channels, in both heads.
 
     Args:
         ocr_channels (int): Channels of queries, keys and values. Defaults to 256 (official).
+        kernel_size (int): Side of the kernel of the first convolution. Defaults to 3.
+        groups (int): Groups of the first convolution. Defaults to 1.
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         dropout_ratio (float): Channel dropout before the classifier. Defaults to 0.05
             (official).
@@ -137,6 +150,8 @@ class OCRHead(BaseCascadeDecodeHead):
     def __init__(
         self,
         ocr_channels: int = 256,
+        kernel_size: int = 3,
+        groups: int = 1,
         norm_cfg: dict = dict(type='BN'),
         dropout_ratio: float = 0.05,
         align_corners: bool = True,
@@ -145,8 +160,8 @@ class OCRHead(BaseCascadeDecodeHead):
         super().__init__(
             norm_cfg=norm_cfg, dropout_ratio=dropout_ratio, align_corners=align_corners, **kwargs
         )
-        check_options(self, ocr_channels=ocr_channels)
-        self.bottleneck = conv_norm_act(self, self.in_channels, self.channels, 3)
+        check_options(self, kernel_size, groups, ocr_channels=ocr_channels)
+        self.bottleneck = conv_norm_act(self, self.in_channels, self.channels, kernel_size, groups)
         self.object_attention = ObjectAttention(self, self.channels, ocr_channels)
         self.fuse = conv_norm_act(self, 2 * self.channels, self.channels)
 
@@ -183,13 +198,15 @@ class OCRHead(BaseCascadeDecodeHead):
 
 @MODELS.register_module()
 class OCRAuxHead(BaseDecodeHead):
-    """The auxiliary head in front of :class:`OCRHead`: 3x3 convolution and classifier.
+    """The auxiliary head in front of :class:`OCRHead`: convolution and classifier.
 
     mmseg's ``CascadeEncoderDecoder`` runs its first head twice in a training step, once for the
     loss and once for the second head, which would update the statistics of batch normalization
     twice. This head hands the logits of the loss to the second run, so it computes once.
 
     Args:
+        kernel_size (int): Side of the kernel of the convolution. Defaults to 3.
+        groups (int): Groups of the convolution. Defaults to 1.
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         dropout_ratio (float): Channel dropout before the classifier. Defaults to 0 (official).
         align_corners (bool): How maps are resized. Defaults to True (official).
@@ -198,6 +215,8 @@ class OCRAuxHead(BaseDecodeHead):
 
     def __init__(
         self,
+        kernel_size: int = 3,
+        groups: int = 1,
         norm_cfg: dict = dict(type='BN'),
         dropout_ratio: float = 0.0,
         align_corners: bool = True,
@@ -206,8 +225,8 @@ class OCRAuxHead(BaseDecodeHead):
         super().__init__(
             norm_cfg=norm_cfg, dropout_ratio=dropout_ratio, align_corners=align_corners, **kwargs
         )
-        check_options(self)
-        self.conv = conv_norm_act(self, self.in_channels, self.channels, 3)
+        check_options(self, kernel_size, groups)
+        self.conv = conv_norm_act(self, self.in_channels, self.channels, kernel_size, groups)
         self._kept: tuple[Sequence[Tensor], Tensor] | None = None
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:

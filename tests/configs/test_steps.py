@@ -121,7 +121,8 @@ def prepare(name: str):
     return cfg, model, constructor(model), batch
 
 
-@pytest.mark.parametrize('name', ALL)
+# Those of the ablations: test_ablations.py.
+@pytest.mark.parametrize('name', [n for n, path in ALL.items() if path.parent.name != 'ablations'])
 def test_training_step_and_prediction(name):
     torch.manual_seed(0)
     cfg, model, optimizer, batch = prepare(name)

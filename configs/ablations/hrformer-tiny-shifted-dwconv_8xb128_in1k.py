@@ -1,0 +1,11 @@
+# Table 9: every second block has shifted windows, and all have the depth-wise convolution.
+_base_ = ['../hrformer_cls/hrformer-tiny_8xb128_in1k.py']
+
+model = dict(
+    backbone=dict(
+        attn_cfg=[
+            dict(type='mmhrformer.LocalWindowSelfAttention'),
+            dict(type='mmhrformer.ShiftedWindowSelfAttention'),
+        ]
+    )
+)

@@ -1,0 +1,9 @@
+# The "v3" of the official scripts: grouped 7x7 instead of 3x3 convolutions in front of the OCR head.
+_base_ = ['../hrformer_seg/ocrnet_hrformer-base-w15_8xb2-60k_coco-stuff10k-520x520.py']
+
+# As many groups as divide the 1,170 channels of the streams and the 512 of the head.
+aux_head, ocr_head = _base_.model.decode_head
+for head in (aux_head, ocr_head):
+    head.update(kernel_size=7, groups=2)
+model = dict(decode_head=[aux_head, ocr_head])
+del head, aux_head, ocr_head
