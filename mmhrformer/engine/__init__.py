@@ -4,6 +4,7 @@ from .cpu_dist import CPUDistributedDataParallel
 from .optim import DecayGroupsConstructor
 from .preflight import PreflightChecks
 from .safe_checkpoints import ResumableSeedHook, SafeCheckpointHook
+from .safe_globals import allow_mmengine_checkpoints
 from .schedulers import WarmupCosineLR
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     'ResumableSeedHook',
     'SafeCheckpointHook',
     'WarmupCosineLR',
+    'allow_mmengine_checkpoints',
 ]

@@ -1,0 +1,85 @@
+"""What torch may build when it reads a checkpoint that mmengine has written.
+
+Since 2.6, ``torch.load`` builds nothing but tensors and plain containers unless it is allowed to,
+so that a file cannot run code. mmengine's checkpoints also hold the history of the log, which is
+NumPy arrays in an object of mmengine: ``--resume`` and the stock test tools would refuse them.
+The names below are those of both generations of NumPy, as a file tells the one it was written with.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+try:
+    from numpy._core import multiarray
+except ImportError:  # NumPy 1
+    from numpy.core import multiarray
+
+STATISTICS = ('min', 'max', 'current', 'mean')
+
+
+def history_method(owner: type, name: str) -> Callable:
+    """Stand for ``getattr``, by which a file names the methods of its ``HistoryBuffer``.
+
+    Args:
+        owner (type): ``HistoryBuffer``, nothing else.
+        name (str): One of :data:`STATISTICS`.
+
+    Returns:
+        Callable: The method.
+
+    Raises:
+        ValueError: If anything else is asked for.
+
+    Examples:
+        >>> history_method(HistoryBuffer, 'mean') is HistoryBuffer.mean
+        True
+    """
+    if owner is not HistoryBuffer or name not in STATISTICS:
+        raise ValueError(
+            f'the checkpoint asks for {name!r} of {owner!r}, which is not needed to train on: it '
+            'was not written by mmengine, or a log processor of your own added statistics'
+        )
+    return getattr(owner, name)
+
+
+def allow_mmengine_checkpoints() -> bool:
+    """Add what mmengine's checkpoints hold to what ``torch.load`` may build.
+
+    It holds for this process. What the safety of torch is about stays as it is: of all that is
+    added, nothing imports, calls or opens anything that a file can choose.
+
+    Returns:
+        bool: Whether this torch has such a list; before 2.6 it reads everything without asking.
+
+    Examples:
+        >>> allow_mmengine_checkpoints() == hasattr(torch.serialization, 'add_safe_globals')
+        True
+    """
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return False
+    dtypes = [getattr(np.dtypes, name) for name in numeric_dtypes()]
+    functions = [
+        (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        for core in ('core', '_core')
+    ]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions]
+        + [(history_method, 'builtins.getattr'), (codecs.encode, '_codecs.encode')]
+    )
+    return True
+
+
+def numeric_dtypes() -> list[str]:
+    """Names of NumPy's classes of numeric data types."""
+    kinds = ('Bool', 'Float', 'Int', 'UInt', 'Long')
+    return [name for name in dir(np.dtypes) if name.startswith(kinds)]
+
+
+allow_mmengine_checkpoints()
