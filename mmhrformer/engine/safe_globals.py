@@ -63,7 +63,7 @@ def allow_mmengine_checkpoints() -> bool:
     """
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return False
-    dtypes = [getattr(np.dtypes, name) for name in numeric_dtypes()]
+    dtypes = [getattr(np.dtypes, name) for name in plain_dtypes()]
     functions = [
         (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
         for name in ('_reconstruct', 'scalar')
@@ -76,9 +76,9 @@ def allow_mmengine_checkpoints() -> bool:
     return True
 
 
-def numeric_dtypes() -> list[str]:
-    """Names of NumPy's classes of numeric data types."""
-    kinds = ('Bool', 'Float', 'Int', 'UInt', 'Long')
+def plain_dtypes() -> list[str]:
+    """Names of NumPy's classes of data types that hold numbers or text, not objects."""
+    kinds = ('Bool', 'Float', 'Int', 'UInt', 'Long', 'Str')
     return [name for name in dir(np.dtypes) if name.startswith(kinds)]
 
 
