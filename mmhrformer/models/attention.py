@@ -19,10 +19,25 @@ HEAD_DIM_MULTIPLE = 8
 CPU_ATTENTION_TAKES_MASKS = digit_version(TORCH_VERSION) >= digit_version('2.3')
 
 
+def window_count(size: int, window: int) -> int:
+    """Windows that an axis needs."""
+    # Not -(-size // window): ONNX rounds quotients of negative numbers towards zero.
+    return (size + window - 1) // window
+
+
 def window_padding(size: int, window: int) -> tuple[int, int]:
     """Zeros to add before and after an axis so that windows divide it; the odd one goes last."""
-    missing = -size % window
+    missing = window_count(size, window) * window - size
     return missing // 2, missing - missing // 2
+
+
+def is_fixed(*sizes: int) -> bool:
+    """Whether sizes are plain numbers, which they are not while a pass is recorded for any size.
+
+    Where ``torch.jit.trace`` or ``torch.export`` record, a decision by the size of the image would
+    hold for all others, too, so what only some sizes need is recorded in any case.
+    """
+    return all(type(size) is int for size in sizes)
 
 
 def window_partition(x: Tensor, window: int, padding: Tensor | None = None) -> Tensor:
@@ -40,14 +55,14 @@ def window_partition(x: Tensor, window: int, padding: Tensor | None = None) -> T
     B, H, W, C = x.shape
     top, bottom = window_padding(H, window)
     left, right = window_padding(W, window)
-    if top or bottom or left or right:
+    if not is_fixed(H, W) or bottom or right:  # there is never more before than after
         if padding is None:
             x = F.pad(x, (0, 0, left, right, top, bottom))
         else:
             inside = x
             x = padding.expand(B, top + H + bottom, left + W + right, C).clone()
             x[:, top : top + H, left : left + W] = inside
-    rows, cols = x.shape[1] // window, x.shape[2] // window
+    rows, cols = window_count(H, window), window_count(W, window)
     x = x.view(B, rows, window, cols, window, C).transpose(2, 3)  # (B, rows, cols, w, w, C)
     return x.reshape(B * rows * cols, window * window, C)
 
@@ -64,7 +79,7 @@ def window_merge(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
         Tensor: Map of shape (B, H, W, C).
     """
     H, W = size
-    rows, cols = -(-H // window), -(-W // window)
+    rows, cols = window_count(H, window), window_count(W, window)
     x = windows.view(-1, rows, cols, window, window, windows.shape[-1]).transpose(2, 3)
     x = x.reshape(-1, rows * window, cols * window, windows.shape[-1])
     top, _ = window_padding(H, window)
@@ -100,7 +115,21 @@ def padding_mask(size: tuple[int, int], window: int, device: torch.device) -> Te
         Tensor: Booleans of shape (rows * cols, window * window), True where padded.
     """
     real = torch.ones(1, *size, 1, device=device)
-    return window_partition(real, window).squeeze(-1) == 0
+    return window_partition(real, window).flatten(1) == 0
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """Take queries, keys and values of all heads apart.
+
+    Args:
+        qkv (Tensor): What the projection returns, of shape (B * nW, N, 3 * heads * head_dim).
+        num_heads (int): Attention heads.
+
+    Returns:
+        Tensor: View of shape (B * nW, N, 3, heads, head_dim).
+    """
+    # Not unflatten: torch's ONNX exporter would take the number of windows for fixed.
+    return qkv.view(*qkv.shape[:2], 3, num_heads, -1)
 
 
 def attend(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -115,8 +144,8 @@ def attend(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     Returns:
         Tensor: Weighted sums of the values, of shape (B * nW, N, heads * head_dim).
     """
-    head_dim = qkv.shape[-1]
-    if len(qkv) > MAX_WINDOWS:
+    head_dim = int(qkv.shape[-1])  # a number also where a pass is recorded
+    if is_fixed(qkv.shape[0]) and len(qkv) > MAX_WINDOWS:
         parts = qkv.split(MAX_WINDOWS)
         biases = [bias] * len(parts)
         if bias is not None and len(bias) > 1:
@@ -130,9 +159,12 @@ def attend(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:
         # In one pass over the logits, and without copies of queries and keys for backward.
-        logits = torch.add(bias, q @ k.transpose(-2, -1), alpha=scale)  # (B * nW, heads, N, N)
+        logits = q @ k.transpose(-2, -1)  # (B * nW, heads, N, N)
+        logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
         out = logits.softmax(-1) @ v
-    return out[..., :head_dim].transpose(1, 2).flatten(2)
+    if missing:
+        out = out[..., :head_dim]
+    return out.transpose(1, 2).flatten(2)
 
 
 def missing_head_dim(head_dim: int, is_cuda: bool) -> int:
@@ -156,9 +188,12 @@ def has_one_kernel(qkv: Tensor, bias: Tensor | None) -> bool:
     """Whether ``scaled_dot_product_attention`` is one kernel here, not the plain formula.
 
     On a CPU it is not if there is a mask, in torch 2.1 and, for a mask that is learned, in any.
+    ONNX has no such kernel, and torch 2.1 cannot write the formula for it with a scale.
     """
-    if qkv.device.type != 'cpu' or is_compiling() or bias is None:
+    if qkv.device.type != 'cpu' or is_compiling():
         return True
+    if bias is None:
+        return not torch.onnx.is_in_onnx_export()
     learning = torch.is_grad_enabled() and (bias.requires_grad or qkv.requires_grad)
     return CPU_ATTENTION_TAKES_MASKS and not learning
 
@@ -253,7 +288,7 @@ class LocalWindowSelfAttention(BaseModule):
         return window_merge(windows, self.window_size, size)
 
     def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
-        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
+        qkv = split_heads(self.qkv(windows), self.num_heads)
         scale = (self.embed_dims // self.num_heads) ** -0.5
         return self.proj(attend(qkv, self.attention_bias(size, qkv), scale))  # (B * nW, N, C)
 
@@ -276,10 +311,11 @@ class LocalWindowSelfAttention(BaseModule):
         bias = None
         if self.relative_position_bias_table is not None:
             bias = self.relative_position_bias(qkv.dtype)
-        if self.pad_mask and (size[0] % self.window_size or size[1] % self.window_size):
+        divided = is_fixed(*size) and not any(side % self.window_size for side in size)
+        if self.pad_mask and not divided:
             padded = padding_mask(size, self.window_size, qkv.device)  # (nW, N)
             mask = torch.zeros_like(padded, dtype=qkv.dtype).masked_fill_(padded, float('-inf'))
-            mask = mask.repeat(len(qkv) // len(mask), 1)[:, None, None]  # (B * nW, 1, 1, N)
+            mask = mask.repeat(qkv.shape[0] // mask.shape[0], 1)[:, None, None]  # (B * nW, 1, 1, N)
             bias = mask if bias is None else bias + mask
         return bias
 

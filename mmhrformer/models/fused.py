@@ -13,6 +13,7 @@ from .attention import (
     LocalWindowSelfAttention,
     attend,
     missing_head_dim,
+    split_heads,
     window_merge,
     window_partition,
 )
@@ -103,7 +104,7 @@ class FusedWindowAttention(nn.Module):
         return window_merge(windows, self.window_size, size)
 
     def _attend(self, windows: Tensor) -> Tensor:
-        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
+        qkv = split_heads(self.qkv(windows), self.num_heads)
         return self.proj(attend(qkv, self.bias, scale=1.0))  # (B * nW, N, C)
 
 

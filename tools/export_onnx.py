@@ -1,0 +1,132 @@
+"""Write a trained model to an ONNX file, and compare it with torch.
+
+    python tools/export_onnx.py hrformer-demo_1xb64-6e_digits epoch_6.pth --out digits.onnx
+    python tools/export_onnx.py td-hm_hrformer-small_8xb32-210e_coco-256x192 hrt_small_coco.pth
+    python tools/export_onnx.py ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024 iter_80000.pth
+
+The files take any number of images, those for segmentation of any size from 32x32 pixels on. The
+checkpoint may be of any dialect. See docs/export.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from mmengine.config import DictAction
+from rich.filesize import decimal
+
+from mmhrformer.apis import get_model
+from mmhrformer.checkpoints import read_checkpoint
+from mmhrformer.checkpoints.loading import locate
+from mmhrformer.export import (
+    HEADER,
+    INPUT,
+    OPSETS,
+    OUTPUTS,
+    channel_order,
+    default_size,
+    export_onnx,
+    names_of_outputs,
+    refuse_tta,
+    require_packages,
+    task_of,
+)
+from mmhrformer.launch import find_config, read_config
+
+
+def batch_size(text: str) -> int | None:
+    """Read the argument of --batch."""
+    return None if text == 'dynamic' else int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', metavar='CONFIG', help='path, or name of a config of ours')
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT', help='file, or mmhrformer://NAME of a model of the zoo'
+    )
+    parser.add_argument('--out', metavar='FILE', help='file to write (CONFIG.onnx)')
+    parser.add_argument(
+        '--size', type=int, nargs=2, metavar=('H', 'W'), help="the images (the config's)"
+    )
+    parser.add_argument(
+        '--dynamic-size',
+        action=argparse.BooleanOptionalAction,
+        help='take images of any size (only for segmentation)',
+    )
+    parser.add_argument(
+        '--batch', type=batch_size, metavar='N', help='number of images, or dynamic (dynamic)'
+    )
+    parser.add_argument(
+        '--opset',
+        type=int,
+        default=OPSETS[-1],
+        metavar='N',
+        help=f'version of the operators, {OPSETS[0]} to {OPSETS[-1]} (%(default)s)',
+    )
+    parser.add_argument(
+        '--with-normalization',
+        action='store_true',
+        help='take pixels of 0 to 255, normalize them in the file',
+    )
+    parser.add_argument('--no-simplify', action='store_true', help='leave the graph as recorded')
+    parser.add_argument('--no-verify', action='store_true', help='do not compare with torch')
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of the config'
+    )
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export a model and tell what was done.
+
+    Args:
+        args (argparse.Namespace): The command line.
+    """
+    start = time.perf_counter()
+    require_packages(not args.no_simplify, not args.no_verify)
+    path = find_config(args.config)
+    refuse_tta(read_config(path))
+    model = get_model(str(path), args.checkpoint, cfg_options=args.cfg_options)
+    meta = read_checkpoint(locate(args.checkpoint)).get('meta') or {}
+    file = Path(args.out or f'{path.stem}.onnx')
+    rows = export_onnx(
+        model,
+        file,
+        size=args.size or default_size(model.cfg),
+        batch=args.batch,
+        dynamic_size=args.dynamic_size,
+        opset=args.opset,
+        with_normalization=args.with_normalization,
+        simplify=not args.no_simplify,
+        verify=not args.no_verify,
+        names=names_of_outputs(model.cfg, meta.get('dataset_meta')),
+        overwrite=args.overwrite,
+    )
+    pixels = 'pixels of 0 to 255' if args.with_normalization else 'normalized'
+    print(f'input    {INPUT}: {channel_order(model)}, {pixels}')
+    print(f'output   {OUTPUTS[task_of(model)][0]}')
+    if rows:
+        print('\nonnxruntime compared with torch')
+        print(HEADER, *rows, sep='\n', end='\n\n')
+    seconds = time.perf_counter() - start
+    print(f'written  {file}: opset {args.opset}, {decimal(file.stat().st_size)}, {seconds:.1f} s')
+
+
+def main() -> None:
+    """Export what the command line asks for; tell failures in words."""
+    try:
+        run(parse_args())
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as err:
+        sys.exit(f'export_onnx.py: {err}')
+
+
+if __name__ == '__main__':
+    main()
