@@ -118,18 +118,19 @@ def padding_mask(size: tuple[int, int], window: int, device: torch.device) -> Te
     return window_partition(real, window).flatten(1) == 0
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+def split_heads(qkv: Tensor, num_heads: int, head_dim: int) -> Tensor:
     """Take queries, keys and values of all heads apart.
 
     Args:
         qkv (Tensor): What the projection returns, of shape (B * nW, N, 3 * heads * head_dim).
         num_heads (int): Attention heads.
+        head_dim (int): Channels of a head.
 
     Returns:
         Tensor: View of shape (B * nW, N, 3, heads, head_dim).
     """
     # Not unflatten: torch's ONNX exporter would take the number of windows for fixed.
-    return qkv.view(*qkv.shape[:2], 3, num_heads, -1)
+    return qkv.view(*qkv.shape[:2], 3, num_heads, head_dim)
 
 
 def attend(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -288,9 +289,10 @@ class LocalWindowSelfAttention(BaseModule):
         return window_merge(windows, self.window_size, size)
 
     def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
-        qkv = split_heads(self.qkv(windows), self.num_heads)
-        scale = (self.embed_dims // self.num_heads) ** -0.5
-        return self.proj(attend(qkv, self.attention_bias(size, qkv), scale))  # (B * nW, N, C)
+        head_dim = self.embed_dims // self.num_heads
+        qkv = split_heads(self.qkv(windows), self.num_heads, head_dim)
+        bias = self.attention_bias(size, qkv)
+        return self.proj(attend(qkv, bias, scale=head_dim**-0.5))  # (B * nW, N, C)
 
     def train(self, mode: bool = True) -> LocalWindowSelfAttention:
         """Set the mode, and forget the bias, which may have been changed behind our back."""

@@ -58,6 +58,7 @@ class FusedWindowAttention(nn.Module):
         self.num_heads = attn.num_heads
         channels, head_dim = attn.embed_dims, attn.embed_dims // attn.num_heads
         missing = missing_head_dim(head_dim, is_cuda=False)
+        self.head_dim = head_dim + missing
         weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
         scale, shift = norm.weight.double(), norm.bias.double()
         bias = bias + weight @ shift
@@ -104,7 +105,7 @@ class FusedWindowAttention(nn.Module):
         return window_merge(windows, self.window_size, size)
 
     def _attend(self, windows: Tensor) -> Tensor:
-        qkv = split_heads(self.qkv(windows), self.num_heads)
+        qkv = split_heads(self.qkv(windows), self.num_heads, self.head_dim)
         return self.proj(attend(qkv, self.bias, scale=1.0))  # (B * nW, N, C)
 
 
