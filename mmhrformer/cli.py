@@ -6,10 +6,8 @@ What they import is imported when they are called, so that ``env`` works where n
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,10 +62,11 @@ def copy_whole(source: Path, folder: Path) -> Path:
     Returns:
         Path: The copy.
     """
+    from .files import whole_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.copy-', dir=folder) as work:
-        shutil.copy2(source, Path(work) / source.name)
-        os.replace(Path(work) / source.name, folder / source.name)
+    with source.open('rb') as original, whole_file(folder / source.name) as copy:
+        shutil.copyfileobj(original, copy)
     return folder / source.name
 
 

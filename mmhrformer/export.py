@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from .checkpoints.writing import check_destination
-from .engine.safe_checkpoints import write_atomically
+from .dataset_meta import meta_of_dataset
+from .files import write_atomically
 from .models.fused import FusedDWConvFFN, FusedWindowAttention
 from .models.hrformer import MIN_INPUT
 from .version import __version__
@@ -224,11 +224,7 @@ def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None)
     Returns:
         list[str]: The names; empty if nobody knows them before the data are loaded.
     """
-    info = dict(dataset_meta or {})
-    if not info and 'test_dataloader' in cfg:
-        dataset = cfg.test_dataloader.dataset
-        kind = DATASETS.get(f'{cfg.default_scope}.{dataset.type}')
-        info = {**getattr(kind, 'METAINFO', {}), **dataset.get('metainfo', {})}
+    info = dict(dataset_meta or meta_of_dataset(cfg))
     if 'from_file' in info:
         from mmpose.datasets.datasets.utils import parse_pose_metainfo
 

@@ -7,7 +7,6 @@ batches, precision, progress, files, and plain results.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,18 +18,24 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from rich.progress import track
 from torch import nn
 
-from .checkpoints import fetch, read_checkpoint, read_zoo
+from .checkpoints import fetch, read_zoo
 from .checkpoints.loading import locate
+from .dataset_meta import find_classes, make_palette
+from .inferencer_arguments import (
+    check_box_array,
+    check_device,
+    check_draw_options,
+    check_dtype,
+    check_whole,
+)
 from .launch import PACKAGES, did_you_mean, find_config, read_config
 from .media import Picture, Writer, open_media
 from .models.fused import fuse_for_inference
 
-DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 PERSON = 0  # the category of people in detectors trained on COCO
 # What the stock inferencers do with pictures themselves, which is done here for all tasks.
 DONE_HERE = {'show', 'wait_time', 'return_vis', 'vis_out_dir', 'img_out_dir', 'show_dir'}
@@ -668,76 +673,6 @@ def find_weights(model: str | Path, checkpoint: bool | str | Path) -> Path | Non
     return fetch(name, whole=True)
 
 
-def check_device(device: str | None) -> torch.device:
-    """Return a device that exists here, the best one for None."""
-    try:
-        found = torch.device(device or get_device())
-        torch.empty(0, device=found)
-    except (AssertionError, RuntimeError, TypeError) as err:
-        reason = str(err).splitlines()[0]
-        raise ValueError(
-            f"device={device!r}: {reason}. Give a device that this machine has, such as 'cpu'"
-        ) from err
-    return found
-
-
-def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """Return what autocast has to use, None for float32; refuse what the device cannot."""
-    if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype!r}: choose one of {list(DTYPES)}')
-    if DTYPES[dtype] is None:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')  # where torch would go on in float32
-            with torch.autocast(device.type, DTYPES[dtype]):
-                pass
-    except (RuntimeError, UserWarning) as err:
-        others = [name for name in DTYPES if name != dtype]
-        reason = ' '.join(str(err).split())
-        raise ValueError(
-            f'dtype={dtype!r}: torch {torch.__version__} cannot on device={str(device)!r} '
-            f'({reason}). Choose one of {others}'
-        ) from err
-    return DTYPES[dtype]
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name}={value!r}: give a whole number of at least {least}')
-
-
-def check_draw_options(given: Mapping, known: set[str]) -> None:
-    """Refuse options that the stock inferencer does not draw with."""
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(
-            f'{unknown[0]}={given[unknown[0]]!r}: no such argument. Options of drawing for this '
-            f'task are {sorted(known)}. {did_you_mean(unknown[0], known)}'.rstrip()
-        )
-
-
-def check_box_array(boxes: object, name: str) -> np.ndarray:
-    """Return boxes as (N, 4) float32; refuse others."""
-    wanted = 'give (N, 4) numbers: left, top, right, bottom in pixels for each person'
-    try:
-        array = np.asarray(boxes, np.float32)
-    except (TypeError, ValueError) as err:
-        raise ValueError(f'{name}={boxes!r}: {wanted}') from err
-    if array.size == 0:
-        return array.reshape(0, 4)  # an image without people
-    if array.ndim != 2 or array.shape[1] != 4:
-        raise ValueError(f'{name}: an array of shape {array.shape}; {wanted}')
-    flat = ~((array[:, 2] > array[:, 0]) & (array[:, 3] > array[:, 1]) & np.isfinite(array).all(1))
-    if flat.any():
-        i = int(flat.argmax())
-        raise ValueError(
-            f'{name}[{i}]={array[i].tolist()}: a box without area; {wanted} (not width and height)'
-        )
-    return array
-
-
 def prepare_config(cfg: Config) -> Config:
     """A copy of a config as the stock inferencers want it; refuse one without a test pipeline."""
     cfg = Config(cfg._cfg_dict.to_dict())
@@ -759,44 +694,6 @@ def with_model(stock: type, model: nn.Module, cfg: Config, **kwargs: Any) -> Any
     """Build a stock inferencer around a model that is built and loaded already."""
     own = type(stock.__name__, (stock,), dict(_init_model=lambda self, *args: model))
     return own(cfg, **kwargs)
-
-
-def find_classes(cfg: Config, num_classes: int, weights: Path | None) -> tuple:
-    """Names and colours of classes, from the config or else from the checkpoint.
-
-    Args:
-        cfg (Config): The config.
-        num_classes (int): How many there are.
-        weights (Path, optional): The checkpoint.
-
-    Returns:
-        tuple: Names and colours, each None where nothing fits.
-    """
-    sources = [_meta_of_dataset(cfg.test_dataloader.dataset)]
-    if weights is not None:
-        meta = read_checkpoint(weights).get('meta') or {}
-        sources.append(meta.get('dataset_meta') or {})
-    names = colours = None
-    for source in sources:
-        if names is None and len(source.get('classes') or ()) == num_classes:
-            names = tuple(map(str, source['classes']))
-            palette = source.get('palette') or ()
-            colours = [list(colour) for colour in palette] if len(palette) == num_classes else None
-    return names, colours
-
-
-def _meta_of_dataset(dataset: Mapping) -> dict:
-    """What a dataset tells about its classes: its options, over those of its class."""
-    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-    return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
-
-
-def make_palette(num_classes: int) -> list[list[int]]:
-    """Colours for classes that have none, well apart and always the same."""
-    hues = (np.arange(num_classes) * 0.618 * 180 % 180).astype(np.uint8)  # the golden ratio
-    values = np.where(np.arange(num_classes) % 2, 150, 230).astype(np.uint8)
-    hsv = np.stack([hues, np.full_like(hues, 190), values], 1)[None]
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0].tolist()
 
 
 def build_detector(detector: bool | str, weights: str | None, device: torch.device) -> Any:

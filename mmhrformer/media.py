@@ -20,6 +20,8 @@ import mmcv
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .files import write_atomically
+
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 TIMEOUT = 30  # seconds that a server may be silent
@@ -432,11 +434,18 @@ class Writer:
         self._encoder.write(pixels)
 
     def _write_image(self, path: Path, pixels: np.ndarray) -> None:
-        if not cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-            raise ValueError(f'out_dir: cannot write {path}. Check that the disk has space')
-        self.files.append(str(path))
+        _, content = cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        self._write(path, content.tobytes())
 
     def _write_json(self, stem: str, content: dict | list) -> None:
-        path = self.folder / 'predictions' / f'{stem}.json'
-        path.write_text(json.dumps(content) + '\n')
+        text = json.dumps(content) + '\n'
+        self._write(self.folder / 'predictions' / f'{stem}.json', text.encode())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            write_atomically(path, content)
+        except OSError as err:
+            raise ValueError(
+                f'out_dir: cannot write {path} ({err.strerror}). Check that the disk has space'
+            ) from err
         self.files.append(str(path))

@@ -14,7 +14,8 @@ from http_server import Answer, Server
 
 import mmhrformer
 from mmhrformer import get_inferencer, inference, media
-from mmhrformer.inferencers import check_box_array, find_classes, make_palette
+from mmhrformer.dataset_meta import find_classes, make_palette
+from mmhrformer.inferencer_arguments import check_box_array
 from mmhrformer.launch import find_config, read_config
 
 CONFIGS = dict(

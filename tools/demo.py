@@ -22,7 +22,8 @@ import numpy as np
 # The demos beside this file: their configs, and where they leave what they trained.
 from run_demo import TASKS, newest_checkpoint
 
-from mmhrformer.inferencers import DTYPES, Inferencer, get_inferencer
+from mmhrformer.inferencer_arguments import DTYPES
+from mmhrformer.inferencers import Inferencer, get_inferencer
 from mmhrformer.media import Images, Picture, Video, open_media
 from mmhrformer.pictures import draw_attention, draw_features, find_attention
 

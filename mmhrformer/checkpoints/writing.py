@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..files import whole_file
 from .dialects import (
     BIAS_TABLE,
     DERIVED_BUFFER,
@@ -241,18 +242,12 @@ def _import_safetensors() -> ModuleType:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside a file, then put the result in its place in one go."""
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    """Write a whole file; tell what is wrong if it cannot be written."""
     try:
-        with part.open('wb') as file:
+        with whole_file(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except (OSError, RuntimeError) as err:
         # Of a full disk, torch says that it came to an unexpected place in the file.
         cause = err.__context__ if isinstance(err.__context__, OSError) else err
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise OSError(f'cannot write {str(path)!r}: {reason}') from err
-    finally:
-        part.unlink(missing_ok=True)

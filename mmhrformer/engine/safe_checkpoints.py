@@ -19,55 +19,15 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, DistSamplerSeedHook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from ..files import PARTIAL, write_atomically
 from ..registry import HOOKS
 
 BACKEND = 'mmhrformer.atomic'
-PARTIAL = '.partial'  # ends the name of a file that is being written
 POINTER = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file such that its name always stands for a whole file, the old or the new one.
-
-    The bytes go to a second file, are forced to the disk, and take over the name. This costs the
-    room of both files for a moment.
-
-    Args:
-        path (str | Path): The file.
-        data (bytes): Its new content.
-
-    Raises:
-        OSError: If it could not be written, for example on a full disk; the old file is unchanged.
-
-    Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / 'file'
-        >>> write_atomically(path, b'content')
-        >>> path.read_bytes()
-        b'content'
-    """
-    unfinished = Path(f'{path}{PARTIAL}')
-    try:
-        with unfinished.open('wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)  # on a full disk it would take the last room
-        raise
-    # The new name is safe from a power failure only when the folder is on the disk, too. Not every
-    # file system can do that; without, the old file comes back.
-    with contextlib.suppress(OSError):
-        folder = os.open(unfinished.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 class AtomicBackend(LocalBackend):
-    """Local files, written by :func:`write_atomically`; ``backend='mmhrformer.atomic'``."""
+    """Local files, always whole (:mod:`mmhrformer.files`); ``backend='mmhrformer.atomic'``."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes to a file, whose folder is made if need be."""
@@ -249,11 +209,12 @@ class SafeCheckpointHook(CheckpointHook):
             return
         self.file_backend = _PatientBackend()
         if is_main_process():
-            pattern = f'*{Path(self.filename_tmpl).suffix}{PARTIAL}'
+            pattern = f'*{Path(self.filename_tmpl).suffix}.*{PARTIAL}'
             for path in sorted(Path(self.out_dir).glob(pattern)):
                 runner.logger.info(f'Removing {path}, left by a run that was killed.')
                 path.unlink()
-            Path(runner.work_dir, POINTER + PARTIAL).unlink(missing_ok=True)
+            for path in Path(runner.work_dir).glob(f'{POINTER}.*{PARTIAL}'):
+                path.unlink()
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if not self.safe:

@@ -433,4 +433,4 @@ def test_file_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', fsync)
     write_checkpoint({'a': torch.zeros(9)}, path)
-    assert synced == [(True, False)]
+    assert synced == [(True, False), (True, True)]  # the file, then the folder with its name

@@ -295,8 +295,9 @@ def test_training(tool, tmp_path, capsys):
     found = json.loads(file.read_text())
     assert all(check['gradients'] < 1e-3 for check in found['checks'])
     ours, with_cp, mmpose = found['results']
-    assert with_cp['saved'] < 0.6 * ours['saved']
-    assert 0.1 * mmpose['saved'] < ours['saved'] < 2 * mmpose['saved']
+    # Both against mmpose's: what we keep without recomputing may become less, too.
+    assert with_cp['saved'] < 0.4 * mmpose['saved']
+    assert 0.1 * mmpose['saved'] < ours['saved'] < 0.85 * mmpose['saved']
 
 
 @pytest.mark.usefixtures('shallow')

@@ -1,0 +1,69 @@
+"""Files that are there completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = '.partial'  # ends the name of a file that is being written
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Write a file such that its name always stands for a whole file, the old or the new one.
+
+    The bytes go to a second file, are forced to the disk, and take over the name. This costs the
+    room of both files for a moment.
+
+    Args:
+        path (str | Path): The file.
+
+    Yields:
+        BinaryIO: What to write to.
+
+    Raises:
+        OSError: If it could not be written, for example on a full disk; the old file is unchanged.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / 'file'
+        >>> with whole_file(path) as file:
+        ...     _ = file.write(b'content')
+        >>> path.read_bytes()
+        b'content'
+    """
+    unfinished = Path(f'{path}.{os.getpid()}{PARTIAL}')  # another process may write it, too
+    try:
+        with unfinished.open('wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # on a full disk it would take the last room
+        raise
+    # The new name is safe from a power failure only when the folder is on the disk, too. Not every
+    # file system can do that; without, the old file comes back.
+    with contextlib.suppress(OSError):
+        folder = os.open(unfinished.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write bytes to a file as :func:`whole_file` does.
+
+    Args:
+        path (str | Path): The file.
+        data (bytes): Its new content.
+
+    Raises:
+        OSError: If it could not be written; the old file is unchanged.
+    """
+    with whole_file(path) as file:
+        file.write(data)
