@@ -279,6 +279,17 @@ def test_changed_numbers_in_a_zip_file_are_noticed(weights, tmp_path):
         load_checkpoint(HRFormer(arch=MICRO), tmp_path / 'a.pth')
 
 
+def test_tensors_marked_as_folders_are_noticed(weights, tmp_path):
+    """torch would leave them as the memory was, without a word."""
+    content = saved(weights, tmp_path / 'a.pth', 'zip')
+    entry = content.rindex(b'PK\1\2', 0, content.rindex(b'data/0'))
+    damaged = bytearray(content)
+    damaged[entry + 38] ^= 0x10
+    (tmp_path / 'a.pth').write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"a\.pth.*it is damaged.*data/0' is no file.*again"):
+        load_checkpoint(HRFormer(arch=MICRO), tmp_path / 'a.pth')
+
+
 def tensor_bytes(content: bytes, weights: dict[str, Tensor]) -> set[int]:
     """Where the numbers of the tensors are, in formats without checksums."""
     places: set[int] = set()

@@ -106,6 +106,7 @@ _MEANINGS = {
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
 }
 _STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # what torch adds to its messages
+_FOLDER = 0x10  # the mark of a folder in a zip file
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, by the format's definition
 
 
@@ -120,17 +121,25 @@ def _is_torchscript(path: Path) -> bool:
     return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
 
 
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry is marked as a folder: torch reads nothing there and says nothing."""
+    return entry.is_dir() or bool(entry.external_attr & _FOLDER)
+
+
 def _check_sums(path: Path) -> None:
     """Compare the contents of a zip file with the checksums in it, which torch does not do."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
+            folders = [entry.filename for entry in archive.infolist() if _is_folder(entry)]
     except Exception as err:  # a damaged file can fail in any way
         raise ValueError(f'it is damaged ({err}): download or copy it again') from err
     if broken is not None:
         raise ValueError(
             f'it is damaged (the checksum of {broken!r} is wrong): download or copy it again'
         )
+    if folders:
+        raise ValueError(f'it is damaged ({folders[0]!r} is no file): download or copy it again')
 
 
 def _refuse_other_files(head: bytes) -> None:
@@ -177,7 +186,8 @@ def _read(path: Path) -> Any:
                 "model's state_dict() instead"
             )
         _check_sums(path)
-    return torch.load(path, 'cpu', pickle_module=_PICKLE, weights_only=False)
+    with path.open('rb') as file:  # newer torch would trust the suffix of a path
+        return torch.load(file, 'cpu', pickle_module=_PICKLE, weights_only=False)
 
 
 def read_checkpoint(path: str | Path) -> dict:
