@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 from mmengine.registry import DefaultScope
+from needs import needed_by
 
-FRAMEWORKS = ('mmpretrain', 'mmpose', 'mmseg', 'mmdet')
-ABSENT = {name for name in FRAMEWORKS if importlib.util.find_spec(name) is None}
+import mmhrformer
 
 
-def needs_absent(err: BaseException | None) -> str:
-    """The framework that is not installed and that an error comes from, or an empty string."""
-    while err is not None:
-        if isinstance(err, ModuleNotFoundError) and (name := str(err.name).split('.')[0]) in ABSENT:
-            return name
-        err = err.__cause__ or err.__context__
-    return ''
+def skip_without_framework() -> Iterator[None]:
+    """Skip what fails for want of a framework that the environment has not."""
+    try:
+        return (yield)
+    except Exception as err:
+        if name := needed_by(err, ours=set(mmhrformer.__all__)):
+            pytest.skip(f'needs {name}')
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Fixtures may need a framework, too."""
+    return (yield from skip_without_framework())
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Skip what needs a framework that the environment has not, such as that of test-modern."""
-    try:
-        return (yield)
-    except Exception as err:
-        if name := needs_absent(err):
-            pytest.skip(f'needs {name}')
-        raise
+    """Run a test."""
+    return (yield from skip_without_framework())
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from http_server import Answer, Server
+from needs import Made, needs
 
 import mmhrformer
 from mmhrformer import get_inferencer, inference, media
@@ -35,13 +36,12 @@ def make_image(height: int = 48, width: int = 40) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def models() -> dict:
-    for package in ('mmpretrain', 'mmpose', 'mmseg'):
-        pytest.importorskip(package)
-    torch.manual_seed(0)
-    return {
-        task: get_inferencer(config, False, task, device='cpu', show_progress=False)
-        for task, config in CONFIGS.items()
-    }
+    def make(task: str):
+        pytest.importorskip(dict(cls='mmpretrain', pose='mmpose', seg='mmseg')[task])
+        torch.manual_seed(0)
+        return get_inferencer(CONFIGS[task], False, task, device='cpu', show_progress=False)
+
+    return Made(make)
 
 
 @pytest.fixture(scope='module')
@@ -451,6 +451,7 @@ def test_people_found_by_mmdet(tmp_path):
     assert kept[0].shape == (96, 120, 3)
 
 
+@needs('mmpose')
 def test_detector_without_mmdet_or_without_name(monkeypatch):
     import sys
 

@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mmhrformer.apis import fuse_for_inference
 from mmhrformer.checkpoints import to_dialect
+from mmhrformer.environment import INSTALL
 from mmhrformer.launch import PACKAGES, find_config
 from mmhrformer.models.hrformer import parse_arch
 
@@ -214,9 +215,12 @@ def stock_path(scope: str, name: str) -> Path:
         Path: The config.
 
     Raises:
-        BenchmarkError: If the installed framework has no such config.
+        BenchmarkError: If the framework is not installed, or has no such config.
     """
-    configs = Path(importlib.util.find_spec(scope).origin).parent / '.mim/configs'
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        raise BenchmarkError(f'{PACKAGES[scope]} is not installed: {INSTALL[scope]}')
+    configs = Path(spec.origin).parent / '.mim/configs'
     if not (configs / name).is_file():
         raise BenchmarkError(f'{configs} has no {name}: reinstall {PACKAGES[scope]}')
     return configs / name

@@ -5,7 +5,8 @@
 
 It installs the pinned packages of requirements/classic.txt, mmcv with its compiled operators
 (built once per user, then taken from the cache folder) and this project as an editable install.
-The stack "modern" is requirements/modern.txt, with current torch and NumPy, and has no operators.
+The other stacks have current torch and NumPy: "modern" the core and classification, without mmcv's
+operators; "modern-all" all three tasks; "forks" the maintained forks of the OpenMMLab packages.
 A stamp notes what the environment was made from: if nothing changed, nothing is done; if only
 configs/ or tools/ did, their installed copies are renewed; else the environment is made anew,
 which is cheap because uv keeps what it downloaded. So an interrupted call is repaired by the next.
@@ -41,8 +42,20 @@ STACKS = {
     ),
     'modern': Stack(
         'requirements/modern.txt',
-        ((3, 11), (3, 12)),
+        ((3, 11), (3, 12), (3, 13)),
         ('torch', 'mmcv', 'mmpretrain.models', 'mmpretrain.datasets', 'mmhrformer'),
+        False,
+    ),
+    'modern-all': Stack(
+        'requirements/modern-all.txt',
+        ((3, 11), (3, 12), (3, 13)),
+        ('torch', 'mmcv.ops', 'mmpretrain.models', 'mmpose.models', 'mmseg.models', 'mmhrformer'),
+        True,
+    ),
+    'forks': Stack(
+        'requirements/forks.txt',
+        ((3, 11), (3, 12), (3, 13)),
+        ('torch', 'mmcv', 'mmpretrain.models', 'mmseg.models', 'mmhrformer'),
         False,
     ),
 }
@@ -237,7 +250,7 @@ class Setup:
         self.version = '{}.{}'.format(*sys.version_info)
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
         self.jobs = compile_jobs(os.environ, len(os.sched_getaffinity(0)), memory)
-        self.line = None
+        self.line, self.done, self.steps = None, 0, 1
 
     def wanted_stamp(self):
         """What an up-to-date environment was made from."""
@@ -295,7 +308,8 @@ class Setup:
     @contextlib.contextmanager
     def step(self, title):
         """Show a line while a step runs."""
-        self.line = Line(title)
+        self.done += 1
+        self.line = Line(f'[{self.done}/{self.steps}] {title}')
         try:
             yield
         except BaseException:
@@ -374,7 +388,7 @@ class Setup:
         """Bring the environment up to date and note what it was made from."""
         wanted = self.wanted_stamp()
         if work == 'copies':
-            with self.step('[1/1] Renewing the installed copies of configs and tools'):
+            with self.step('Renewing the installed copies of configs and tools'):
                 self.log.write_text('')
                 self.install_project()
         elif work == 'all':
@@ -383,25 +397,24 @@ class Setup:
 
     def make(self):
         """Make the environment anew."""
+        self.steps = 5 if self.stack.has_operators else 4
         minutes = -(-COMPILE_MINUTES // self.jobs)
         compiling = f' and {minutes} min to compile mmcv' if self.must_compile() else ''
         print(
             f'Setting up {self.shown} with Python {self.version}: 1 min; the first time up to 10 '
             f'(up to 3 GB of downloads){compiling}. Output: {self.shown}/setup.log'
         )
-        with self.step('[1/5] Environment folder and installer (10 s)'):
+        with self.step('Environment folder and installer (10 s)'):
             self.make_folder()
-        with self.step('[2/5] torch and OpenMMLab packages (10 s; the first time minutes)'):
+        with self.step('torch and OpenMMLab packages (10 s; the first time minutes)'):
             self.install_packages()
+            self.declare_operators()
             self.call('Importing torch', [self.python, '-c', PRINT_ACCELERATOR], self.venv)
         if self.stack.has_operators:
             self.install_mmcv(self.last_output().split()[-1], minutes)
-        else:
-            with self.step('[3/5] Looking at torchvision (10 s)'):
-                self.declare_operators()
-        with self.step('[4/5] This project, editable (5 s)'):
+        with self.step('This project, editable (5 s)'):
             self.install_project()
-        with self.step('[5/5] Checking that everything imports (20 s)'):
+        with self.step('Checking that everything imports (20 s)'):
             # From another folder, or the checkout itself would be found instead of the install.
             self.call(
                 'The check', [self.python, '-c', CHECK_IMPORTS, *self.stack.imports], self.venv
@@ -437,7 +450,7 @@ class Setup:
         folder = self.wheel_folder(accelerator)
         cached = any(folder.glob('*.whl'))
         how = 'from the cache (5 s)' if cached else f'compiled once (CPU: {minutes} min)'
-        with self.step(f'[3/5] mmcv {MMCV} with operators for {accelerator}, {how}'):
+        with self.step(f'mmcv {MMCV} with operators for {accelerator}, {how}'):
             if not cached:
                 self.build_mmcv(folder)
             self.uv_install('Installing mmcv', '--no-deps', *folder.glob('*.whl'))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
+from needs import needs
 from torch import nn
 
 from mmhrformer.models import hrformer
@@ -161,6 +162,7 @@ def test_snippets_are_timed_in_turn(tool):
 # ------------------------------------------------------------------ peers
 
 
+@needs('mmpose')
 @pytest.mark.parametrize('arch', ['small', 'base'])
 def test_mmpose_backbone_is_the_one_of_its_config(tool, arch):
     def plain(value):
@@ -206,8 +208,13 @@ def test_names_of_candidates(tool):
         ('--min-time nan', 'nan: give 0 or more'),
         ('--threads two', "'two' is no number"),
         ('--dtype fp16', '--dtype fp16 needs --device cuda'),
-        ('--task seg --arch tiny', 'no shipped config for task seg, arch tiny'),
-        ('--startup --arch tiny', '--startup compares ours and mmpose'),
+        pytest.param(
+            *('--task seg --arch tiny', 'no shipped config for task seg, arch tiny'),
+            marks=needs('mmpose', 'mmseg'),
+        ),
+        pytest.param(
+            *('--startup --arch tiny', '--startup compares ours and mmpose'), marks=needs('mmpose')
+        ),
         ('--json /nowhere/a.json', 'there is no such folder'),
     ],
 )
@@ -218,6 +225,7 @@ def test_argument_errors(tool, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@needs('mmpose')
 def test_odd_sizes_of_ours_alone(tool):
     args = tool.main.read_arguments(['--size', '97x161', '--candidates', 'ours'])
     assert args.cases == [tool.steps.Case((97, 161), 1, None)]
@@ -254,6 +262,7 @@ def test_help_has_an_example(tool, capsys):
 # ------------------------------------------------------------------ runs
 
 
+@needs('mmpose')
 def test_inference(tool, tmp_path, capsys):
     file = tmp_path / 'found.json'
     threads = torch.get_num_threads()
@@ -283,6 +292,7 @@ def test_inference(tool, tmp_path, capsys):
     assert found['results'][-1]['speedup'] == found['results'][-1]['round_speedup'] == 1.0
 
 
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 def test_training(tool, tmp_path, capsys):
     file = tmp_path / 'found.json'
@@ -300,6 +310,7 @@ def test_training(tool, tmp_path, capsys):
     assert 0.1 * mmpose['saved'] < ours['saved'] < 0.85 * mmpose['saved']
 
 
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize(
     'options',
@@ -322,6 +333,15 @@ def test_other_runs(tool, monkeypatch, capsys, options):
     assert ('growth' in text) == ('--window' in options)
 
 
+@needs('mmpretrain')
+@pytest.mark.usefixtures('shallow')
+def test_classification_without_mmpose(tool, capsys):
+    options = ('--task', 'cls', '--candidates', 'ours', 'ours-fused', '--rounds', '1')
+    assert tool.main.main([*QUICK, *options]) == 0
+    assert 'equal     ours-fused' in capsys.readouterr().out
+
+
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('mode', ['infer', 'train'])
 def test_unequal_models_are_refused(tool, monkeypatch, tmp_path, capsys, mode):
@@ -363,6 +383,7 @@ def test_examples(tool):
         assert found.attempted > found.failed == 0
 
 
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 def test_fused(tool, capsys):
     assert tool.main.main([*QUICK, '--candidates', 'ours-fused', 'mmpose', '--rounds', '1']) == 0
@@ -371,6 +392,7 @@ def test_fused(tool, capsys):
     assert args.unavailable == {'ours-fused': 'fused models cannot be trained'}
 
 
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 def test_stock_peers(tool, capsys):
     options = ('--candidates', 'ours', 'hrnet-w32', 'vit-s', '--rounds', '1')

@@ -208,6 +208,19 @@ class TestRun:
         assert places == sorted(places)
         assert '.whl' not in text
 
+    @pytest.mark.parametrize('name', env.STACKS)
+    def test_stacks_are_pinned(self, name):
+        stack = env.STACKS[name]
+        path = SCRIPT.parents[1] / stack.requirements
+        assert path.with_suffix('.in').name in path.read_text().splitlines()[1]
+        lines = [line for line in path.read_text().splitlines() if line and line[0] not in '#-']
+        assert all('==' in line for line in lines)
+        names = {line.split('==')[0] for line in lines}
+        assert {'torch', 'numpy', 'pytest', 'opencv-python-headless'} <= names
+        # The wheel of mmcv that an index has knows no operators, or those of another torch.
+        assert ('mmcv' in names) is False
+        assert stack.has_operators == ('mmpose' in names)
+
     def test_operators_of_torchvision_are_declared_if_missing(self, setup, commands, monkeypatch):
         name = 'requirements/torchvision_operators.py'
         write(setup.root / name, (SCRIPT.parents[1] / name).read_text())

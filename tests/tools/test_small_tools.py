@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+from needs import needs
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own
@@ -155,6 +156,7 @@ class TestAnalyzeLogs:
         with pytest.raises(SystemExit, match="there is no log in 'empty'"):
             tool('analyze_logs', 'plot_curve', 'empty')
 
+    @needs('mmpose', 'mmseg')
     def test_what_to_install_where_no_script_can_draw(self, tool, monkeypatch):
         choose = runpy.run_path(str(TOOLS / 'analyze_logs.py'))['choose_script']
         monkeypatch.setitem(sys.modules, 'mmpretrain', None)
