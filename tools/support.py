@@ -62,21 +62,26 @@ def name_of_record(versions: dict[str, str]) -> str:
 
 
 def run_core(processes: int) -> dict:
-    """Run the fast tests.
-
-    Args:
-        processes (int): How many processes share them.
-
-    Returns:
-        dict: How many ``passed``, ``skipped`` and ``failed``.
-    """
+    """Run the fast tests and count, see :func:`count_tests`; ``processes`` share them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not e2e', '--ignore=tests/e2e']
         command += [f'--junitxml={report}', '-n', str(processes)]
         subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
-        suite = ElementTree.parse(report).getroot().find('testsuite')
-        count = {name: int(suite.get(name)) for name in ('tests', 'skipped', 'failures', 'errors')}
+        return count_tests(report)
+
+
+def count_tests(report: Path) -> dict:
+    """Count the tests in a report of pytest.
+
+    Args:
+        report (Path): What ``--junitxml`` wrote.
+
+    Returns:
+        dict: How many ``passed``, ``skipped`` and ``failed``.
+    """
+    suite = ElementTree.parse(report).getroot().find('testsuite')
+    count = {name: int(suite.get(name)) for name in ('tests', 'skipped', 'failures', 'errors')}
     failed = count['failures'] + count['errors']
     passed = count['tests'] - count['skipped'] - failed
     return dict(passed=passed, skipped=count['skipped'], failed=failed)
@@ -108,12 +113,14 @@ def run_task(name: str, folder: Path) -> dict:
     return dict(metric=task.metric_title, value=read_metric(test, task.metric) * task.percent)
 
 
-def run(parts: list[str], processes: int) -> Path:
+def run(parts: list[str], processes: int, report: Path | None = None) -> Path:
     """Run parts in this environment and write down what came out.
 
     Args:
         parts (list[str]): Of ``'core'``, ``'cls'``, ``'pose'``, ``'seg'``.
         processes (int): How many processes share the fast tests.
+        report (Path, optional): What ``pytest --junitxml`` wrote in this environment, to be taken
+            instead of running the fast tests. Defaults to None.
 
     Returns:
         Path: The record.
@@ -127,7 +134,8 @@ def run(parts: list[str], processes: int) -> Path:
         print(f'{part} ...', flush=True)
         try:
             if part == 'core':
-                record['parts'][part] = run_core(processes)
+                result = count_tests(report) if report else run_core(processes)
+                record['parts'][part] = result
             elif not any(name in versions for name in OWNERS[SCOPES[part]]):
                 record['parts'][part] = dict(absent=SCOPES[part])
             else:
@@ -199,9 +207,10 @@ def main() -> None:
     parts = ['core', *SCOPES]
     parser.add_argument('--parts', nargs='+', choices=parts, default=parts)
     parser.add_argument('--processes', type=int, default=2, help='for the fast tests')
+    parser.add_argument('--report', type=Path, help='of fast tests that were run here already')
     args = parser.parse_args()
     if args.command == 'run':
-        print(run(args.parts, args.processes))
+        print(run(args.parts, args.processes, args.report))
     else:
         PAGE.write_text(put_table(PAGE.read_text(), make_table(read_records())))
 

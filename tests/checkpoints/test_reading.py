@@ -117,7 +117,7 @@ ATTACKS = {
     f'{os.system.__module__}.system': lambda marker: Evil(os.system, f'touch {marker}'),
     'builtins.exec': lambda marker: Evil(exec, f'open({str(marker)!r}, "w")'),
     'builtins.eval': lambda marker: Evil(eval, f'open({str(marker)!r}, "w")'),
-    'io.open': lambda marker: Evil(io.open, str(marker), 'w'),
+    f'{open.__module__}.open': lambda marker: Evil(io.open, str(marker), 'w'),
     'torch.serialization.save': lambda marker: Evil(torch.save, {}, str(marker)),
 }
 
