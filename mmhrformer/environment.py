@@ -55,6 +55,11 @@ BUILD_MMCV = (
 FORKS = 'or, of the maintained forks: pip install'
 CORE = f"pip install 'mmhrformer[core]'; {FORKS} onedl-mmengine onedl-mmcv"
 
+BUILD_FORK = (
+    'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
+    '--force-reinstall --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv'
+)
+
 # Import name -> how to install it, of either family.
 INSTALL = {
     'torch': 'pip install torch torchvision',
@@ -95,6 +100,18 @@ SAME_NAME = (
     'terminaltables', 'tqdm', 'yapf',
 )  # fmt: skip
 OTHER_NAME = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml'}
+# The same where the forks are installed: a stock package would be written over them.
+INSTALL_FORKS = {
+    'mmengine': 'pip install onedl-mmengine',
+    'mmcv': 'pip install onedl-mmcv',
+    'mmpretrain': 'pip install onedl-mmpretrain',
+    'mmpose': (
+        'mmpose has no maintained fork, and the stock packages that it needs would be written over '
+        'the forks that are here: make an environment of its own (docs/support.md)'
+    ),
+    'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
+    'mmdet': 'pip install onedl-mmdetection',
+}
 for _module, _name in [*zip(SAME_NAME, SAME_NAME), *OTHER_NAME.items()]:
     INSTALL[_module] = f'pip install {_name}'
 
@@ -244,6 +261,27 @@ def installed(names: Iterable[str] = NAMES) -> dict[str, str]:
     return versions
 
 
+def has_forks() -> bool:
+    """Whether maintained forks are installed."""
+    return bool(installed(name for name in NAMES if name.startswith('onedl-mm')))
+
+
+def how_to_install(module: str) -> str:
+    """Tell how to install a package, of the family that is installed already.
+
+    Args:
+        module (str): Its import name.
+
+    Returns:
+        str: Commands; empty if nothing is known.
+
+    Examples:
+        >>> how_to_install('safetensors')
+        'pip install safetensors'
+    """
+    return {**INSTALL, **(INSTALL_FORKS if has_forks() else {})}.get(module, '')
+
+
 def release(version: str) -> tuple[int, ...]:
     """The numbers of a version, to compare it.
 
@@ -331,9 +369,9 @@ def cure_of(said: str) -> str:
     """
     for pattern, cure in CURES:
         if re.search(pattern, said):
-            return cure
+            return cure.replace(BUILD_MMCV, BUILD_FORK) if has_forks() else cure
     names = re.findall(r"No module named '(\w+)", said)
-    return INSTALL.get(names[-1], '') if names else ''
+    return how_to_install(names[-1]) if names else ''
 
 
 def explain(err: BaseException) -> str:
@@ -396,7 +434,7 @@ def try_features(features: Sequence[Feature]) -> list[Result]:
     for feature in features:
         missing = [name for name in feature.modules if importlib.util.find_spec(name) is None]
         if missing:
-            says, cure = f'not installed: {", ".join(missing)}', INSTALL.get(missing[0], '')
+            says, cure = f'not installed: {", ".join(missing)}', how_to_install(missing[0])
             results[feature.name] = Result(feature.name, False, says, cure)
     left = [feature for feature in features if feature.name not in results]
     while left:

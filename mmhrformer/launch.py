@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from .environment import INSTALL, explain
+from .environment import explain, how_to_install
 
 # default_scope of a config -> the package whose tools run it.
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
@@ -119,7 +119,7 @@ def stock_tool(scope: str, tool: str) -> Path:
         raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
     spec = importlib.util.find_spec(scope)
     if spec is None:
-        raise ImportError(f'the config needs {PACKAGES[scope]}: {INSTALL[scope]}')
+        raise ImportError(f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}')
     package = Path(spec.origin).parent
     for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
         scripts = sorted(folder.rglob(f'{tool}.py'))

@@ -181,6 +181,19 @@ def test_a_sound_installation_has_no_problems():
     assert environment.problems(environment.installed()) == []
 
 
+@pytest.mark.parametrize('module', ['mmengine', 'mmcv', 'mmpretrain', 'mmpose', 'mmseg', 'mmdet'])
+def test_beside_the_forks_nothing_stock_is_advised(monkeypatch, module):
+    stock = environment.cure_of(f"No module named '{module}'")
+    assert 'mmhrformer[' in stock or 'mmdet>=3.0' in stock
+    monkeypatch.setattr(environment, 'installed', lambda names=(): {'onedl-mmengine': '0.10.12'})
+    cure = environment.cure_of(f"No module named '{module}'")
+    assert ('pip install onedl-mm' in cure) == (module != 'mmpose')
+    assert 'mmhrformer[' not in cure
+    operators = environment.cure_of("No module named 'mmcv._ext'")
+    assert '--no-binary onedl-mmcv onedl-mmcv' in operators
+    assert 'mmcv==2.1.0' not in operators
+
+
 def test_installed_versions_are_those_of_pip():
     found = environment.installed()
     assert found['torch'] == metadata.version('torch')

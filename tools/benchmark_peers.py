@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mmhrformer.apis import fuse_for_inference
 from mmhrformer.checkpoints import to_dialect
-from mmhrformer.environment import INSTALL
+from mmhrformer.environment import how_to_install
 from mmhrformer.launch import PACKAGES, find_config
 from mmhrformer.models.hrformer import parse_arch
 
@@ -219,7 +219,7 @@ def stock_path(scope: str, name: str) -> Path:
     """
     spec = importlib.util.find_spec(scope)
     if spec is None:
-        raise BenchmarkError(f'{PACKAGES[scope]} is not installed: {INSTALL[scope]}')
+        raise BenchmarkError(f'{PACKAGES[scope]} is not installed: {how_to_install(scope)}')
     configs = Path(spec.origin).parent / '.mim/configs'
     if not (configs / name).is_file():
         raise BenchmarkError(f'{configs} has no {name}: reinstall {PACKAGES[scope]}')
