@@ -45,7 +45,7 @@ train_dataloader = dict(
         data_mode='topdown',
         ann_file='annotations/person_keypoints_train.json',
         data_prefix=dict(img='train/'),
-        indices=1280,  # people, of 1,980: enough
+        indices=1680,  # people, of 1,980: enough
         pipeline=train_pipeline,
     ),
 )
