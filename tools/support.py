@@ -5,7 +5,7 @@
 
 ``run`` runs the fast tests (core), and trains the demo of each task with the stock tools, stops it
 half way, resumes and tests it. What came out is written to a file in ``docs/support``, one for each
-environment. A part that fails is written down as well.
+environment, and from all of them to the page. A part that fails is written down as well.
 """
 
 from __future__ import annotations
@@ -211,8 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == 'run':
         print(run(args.parts, args.processes, args.report))
-    else:
-        PAGE.write_text(put_table(PAGE.read_text(), make_table(read_records())))
+    PAGE.write_text(put_table(PAGE.read_text(), make_table(read_records())))
 
 
 if __name__ == '__main__':
