@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()
-    print('Three small HRFormers learn on the CPU; two cores take about four minutes.')
+    print('Three small HRFormers learn on the CPU; two cores take five to ten minutes.')
     start = time.time()
     try:
         results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
