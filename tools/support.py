@@ -55,8 +55,23 @@ def find_versions() -> dict[str, str]:
 
 
 def name_of_record(versions: dict[str, str]) -> str:
-    """The file name of an environment's record."""
-    (mmcv,) = [f'{name}{versions[name]}' for name in OWNERS['mmcv'] if name in versions]
+    """The file name of an environment's record.
+
+    Args:
+        versions (dict[str, str]): Of Python and the packages.
+
+    Returns:
+        str: The name.
+
+    Raises:
+        ValueError: If there are two packages that bring mmcv, or none.
+    """
+    found = [f'{name}{versions[name]}' for name in OWNERS['mmcv'] if name in versions]
+    if len(found) != 1:
+        raise ValueError(
+            f'mmcv is brought by {found or "no package"}: "python -m mmhrformer env" tells the cure'
+        )
+    (mmcv,) = found
     python = '.'.join(versions['python'].split('.')[:2])
     return f'py{python}-torch{versions["torch"]}-numpy{versions["numpy"]}-{mmcv}.json'
 
@@ -210,7 +225,10 @@ def main() -> None:
     parser.add_argument('--report', type=Path, help='of fast tests that were run here already')
     args = parser.parse_args()
     if args.command == 'run':
-        print(run(args.parts, args.processes, args.report))
+        try:
+            print(run(args.parts, args.processes, args.report))
+        except (OSError, ValueError) as err:
+            parser.error(str(err))
     PAGE.write_text(put_table(PAGE.read_text(), make_table(read_records())))
 
 

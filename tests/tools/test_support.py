@@ -66,6 +66,13 @@ def test_versions_are_found(module):
     assert module.name_of_record(found).endswith('.json')
 
 
+@pytest.mark.parametrize('second', [{}, {'mmcv': '2.1.0', 'mmcv-lite': '2.2.0'}])
+def test_environments_that_are_no_whole_are_refused(module, second):
+    versions = {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.4.6', **second}
+    with pytest.raises(ValueError, match=r'mmcv is brought by .*mmhrformer env'):
+        module.name_of_record(versions)
+
+
 def test_parts_are_added_to_the_record_of_the_environment(tool, monkeypatch):
     monkeypatch.setattr(tool, 'run_core', lambda processes: dict(passed=processes))
     path = tool.run(['core', 'pose'], processes=2)
