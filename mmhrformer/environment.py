@@ -93,13 +93,6 @@ INSTALL = {
     ),
 }
 
-# The frameworks import these, and not all of them say so.
-SAME_NAME = (
-    'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
-    'packaging', 'prettytable', 'pycocotools', 'rich', 'scipy', 'shapely', 'termcolor',
-    'terminaltables', 'tqdm', 'yapf',
-)  # fmt: skip
-OTHER_NAME = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml'}
 # The same where the forks are installed: a stock package would be written over them.
 INSTALL_FORKS = {
     'mmengine': 'pip install onedl-mmengine',
@@ -112,6 +105,14 @@ INSTALL_FORKS = {
     'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
     'mmdet': 'pip install onedl-mmdetection',
 }
+
+# The frameworks import these, and not all of them say so.
+SAME_NAME = (
+    'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
+    'packaging', 'prettytable', 'pycocotools', 'rich', 'scipy', 'shapely', 'termcolor',
+    'terminaltables', 'tqdm', 'yapf',
+)  # fmt: skip
+OTHER_NAME = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml'}
 for _module, _name in [*zip(SAME_NAME, SAME_NAME), *OTHER_NAME.items()]:
     INSTALL[_module] = f'pip install {_name}'
 

@@ -48,13 +48,13 @@ STACKS = {
     ),
     'modern-all': Stack(
         'requirements/modern-all.txt',
-        ((3, 11), (3, 12), (3, 13)),
+        ((3, 11),),
         ('torch', 'mmcv.ops', 'mmpretrain.models', 'mmpose.models', 'mmseg.models', 'mmhrformer'),
         True,
     ),
     'forks': Stack(
         'requirements/forks.txt',
-        ((3, 11), (3, 12), (3, 13)),
+        ((3, 11),),
         ('torch', 'mmcv', 'mmpretrain.models', 'mmseg.models', 'mmhrformer'),
         False,
     ),

@@ -152,7 +152,8 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     recorded = is_compiling() or torch.jit.is_tracing()
     plain = x.device.type != 'cpu' or x.dtype != torch.float32 or x.requires_grad
-    if ONEDNN_CONVOLUTION is None or recorded or plain:
+    # Autocast knows nothing of the kernel, which would go on in float32.
+    if ONEDNN_CONVOLUTION is None or recorded or plain or torch.is_autocast_cpu_enabled():
         return F.gelu(conv(x))
     options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
     return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)
