@@ -19,6 +19,7 @@ from .inferencers import (
     inference,
 )
 from .launch import config_root, find_config, read_config
+from .models.compiled import compile_blocks
 from .models.fused import fuse_for_inference
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     'Inferencer',
     'PoseInferencer',
     'SegInferencer',
+    'compile_blocks',
     'fuse_for_inference',
     'get_inferencer',
     'get_model',

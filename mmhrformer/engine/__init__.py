@@ -1,5 +1,6 @@
 """What training needs beside the models; importing this registers it."""
 
+from .compile_hook import CompileBlocksHook
 from .cpu_dist import CPUDistributedDataParallel
 from .optim import DecayGroupsConstructor
 from .preflight import PreflightChecks
@@ -9,6 +10,7 @@ from .schedulers import WarmupCosineLR
 
 __all__ = [
     'CPUDistributedDataParallel',
+    'CompileBlocksHook',
     'DecayGroupsConstructor',
     'PreflightChecks',
     'ResumableSeedHook',

@@ -99,3 +99,23 @@ def test_fused_only_where_it_can_be():
     assert not can_be_fused(type='AdamW', lr=1e-3, fused=False)
     assert not can_be_fused(type='AdamW', lr=1e-3, foreach=True)
     assert not can_be_fused(type='LBFGS')
+
+
+def test_compiled_steps_leave_the_optimizer_out():
+    """`compile=True` compiles `train_step`, which would take in what AdamW does to each tensor."""
+    model = nn.Linear(3, 2)
+    wrapper = build(model)
+    operators = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list):
+        operators.extend(n.target for n in module.graph.nodes if n.op.startswith('call'))
+        return module.forward
+
+    before = model.weight.detach().clone()
+    torch._dynamo.reset()
+    torch.compile(lambda x: wrapper.update_params(model(x).sum()), backend=backend)(
+        torch.ones(4, 3)
+    )
+    torch._dynamo.reset()
+    assert 0 < len(operators) < 4
+    assert not torch.equal(model.weight, before)

@@ -1,0 +1,36 @@
+"""Compiled blocks under the stock tools."""
+
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from ..models.compiled import compile_blocks
+from ..registry import HOOKS
+
+
+@HOOKS.register_module()
+class CompileBlocksHook(Hook):
+    """Compiles the blocks of the model before training, validation or testing begins.
+
+    What ``compile=True`` in a config does for the whole training step,
+    :func:`mmhrformer.compile_blocks` does for the blocks alone, in a small part of the time.
+
+    Args:
+        **options: Arguments of ``torch.compile``.
+
+    Examples:
+        >>> custom_hooks = [dict(type='mmhrformer.CompileBlocksHook')]
+    """
+
+    def __init__(self, **options) -> None:
+        self.options = options
+
+    def before_run(self, runner: Runner) -> None:
+        """Compile the blocks.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        compile_blocks(runner.model, **self.options)
+        runner.logger.info('The blocks are compiled in the first iterations, which take minutes.')
