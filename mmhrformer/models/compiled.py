@@ -8,7 +8,8 @@ from torch import nn
 
 from .block import HRFormerBlock
 
-# The first torch to compile code once for all modules that differ in nothing but their weights.
+# The first torch to compile code once for all modules that differ in nothing but their weights, by
+# its documentation; 2.13 is the one that was tried.
 FIRST_TORCH = '2.5'
 # Versions of one piece of code: streams times sizes of images times training and evaluation.
 # torch would stop at 8 and go on uncompiled.
