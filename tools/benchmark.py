@@ -72,6 +72,8 @@ from benchmark_steps import (
 )
 from mmengine.logging import MMLogger
 
+from mmhrformer.models.compiled import allow_many_versions
+
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 SIZES = {'pose': (256, 192), 'cls': (224, 224), 'seg': (512, 1024)}
 
@@ -340,15 +342,6 @@ def measure_startup(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def allow_many_graphs() -> None:
-    """Let torch compile each candidate in each case; it would stop at 8 and go on uncompiled."""
-    from torch import _dynamo
-
-    for name in ('cache_size_limit', 'accumulated_cache_size_limit'):
-        if hasattr(_dynamo.config, name):
-            setattr(_dynamo.config, name, 1024)
-
-
 # ---------------------------------------------------------------- the whole
 
 
@@ -367,7 +360,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     if args.startup:
         return [], measure_startup(args)
     if any(spec.has('compiled') for spec in args.specs):
-        allow_many_graphs()
+        allow_many_versions(1024)  # for each candidate in each case
     logger = MMLogger.get_current_instance()
     before, level = torch.get_num_threads(), logger.level
     try:

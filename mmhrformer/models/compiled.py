@@ -57,9 +57,14 @@ def compile_blocks(model: nn.Module, **options) -> nn.Module:
     return model
 
 
-def allow_many_versions() -> None:
-    """Let torch keep more versions of one piece of code than it would."""
+def allow_many_versions(versions: int = MAX_VERSIONS) -> None:
+    """Let torch compile a piece of code more often than it would before it goes on uncompiled.
+
+    Args:
+        versions (int): How often. Defaults to 64.
+    """
     from torch import _dynamo  # takes a second that not everybody needs to spend
 
-    name = 'recompile_limit' if hasattr(_dynamo.config, 'recompile_limit') else 'cache_size_limit'
-    setattr(_dynamo.config, name, max(getattr(_dynamo.config, name), MAX_VERSIONS))
+    for name in ('cache_size_limit', 'accumulated_cache_size_limit'):
+        if hasattr(_dynamo.config, name):
+            setattr(_dynamo.config, name, max(getattr(_dynamo.config, name), versions))

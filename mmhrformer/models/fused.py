@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.utils import fuse_conv_bn
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
 
 from .attention import (
@@ -26,6 +29,11 @@ from .strips import map_strips, map_windows, may_split
 ONEDNN_CONVOLUTION = None
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
     ONEDNN_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default
+
+# torch 2.4 got the second name and deprecated the first.
+is_autocast_on_cpu = torch.is_autocast_cpu_enabled
+if digit_version(TORCH_VERSION) >= digit_version('2.4'):
+    is_autocast_on_cpu = partial(torch.is_autocast_enabled, 'cpu')
 
 # Below this a scale of layer normalization cannot be undone for the padding.
 SMALLEST_SCALE = 1e-3
@@ -153,7 +161,7 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     recorded = is_compiling() or torch.jit.is_tracing()
     plain = x.device.type != 'cpu' or x.dtype != torch.float32 or x.requires_grad
     # Autocast knows nothing of the kernel, which would go on in float32.
-    if ONEDNN_CONVOLUTION is None or recorded or plain or torch.is_autocast_cpu_enabled():
+    if ONEDNN_CONVOLUTION is None or recorded or plain or is_autocast_on_cpu():
         return F.gelu(conv(x))
     options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
     return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)

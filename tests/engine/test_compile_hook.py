@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from graphs import Graphs, can_compile_blocks
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.utils import digit_version
 from torch import Tensor
 
 from mmhrformer import HOOKS, HRFormer
-from mmhrformer.models.compiled import FIRST_TORCH
 
 ARCH = dict(channels=(4, 8, 8, 16), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)
-can_compile = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version(FIRST_TORCH),
-    reason=f'needs torch {FIRST_TORCH}',
-)
 
 
 class Squares(BaseModel):
@@ -30,15 +24,9 @@ class Squares(BaseModel):
         return dict(loss=self.backbone(torch.stack(inputs))[0].square().mean())
 
 
-@can_compile
+@can_compile_blocks
 def test_blocks_are_compiled_in_training(tmp_path):
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
+    graphs = Graphs()
     Runner(
         model=Squares(),
         work_dir=str(tmp_path),
@@ -49,10 +37,9 @@ def test_blocks_are_compiled_in_training(tmp_path):
         ),
         train_cfg=dict(by_epoch=True, max_epochs=2),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
-        custom_hooks=[dict(type='mmhrformer.CompileBlocksHook', backend=backend)],
+        custom_hooks=[dict(type='mmhrformer.CompileBlocksHook', backend=graphs)],
         experiment_name=tmp_path.name,
     ).train()
-    torch._dynamo.reset()
     assert len(graphs) == 8  # attention and FFN of four streams
     assert (tmp_path / 'epoch_2.pth').is_file()
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from mmengine.utils import digit_version
+from graphs import Graphs, can_compile_blocks
 from torch import nn
 
 from mmhrformer import HRFormer, compile_blocks, fuse_for_inference
@@ -15,25 +14,6 @@ from mmhrformer.models import compiled
 
 ARCH = dict(channels=(4, 8, 8, 16), num_heads=(1, 2, 2, 2), num_modules=(1, 2, 2), num_blocks=2)
 KINDS_OF_BLOCKS = 4  # one for each stream
-can_compile = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version(compiled.FIRST_TORCH),
-    reason=f'needs torch {compiled.FIRST_TORCH}',
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Graphs(list):
-    """A backend that lists the graphs and runs them as they are."""
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
-        self.append(module)
-        return module.forward
 
 
 def make_model(**options) -> HRFormer:
@@ -51,7 +31,7 @@ def train(model: nn.Module, size: tuple[int, int] = (64, 32)) -> dict[str, torch
     return {'out': out.detach(), **grads, **dict(model.named_buffers())}
 
 
-@can_compile
+@can_compile_blocks
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_training_is_the_same(with_cp):
     plain = make_model(drop_path_rate=0.2, with_cp=with_cp).train().double()
@@ -63,7 +43,7 @@ def test_training_is_the_same(with_cp):
             torch.testing.assert_close(values[name], value, rtol=1e-6, atol=1e-9)
 
 
-@can_compile
+@can_compile_blocks
 @pytest.mark.parametrize('num_blocks', [1, 3])
 def test_graphs_do_not_become_more_with_depth(num_blocks):
     model = HRFormer({**ARCH, 'num_blocks': num_blocks}, out_indices=(0,), drop_path_rate=0.2)
@@ -75,7 +55,7 @@ def test_graphs_do_not_become_more_with_depth(num_blocks):
     assert len(graphs) == 2 * KINDS_OF_BLOCKS
 
 
-@can_compile
+@can_compile_blocks
 def test_many_sizes_are_compiled():
     """torch by itself would stop at eight versions and go on uncompiled."""
     model = make_model().train()
@@ -86,7 +66,7 @@ def test_many_sizes_are_compiled():
     assert len(graphs) == 4 * 2 * KINDS_OF_BLOCKS
 
 
-@can_compile
+@can_compile_blocks
 @pytest.mark.parametrize('folded', [False, True])
 def test_inference_is_the_same(folded):
     plain = make_model().eval()
@@ -99,7 +79,7 @@ def test_inference_is_the_same(folded):
     assert len(graphs) == 2 * KINDS_OF_BLOCKS
 
 
-@can_compile
+@can_compile_blocks
 def test_weights_keep_their_names_and_copies_are_plain():
     model = make_model().train()
     names = list(model.state_dict())
@@ -110,7 +90,7 @@ def test_weights_keep_their_names_and_copies_are_plain():
     assert not graphs
 
 
-@can_compile
+@can_compile_blocks
 def test_models_without_blocks_are_refused():
     with pytest.raises(ValueError, match='model=Linear has no HRFormerBlock'):
         compile_blocks(nn.Linear(2, 2))

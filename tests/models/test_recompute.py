@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import Graphs
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -136,13 +137,8 @@ def test_compiles_to_one_graph_and_only_once_per_size(training):
     arch = dict(channels=(4, 8, 8, 8), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)
     model = HRFormer(arch, out_indices=(0,)).train(training)
     plain = copy.deepcopy(model)
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=False)
     for size in ((64, 48), (32, 40), (64, 48), (32, 40)):
         x = torch.randn(2, 3, *size)
         with torch.set_grad_enabled(training):
