@@ -29,7 +29,7 @@ from .models.block import Bottleneck, HRFormerBlock
 from .models.ffn import DWConvFFN
 from .models.fusion_neck import HRFormerFusion
 from .models.hr_module import HRModule
-from .models.strips import in_one_piece
+from .ops import use
 
 
 def _conv(module: nn.Conv2d, x: Tensor, out: Tensor) -> dict:
@@ -145,7 +145,7 @@ def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
             if isinstance(module, kind):
                 module.register_forward_hook(hook(counter))
     whole_model = hasattr(model, 'backbone')
-    with torch.no_grad(), in_one_piece():
+    with torch.no_grad(), use('reference'):
         model(torch.zeros(shape), *([None] if whole_model else []))
     return total
 
@@ -187,7 +187,7 @@ def analyzed_macs(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -
     analyzer = FlopAnalyzer(model, inputs)
     analyzer.set_op_handle('aten::scaled_dot_product_attention', _fused_attention)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with torch.no_grad(), in_one_piece():
+    with torch.no_grad(), use('reference'):
         counts = analyzer.by_operator()
     return int(sum(counts[name] for name in PRODUCTS))
 

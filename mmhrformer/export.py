@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from .checkpoints.writing import check_destination
 from .dataset_meta import meta_of_dataset
 from .files import write_atomically
-from .models.fused import FusedDWConvFFN, FusedWindowAttention
+from .models.fused import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 from .models.hrformer import MIN_INPUT
 from .version import __version__
 
@@ -313,7 +312,9 @@ def export_onnx(
     model = copy.deepcopy(model).cpu()
     reference = DeployedModel(model, with_normalization).eval()
     # The reference is not folded, so that the comparison covers the folding, too.
-    deployed = DeployedModel(fold_batch_norm(model), with_normalization).eval()
+    with torch.no_grad():
+        folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
+    deployed = DeployedModel(folded, with_normalization).eval()
     graph = record(deployed, size, batch, dynamic_size, opset)
     _add_metadata(graph, deployed, names)
     cases = _cases(size, batch, dynamic_size) if verify else []
@@ -375,23 +376,6 @@ def _check_numbers(size: Sequence[int], batch: int | None, opset: int) -> None:
         raise ValueError(f'batch={batch}: give a number of images, or None for any')
     if opset not in OPSETS:
         raise ValueError(f'opset={opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold batch normalization into the convolutions in front.
-
-    :func:`fuse_for_inference` folds more, in ways that are for torch's kernels.
-
-    Args:
-        model (nn.Module): A model in evaluation mode. It is left as it is.
-
-    Returns:
-        nn.Module: A folded copy.
-    """
-    with torch.no_grad():
-        folded = fuse_conv_bn(copy.deepcopy(model))
-    folded.requires_grad_(False)
-    return folded
 
 
 def record(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .inferencers import Inferencer
 from .launch import did_you_mean
 from .media import Picture
-from .models.attention import LocalWindowSelfAttention, window_padding, window_partition
+from .models.attention import LocalWindowSelfAttention
 from .models.block import HRFormerBlock
+from .ops import window_padding, window_partition
 
 DPI = 110
 PANEL = 2.6  # inches

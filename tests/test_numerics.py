@@ -21,7 +21,7 @@ from mmhrformer import (
     WeightedCrossEntropyLoss,
     fuse_for_inference,
 )
-from mmhrformer.models.recompute import norm_gelu_conv
+from mmhrformer.ops import norm_gelu_conv
 
 CHANNELS = (8, 16, 24, 32)
 MICRO = dict(channels=CHANNELS, num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)

@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 
-import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from ..ops.recompute import recompute
 from ..registry import MODELS
 from .ffn import DepthwiseConv2d
-from .recompute import is_compiling
-
-
-@contextmanager
-def frozen_running_stats(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch normalization while a forward pass is recomputed."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tensor:
-    """Call a function, keep nothing of it, and call it again in the backward pass.
-
-    Args:
-        module (nn.Module): Whose running statistics are not to be updated a second time.
-        function (Callable): What to compute with that module.
-        *args: What to compute it of.
-
-    Returns:
-        Tensor: ``function(*args)``.
-    """
-    if is_compiling():  # compiled code updates running statistics once in any case
-        return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(
-        function,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), frozen_running_stats(module)),
-    )
 
 
 class Bottleneck(BaseModule):
@@ -176,7 +137,7 @@ class HRFormerBlock(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp:
             return recompute(self, self._forward, x)
         return self._forward(x)
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import ops
 from ..registry import MODELS
-from .recompute import (
-    CPU_DEPTHWISE_BACKWARD_IS_CONTIGUOUS,
-    is_compiling,
-    may_recompute,
-    norm_gelu_conv,
-    plainly_strided,
-)
-from .strips import map_strips, may_split
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -32,15 +22,9 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(self, channels: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__(channels, channels, 3, stride, padding=1, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        on_cpu = x.device.type == 'cpu' and torch.is_grad_enabled()
-        if on_cpu and CPU_DEPTHWISE_BACKWARD_IS_CONTIGUOUS and not is_compiling():
-            # What comes out is channels-last again: torch 2.1's GELU returns wrong gradients
-            # when its input is not and the gradient from behind is.
-            x = self._conv_forward(x.contiguous(), plainly_strided(self.weight), self.bias)
-            return x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
+        return ops.depthwise_conv(x, weight, bias, self.stride[0])
 
 
 @MODELS.register_module()
@@ -79,24 +63,10 @@ class DWConvFFN(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
-        if may_split(x) and all(is_pointwise(n) for n in (self.norm1, self.norm2, self.norm3)):
-            return map_strips(self._forward, x, self.fc1.out_channels)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
-        x = self.fc1(x)
-        if may_recompute():
-            x = norm_gelu_conv(x, self.norm1, self.dw3x3)
-            x = norm_gelu_conv(x, self.norm2, self.fc2)
-            x = norm_gelu_conv(x, self.norm3)
-        else:
-            # Step by step, so that no more than two of the large maps exist at a time.
-            x = self.norm1(x)
-            x = self.dw3x3(F.gelu(x))
-            x = self.norm2(x)
-            x = self.fc2(F.gelu(x))
-            x = F.gelu(self.norm3(x))
+        x = ops.norm_gelu_conv(self.fc1(x), self.norm1, self.dw3x3)
+        x = ops.norm_gelu_conv(x, self.norm2, self.fc2)
+        x = ops.norm_gelu_conv(x, self.norm3)
         return x.permute(0, 2, 3, 1)
 
 
@@ -145,17 +115,6 @@ class FFN(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
-        x = self.fc1(x)
-        if may_recompute():
-            x = norm_gelu_conv(x, self.norm1, self.fc2)
-            x = norm_gelu_conv(x, self.norm3) if self.with_norm else x
-        else:
-            x = self.fc2(F.gelu(self.norm1(x)))
-            x = F.gelu(self.norm3(x)) if self.with_norm else x
+        x = ops.norm_gelu_conv(self.fc1(x), self.norm1, self.fc2)
+        x = ops.norm_gelu_conv(x, self.norm3) if self.with_norm else x
         return x.permute(0, 2, 3, 1)
-
-
-def is_pointwise(norm: nn.Module) -> bool:
-    """Whether a normalization treats every place alike, without statistics of the map."""
-    running = isinstance(norm, _BatchNorm) and norm.running_mean is not None
-    return type(norm) is nn.Identity or (running and not norm.training)

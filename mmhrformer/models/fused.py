@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.utils import fuse_conv_bn
-from mmengine.utils import digit_version
-from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .attention import (
-    LocalWindowSelfAttention,
-    attend,
-    missing_head_dim,
-    split_heads,
-    window_merge,
-    window_partition,
-)
+from .. import ops
+from ..ops.recompute import is_plain
+from .attention import LocalWindowSelfAttention, split_heads
 from .block import HRFormerBlock
-from .ffn import DWConvFFN
-from .recompute import is_compiling
-from .strips import map_strips, map_windows, may_split
-
-# The CPU library's convolution with an activation at its end, which torch.compile uses, too.
-ONEDNN_CONVOLUTION = None
-if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
-    ONEDNN_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default
-
-# torch 2.4 got the second name and deprecated the first.
-is_autocast_on_cpu = torch.is_autocast_cpu_enabled
-if digit_version(TORCH_VERSION) >= digit_version('2.4'):
-    is_autocast_on_cpu = partial(torch.is_autocast_enabled, 'cpu')
+from .ffn import DepthwiseConv2d, DWConvFFN
 
 # Below this a scale of layer normalization cannot be undone for the padding.
 SMALLEST_SCALE = 1e-3
@@ -47,7 +29,36 @@ def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear
 
 
-class FusedWindowAttention(nn.Module):
+NORMS = (_BatchNorm, nn.SyncBatchNorm)
+CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution and nothing else."""
+    return is_plain(module, nn.Conv2d) and type(module)._conv_forward in CONV_FORWARDS
+
+
+class InferenceOnly(nn.Module):
+    """A module that has nothing left to be trained."""
+
+    def train(self, mode: bool = True) -> InferenceOnly:
+        """Set evaluation mode; refuse training mode.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Raises:
+            RuntimeError: If the mode is training.
+        """
+        if mode:
+            raise RuntimeError(
+                'this model was made by fuse_for_inference and cannot be trained: train the model '
+                'it was made from'
+            )
+        return super().train(False)
+
+
+class FusedWindowAttention(InferenceOnly):
     """:class:`LocalWindowSelfAttention` and the layer normalization in front, for inference.
 
     The scale and shift of the normalization and the scale of the queries are in the projection,
@@ -65,7 +76,7 @@ class FusedWindowAttention(nn.Module):
         self.window_size = attn.window_size
         self.num_heads = attn.num_heads
         channels, head_dim = attn.embed_dims, attn.embed_dims // attn.num_heads
-        missing = missing_head_dim(head_dim, is_cuda=False)
+        missing = ops.backend(attn.qkv.weight).head_padding(head_dim)
         self.head_dim = head_dim + missing
         weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
         scale, shift = norm.weight.double(), norm.bias.double()
@@ -90,8 +101,11 @@ class FusedWindowAttention(nn.Module):
         """Whether an attention and a normalization can be folded."""
         return (
             type(attn) is LocalWindowSelfAttention
+            and is_plain(attn, LocalWindowSelfAttention)
             and not attn.pad_mask
-            and isinstance(norm, nn.LayerNorm)
+            and all(is_plain(m, nn.Linear) and m.bias is not None for m in (attn.qkv, attn.proj))
+            and is_plain(norm, nn.LayerNorm)
+            and norm.bias is not None
             and norm.weight.abs().min() > SMALLEST_SCALE
         )
 
@@ -105,19 +119,30 @@ class FusedWindowAttention(nn.Module):
             Tensor: Map of the same shape.
         """
         size = x.shape[1:3]
-        windows = window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
-        if may_split(x):
-            windows = map_windows(self._attend, windows, self.qkv.out_features * windows.shape[1])
-        else:
-            windows = self._attend(windows)
-        return window_merge(windows, self.window_size, size)
-
-    def _attend(self, windows: Tensor) -> Tensor:
+        windows = ops.window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
         qkv = split_heads(self.qkv(windows), self.num_heads, self.head_dim)
-        return self.proj(attend(qkv, self.bias, scale=1.0))  # (B * nW, N, C)
+        windows = self.proj(ops.window_attention(qkv, self.bias, scale=1.0))
+        return ops.window_merge(windows, self.window_size, size)
 
 
-class FusedDWConvFFN(nn.Module):
+class ConvGELU(nn.Conv2d):
+    """A convolution that ends with a GELU.
+
+    Args:
+        conv (nn.Conv2d): The convolution. Its parameters are shared.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        super().__init__(*sizes, conv.dilation, conv.groups, device='meta')
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, in_channels, H, W) to (B, out_channels, H', W')."""
+        return ops.conv_gelu(x, self)
+
+
+class FusedDWConvFFN(InferenceOnly):
     """:class:`DWConvFFN` after its normalizations were folded, for inference.
 
     Args:
@@ -126,55 +151,49 @@ class FusedDWConvFFN(nn.Module):
 
     def __init__(self, ffn: DWConvFFN) -> None:
         super().__init__()
-        self.fc1, self.dw3x3, self.fc2 = ffn.fc1, ffn.dw3x3, ffn.fc2
+        self.fc1, self.dw3x3, self.fc2 = map(ConvGELU, (ffn.fc1, ffn.dw3x3, ffn.fc2))
 
     @staticmethod
     def fits(ffn: nn.Module) -> bool:
         """Whether an FFN can be replaced: all its normalizations are folded."""
-        return type(ffn) is DWConvFFN and all(
-            type(norm) is nn.Identity for norm in (ffn.norm1, ffn.norm2, ffn.norm3)
+        return (
+            type(ffn) is DWConvFFN
+            and is_plain(ffn, DWConvFFN)
+            and all(type(norm) is nn.Identity for norm in (ffn.norm1, ffn.norm2, ffn.norm3))
+            and all(is_plain_conv(conv) for conv in (ffn.fc1, ffn.dw3x3, ffn.fc2))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
-        if may_split(x):
-            return map_strips(self._forward, x, self.fc1.out_channels)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
-        for conv in (self.fc1, self.dw3x3, self.fc2):
-            x = conv_gelu(x, conv)
-        return x.permute(0, 2, 3, 1)
+        return self.fc2(self.dw3x3(self.fc1(x))).permute(0, 2, 3, 1)
 
 
-def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Compute ``gelu(conv(x))``, on a CPU in one pass.
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Fold batch normalization into the convolution in front of it, where it directly follows.
+
+    What is no stock convolution or normalization is left as it is, and so is what is used in
+    several places or has hooks.
 
     Args:
-        x (Tensor): Map of shape (B, C, H, W).
-        conv (nn.Conv2d): The convolution.
+        model (nn.Module): A model in evaluation mode. It is changed in place.
 
     Returns:
-        Tensor: Map of shape (B, out_channels, H', W').
+        nn.Module: The model.
     """
-    recorded = is_compiling() or torch.jit.is_tracing()
-    plain = x.device.type != 'cpu' or x.dtype != torch.float32 or x.requires_grad
-    # Autocast knows nothing of the kernel, which would go on in float32.
-    if ONEDNN_CONVOLUTION is None or recorded or plain or is_autocast_on_cpu():
-        return F.gelu(conv(x))
-    options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
-    return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)
-
-
-def refuse_training(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand for ``train`` of a folded model: without batch normalization it cannot be trained."""
-    if mode:
-        raise RuntimeError(
-            'this model was made by fuse_for_inference and cannot be trained: train the model it '
-            'was made from'
-        )
-    return self
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for parent in list(model.modules()):
+        before = None
+        for name, child in list(parent.named_children()):
+            follows = before is not None and is_plain(child, *NORMS) and child.track_running_stats
+            if follows and uses[id(before)] == uses[id(child)] == 1:
+                statistics = (child.running_mean, child.running_var, child.eps)
+                before.weight, before.bias = fuse_conv_bn_weights(
+                    before.weight, before.bias, *statistics, child.weight, child.bias
+                )
+                setattr(parent, name, nn.Identity())
+            before = child if is_plain_conv(child) else None
+    return model
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
@@ -208,12 +227,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                 block.attn = FusedWindowAttention(block.attn, block.norm1)
                 channels, eps = block.norm1.normalized_shape, block.norm1.eps
                 block.norm1 = nn.LayerNorm(channels, eps, elementwise_affine=False)
-        fused = fuse_conv_bn(fused)
+        fold_batch_norm(fused)
         for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
             if FusedDWConvFFN.fits(block.ffn):
                 block.ffn = FusedDWConvFFN(block.ffn)
     fused.requires_grad_(False)
-    fused.train(False)
-    for module in fused.modules():
-        module.train = refuse_training.__get__(module)
+    fused.train(False)  # mmpose's eval() returns nothing
     return fused

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.dialects import adapt_backbone_keys
+from ..ops.state import autocast_dtype, is_compiling
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
 from .hr_module import HRModule
-from .recompute import is_compiling
 
 NUM_STREAMS = 4
 STEM_CHANNELS = 64
@@ -266,7 +266,8 @@ class HRFormer(BaseModule):
         attn_cfgs = attn_cfg if isinstance(attn_cfg, (list, tuple)) else [attn_cfg]
         if not attn_cfgs:
             raise ValueError(f'attn_cfg={attn_cfg!r}: give the config of an attention, or several')
-        rates = torch.linspace(0, drop_path_rate, sum(num_modules) * num_blocks).tolist()
+        total = sum(num_modules) * num_blocks
+        rates = torch.linspace(0, drop_path_rate, total, device='cpu').tolist()
         blocks = [dict(drop_path_rate=r, attn_cfg=a) for r, a in zip(rates, cycle(attn_cfgs))]
         channels = (STEM_CHANNELS * Bottleneck.expansion,)
         for stage, modules in enumerate(num_modules, start=2):
@@ -321,7 +322,8 @@ class HRFormer(BaseModule):
 
         Returns:
             tuple[Tensor, ...]: For each i of ``out_indices`` the stream of shape
-            (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))).
+            (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))), in the memory format of
+            the convolutions before them: that of the images and of the weights.
 
         Raises:
             TypeError: If the input is no tensor, or of another data type than the weights.
@@ -330,7 +332,9 @@ class HRFormer(BaseModule):
         self._check_input(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        xs = [self.layer1(x)]  # (B, 256, H / 4, W / 4)
+        x = self.layer1(x)  # (B, 256, H / 4, W / 4)
+        is_contiguous = x.is_contiguous()
+        xs = [x]
         for stage in range(2, NUM_STREAMS + 1):
             transition = getattr(self, f'transition{stage - 1}')
             finest, coarsest = xs, xs[-1]
@@ -339,7 +343,8 @@ class HRFormer(BaseModule):
                 for i, layer in enumerate(transition)
             ]
             xs = getattr(self, f'stage{stage}')(xs)
-        return tuple(xs[i] for i in self.out_indices)
+        # The blocks work in channels-last.
+        return tuple(xs[i].contiguous() if is_contiguous else xs[i] for i in self.out_indices)
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -349,8 +354,8 @@ class HRFormer(BaseModule):
             )
         dtype = self.conv1.weight.dtype
         # Autocast brings floating point numbers to the type it wants; a compiler need not look.
-        autocast = torch.is_autocast_enabled if x.is_cuda else torch.is_autocast_cpu_enabled
-        if x.dtype != dtype and not (is_compiling() or (x.is_floating_point() and autocast())):
+        casts = is_compiling() or (x.is_floating_point() and autocast_dtype(x))
+        if x.dtype != dtype and not casts:
             raise TypeError(
                 f'HRFormer got an input of {x.dtype}, its weights are {dtype}: normalize the '
                 f'images, which the data_preprocessor of a model does, and call .to({dtype})'

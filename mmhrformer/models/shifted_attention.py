@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import window_count, window_merge, window_padding, window_partition
 from ..registry import MODELS
-from .attention import (
-    LocalWindowSelfAttention,
-    window_count,
-    window_merge,
-    window_padding,
-    window_partition,
-)
-from .recompute import is_compiling
-
-# Masks that are kept: those of four streams for two sizes of images.
-KEPT_MASKS = 8
+from .attention import LocalWindowSelfAttention
 
 
 def shifted_axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,13 +66,6 @@ def shifted_window_mask(
         hidden = hidden | (padded[:, None] > padded[:, :, None])
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return mask.masked_fill(hidden, float('-inf'))[:, None]
-
-
-@lru_cache(maxsize=KEPT_MASKS)
-def kept_shifted_window_mask(*args) -> Tensor:
-    """:func:`shifted_window_mask`, computed once for all blocks and passes that need the same."""
-    with torch.inference_mode(False):  # else training could not use it afterwards
-        return shifted_window_mask(*args)
 
 
 @MODELS.register_module()
@@ -165,9 +147,9 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
         shift = self.shift_for(size)
         if not shift:
             return super().attention_bias(size, qkv)
-        recorded = is_compiling() or torch.jit.is_tracing()
-        make = shifted_window_mask if recorded else kept_shifted_window_mask
-        bias = make(tuple(size), self.window_size, shift, self.pad_mask, qkv.dtype, qkv.device)
+        bias = shifted_window_mask(
+            size, self.window_size, shift, self.pad_mask, qkv.dtype, qkv.device
+        )
         if self.relative_position_bias_table is not None:
             bias = bias + self.relative_position_bias(qkv.dtype)  # (nW, heads, N, N)
         return bias.repeat(qkv.shape[0] // bias.shape[0], 1, 1, 1)

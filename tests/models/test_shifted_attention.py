@@ -8,8 +8,7 @@ from mmpretrain.models.utils import ShiftWindowMSA
 from torch import Tensor
 
 from mmhrformer import MODELS, LocalWindowSelfAttention, ShiftedWindowSelfAttention
-from mmhrformer.models import attention, shifted_attention
-from mmhrformer.models.shifted_attention import kept_shifted_window_mask
+from mmhrformer.ops import cuda, use
 
 
 def make_attention(**options) -> ShiftedWindowSelfAttention:
@@ -136,22 +135,7 @@ def test_small_maps_are_not_shifted():
 # ------------------------------------------------------------------ masks
 
 
-def test_masks_are_kept_and_shared(monkeypatch):
-    kept_shifted_window_mask.cache_clear()
-    first, second = make_attention(window_size=4), make_attention(window_size=4)
-    for _ in range(3):
-        first(make_map(9, 9)), second(make_map(9, 9))
-    assert kept_shifted_window_mask.cache_info().misses == 1
-    assert kept_shifted_window_mask.cache_info().hits == 5
-    first(make_map(9, 10))
-    assert kept_shifted_window_mask.cache_info().misses == 2
-    assert kept_shifted_window_mask.cache_info().maxsize == shifted_attention.KEPT_MASKS
-    plain = LocalWindowSelfAttention(8, 2, 4)
-    assert list(first.state_dict()) == list(plain.state_dict())
-
-
 def test_training_after_inference_mode():
-    kept_shifted_window_mask.cache_clear()
     attn, x = make_attention(window_size=4), make_map(9, 9)
     with torch.inference_mode():
         expected = attn(x)
@@ -164,14 +148,14 @@ def test_training_after_inference_mode():
 @pytest.mark.parametrize('windows', [1, 4, 7])
 def test_more_windows_than_a_kernel_takes(windows, monkeypatch):
     attn, x = make_attention(window_size=4), make_map(9, 9)
-    with torch.no_grad():
+    with torch.no_grad(), use('cuda'):
         expected = attn(x)
-        monkeypatch.setattr(attention, 'MAX_WINDOWS', windows)
+        monkeypatch.setattr(cuda, 'MAX_WINDOWS', windows)
         torch.testing.assert_close(attn(x), expected)
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-def test_recorded_pass_is_equal():
+def test_traced_pass_is_equal():
     attn, x = make_attention(window_size=4).eval(), make_map(9, 9)
     with torch.no_grad():
         traced = torch.jit.trace(attn, x)

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from graphs import Graphs
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
-from mmhrformer import HRFormer
+from mmhrformer import HRFormer, ops
 from mmhrformer.models.ffn import DepthwiseConv2d
-from mmhrformer.models.recompute import norm_gelu_conv
+from mmhrformer.ops import norm_gelu_conv
+from mmhrformer.ops.recompute import is_plain
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -124,12 +127,78 @@ def test_keeps_one_map_of_three(norm, share):
     assert kept_bytes(lambda: norm_gelu_conv(x, norm, conv)) < (share + 0.01) * plain
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_those_of_the_plain_form():
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64).requires_grad_()
+    norm, conv = make_norm('batch', torch.float64), DepthwiseConv2d(6).double()
+    seconds = []
+    for form in ('cpu', 'reference'):
+        with ops.use(form):
+            out = norm_gelu_conv(x, norm, conv)
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds)
+
+
+def test_two_backward_passes_leave_the_statistics_of_one_forward_pass():
+    norm, conv = make_norm('average', torch.float32), DepthwiseConv2d(6)
     x = torch.randn(2, 6, 4, 4).requires_grad_()
-    out = norm_gelu_conv(x, make_norm('batch', torch.float32), nn.Conv2d(6, 4, 1))
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
+    out = norm_gelu_conv(x, norm, conv).sum()
+    before = {name: tensor.clone() for name, tensor in norm.named_buffers()}
+    first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert norm.num_batches_tracked == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.named_buffers())
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(register: str, conv: bool) -> tuple[nn.Module, nn.Module]:
+    modules = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+    getattr(modules[conv], register)(lambda *args: None)
+    return modules
+
+
+NOTICED = {
+    'subclass': lambda: (nn.BatchNorm2d(6), Doubled(6, 4, 1)),
+    'spectral norm': lambda: (nn.BatchNorm2d(6), spectral_norm(nn.Conv2d(6, 4, 1))),
+    'orthogonal': lambda: (nn.BatchNorm2d(6), orthogonal(nn.Conv2d(6, 4, 1))),
+    'pruned': lambda: (
+        nn.BatchNorm2d(6),
+        prune.random_unstructured(nn.Conv2d(6, 4, 1), 'weight', 2),
+    ),
+    'forward hook': lambda: hooked('register_forward_hook', conv=True),
+    'pre-hook': lambda: hooked('register_forward_pre_hook', conv=True),
+    'backward hook': lambda: hooked('register_full_backward_hook', conv=True),
+    'hook of the norm': lambda: hooked('register_forward_hook', conv=False),
+}
+
+
+@pytest.mark.parametrize('kind', NOTICED)
+def test_modules_that_would_notice_are_called_once(kind):
+    norm, conv = NOTICED[kind]()
+    calls = []
+    norm.forward = lambda x, forward=norm.forward: (calls.append('norm'), forward(x))[1]
+    conv.forward = lambda x, forward=conv.forward: (calls.append('conv'), forward(x))[1]
+    norm_gelu_conv(torch.randn(2, 6, 4, 4).requires_grad_(), norm, conv).sum().backward()
+    assert calls == ['norm', 'conv']
+
+
+@pytest.mark.parametrize('kind', NOTICED)
+def test_what_would_be_noticed_is_not_plain(kind):
+    norm, conv = NOTICED[kind]()
+    assert not (is_plain(norm, nn.BatchNorm2d) and is_plain(conv, nn.Conv2d))
+
+
+def test_hooks_on_all_modules_are_noticed():
+    conv = nn.Conv2d(6, 4, 1)
+    assert is_plain(conv, nn.Conv2d)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert not is_plain(conv, nn.Conv2d)
+    handle.remove()
+    assert is_plain(conv, nn.Conv2d)
 
 
 @pytest.mark.parametrize('training', [False, True])

@@ -1,0 +1,8 @@
+"""What compilers get: the plain forms, which they merge, and attention as one operator."""
+
+from __future__ import annotations
+
+from .reference import conv_gelu, depthwise_conv, head_padding, norm_gelu_conv
+from .sdpa import sdpa as window_attention
+
+__all__ = ['conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']

@@ -1,0 +1,95 @@
+"""What CPUs need."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
+from torch import Tensor, nn
+
+from . import reference
+from .recompute import norm_gelu_conv
+from .sdpa import sdpa
+from .state import autocast_dtype, needs_grad
+
+__all__ = ['conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']
+
+# Before, attention with a mask is the plain formula, in slower steps than ours.
+HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')
+# torch 2.1 takes 6 to 25 times longer for the backward pass of a depth-wise convolution on
+# channels-last memory than on contiguous memory, torch 2.13 a third to two thirds of the time. The
+# versions between were not measured.
+DEPTHWISE_BACKWARD_IS_CONTIGUOUS = digit_version(TORCH_VERSION) < digit_version('2.13')
+# oneDNN's convolution with an activation at its end, which torch.compile uses, too.
+ONEDNN_CONVOLUTION = None
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
+    ONEDNN_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default
+
+
+def head_padding(head_dim: int) -> int:
+    """Zeros to append to each head: rows of 8 are faster if few are missing, as for 39 (not 18)."""
+    missing = -head_dim % 8
+    return missing if missing * 8 <= head_dim else 0
+
+
+def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """See :func:`mmhrformer.ops.window_attention`."""
+    head_dim = qkv.shape[-1]
+    padding = head_padding(head_dim)
+    if bias is None or (HAS_MASKED_SDPA and not needs_grad(qkv, bias)):
+        return sdpa(qkv, bias, scale, padding)
+    if not padding:
+        return reference.window_attention(qkv, bias, scale)
+    out = reference.window_attention(F.pad(qkv, (0, padding)), bias, scale)
+    return out.unflatten(-1, (-1, head_dim + padding))[..., :head_dim].flatten(2)
+
+
+class ContiguousBackward(torch.autograd.Function):
+    """Depth-wise convolution whose backward pass runs on contiguous memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        """See :func:`mmhrformer.ops.depthwise_conv`."""
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.has_bias = stride, bias is not None
+        with torch.autocast('cpu', enabled=False):
+            return reference.depthwise_conv(x, weight, bias, stride)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the map, of shape (B, C, H, W), the weight and the bias."""
+        x, weight = ctx.saved_tensors
+        C = len(weight)
+        # With one input channel both formats of the weight are the same memory under other
+        # strides, and torch goes by the strides.
+        weight = weight.reshape(-1).view(weight.shape)
+        options = ([ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], C)
+        wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+        grads = torch.ops.aten.convolution_backward(
+            grad.contiguous(), x.contiguous(), weight, [C], *options, wanted
+        )
+        if grads[0] is not None and not x.is_contiguous():
+            channels_last = grads[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            grads = channels_last, *grads[1:]
+        return *grads, None
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """See :func:`mmhrformer.ops.depthwise_conv`."""
+    if DEPTHWISE_BACKWARD_IS_CONTIGUOUS and needs_grad(x, weight, bias):
+        tensors = [x, weight, bias]
+        if dtype := autocast_dtype(x):
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        return ContiguousBackward.apply(*tensors, stride)
+    return reference.depthwise_conv(x, weight, bias, stride)
+
+
+def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """See :func:`mmhrformer.ops.conv_gelu`."""
+    # Autocast knows nothing of the kernel, which would go on in float32.
+    plain = x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype(x)
+    if ONEDNN_CONVOLUTION is None or plain:
+        return reference.conv_gelu(x, conv)
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
+    return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)

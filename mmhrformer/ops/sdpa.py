@@ -1,0 +1,30 @@
+"""Window attention by torch's fused attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sdpa(qkv: Tensor, bias: Tensor | None, scale: float, padding: int = 0) -> Tensor:
+    """:func:`mmhrformer.ops.window_attention` by ``scaled_dot_product_attention``.
+
+    Args:
+        qkv (Tensor): As there.
+        bias (Tensor, optional): As there.
+        scale (float): As there.
+        padding (int): Zeros to append to each query, key and value, for kernels that want other
+            head dims. Defaults to 0.
+
+    Returns:
+        Tensor: As there.
+    """
+    head_dim = int(qkv.shape[-1])
+    qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * nW, heads, N, head_dim)
+    if padding:
+        qkv = F.pad(qkv, (0, padding))
+    q, k, v = qkv.unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if padding:
+        out = out[..., :head_dim]
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,166 @@
+"""Every form of every function gives what the plain form gives, gradients included."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmhrformer import ops
+from mmhrformer.models.ffn import DepthwiseConv2d
+from mmhrformer.ops import cuda, reference
+
+FORMS = ['compiled', 'cpu', 'cuda']
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def run(form: str, function, *tensors: Tensor) -> list[Tensor]:
+    """The result, and the gradients of what requires one."""
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    with ops.use(form):
+        out = function(*tensors)
+    # The gradient that arrives has a memory format of its own.
+    weight = (
+        torch.linspace(-1, 1, out.numel(), dtype=out.dtype)
+        .view(out.shape[::-1])
+        .permute(*reversed(range(out.dim())))
+    )
+    grads = torch.autograd.grad((out * weight).sum(), leaves) if out.requires_grad else ()
+    return [out, *grads]
+
+
+def check(form: str, dtype: torch.dtype, function, *tensors: Tensor) -> None:
+    bound = DTYPES[dtype]
+    for ours, plain in zip(run(form, function, *tensors), run('reference', function, *tensors)):
+        assert ours.dtype == plain.dtype
+        scale = plain.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, plain / scale, atol=bound, rtol=bound)
+
+
+def make(*shape: int, dtype: torch.dtype, grad: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return tensor.requires_grad_(grad)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_window_attention(form, dtype, grad, monkeypatch):
+    monkeypatch.setattr(cuda, 'MAX_WINDOWS', 3)
+    for windows, side, heads, head_dim in (
+        (4, 1, 1, 8),
+        (4, 3, 2, 18),
+        (8, 2, 3, 39),
+        (2, 7, 1, 4),
+    ):
+        N = side * side
+        qkv = make(windows, N, 3, heads, head_dim, dtype=dtype, grad=grad)
+        for shape in (None, (1, heads, N, N), (windows, heads, N, N), (windows, 1, 1, N)):
+            bias = None if shape is None else make(*shape, dtype=dtype, grad=grad)
+            check(form, dtype, lambda q, b: ops.window_attention(q, b, 0.3), qkv, bias)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_depthwise_conv(form, dtype, grad):
+    for size in ((1, 3), (2, 7), (5, 4)):
+        for memory_format in FORMATS:
+            x = make(2, 6, *size, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
+            weight, bias = make(6, 1, 3, 3, dtype=dtype, grad=grad), make(6, dtype=dtype, grad=grad)
+            weight = weight.detach().to(memory_format=memory_format).requires_grad_(grad)
+            for stride in (1, 2):
+                tensors = x.requires_grad_(grad), weight, bias
+                check(form, dtype, lambda *args, s=stride: ops.depthwise_conv(*args, s), *tensors)
+                with ops.use(form):
+                    out = ops.depthwise_conv(*tensors, stride)
+                assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_norm_gelu_conv(form, dtype, memory_format):
+    torch.manual_seed(0)
+    for norm in (nn.BatchNorm2d(6), nn.BatchNorm2d(6).eval(), nn.GroupNorm(3, 6), nn.Identity()):
+        for conv in (nn.Conv2d(6, 4, 1), DepthwiseConv2d(6), None):
+            modules = nn.ModuleList(m for m in (norm, conv) if m is not None).to(dtype)
+            x = make(3, 6, 5, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
+            tensors = x.requires_grad_(), *modules.parameters()
+            check(form, dtype, lambda x, *_, n=norm, c=conv: ops.norm_gelu_conv(x, n, c), *tensors)
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_conv_gelu(form, dtype, grad, memory_format):
+    torch.manual_seed(0)
+    for conv in (nn.Conv2d(6, 4, 1), DepthwiseConv2d(6, bias=False), nn.Conv2d(6, 4, 3, stride=2)):
+        conv = conv.to(dtype).requires_grad_(grad)
+        x = make(3, 6, 5, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
+        x.requires_grad_(grad)
+        check(form, dtype, lambda x, *_, c=conv: ops.conv_gelu(x, c), x, *conv.parameters())
+
+
+@pytest.mark.parametrize('form', [*FORMS, 'reference'])
+def test_autocast_decides_about_the_data_type(form):
+    x = make(2, 6, 5, 4, dtype=torch.float32, grad=True)
+    conv = DepthwiseConv2d(6)
+    for function in (lambda: conv(x), lambda: ops.conv_gelu(x, conv)):
+        with ops.use(form), torch.autocast('cpu', torch.bfloat16):
+            out = function()
+        assert out.dtype == torch.bfloat16
+        (grad,) = torch.autograd.grad(out.float().sum(), conv.weight)
+        assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(('form', 'padding'), [('cpu', (0, 0, 1, 0)), ('cuda', (6, 0, 1, 4))])
+def test_zeros_that_are_appended_to_a_head(form, padding):
+    with ops.use(form):
+        backend = ops.backend(torch.zeros(1))
+    assert tuple(map(backend.head_padding, (18, 32, 39, 4))) == padding
+
+
+def test_gelu_is_right_whatever_the_memory_formats():
+    """torch 2.1's is not, on CPUs: contiguous input, gradient of another format."""
+    x = make(2, 6, 9, 7, dtype=torch.float32, grad=True)
+    arriving = make(2, 9, 7, 6, dtype=torch.float32, grad=False).permute(0, 3, 1, 2)
+    (ours,) = torch.autograd.grad(reference.gelu(x), x, arriving)
+    double = x.detach().double().requires_grad_()
+    (plain,) = torch.autograd.grad(torch.nn.functional.gelu(double), double, arriving.double())
+    torch.testing.assert_close(ours.double(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_is_used_where_operators_are_watched():
+    x = torch.zeros(1)
+    assert ops.backend(x).__name__ == 'mmhrformer.ops.cpu'
+    assert ops.backend(x.to('meta')) is reference
+    seen = []
+    torch.func.vmap(lambda z: (seen.append(ops.backend(z)), z)[1])(x)
+    torch.func.jvp(lambda z: (seen.append(ops.backend(z)), z)[1], (x,), (x,))
+    torch.jit.trace(lambda z: (seen.append(ops.backend(z)), z + 1)[1], x, check_trace=False)
+    assert set(seen) == {reference}
+
+
+def test_forms_can_be_forced(monkeypatch):
+    x = torch.zeros(1)
+    monkeypatch.setenv('MMHRFORMER_OPS', 'reference')
+    assert ops.backend(x) is reference
+    with ops.use('cuda'):
+        assert ops.backend(x) is cuda
+    monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
+    with pytest.raises(ValueError, match=r"'fast' is no form .*MMHRFORMER_OPS.* choose one of"):
+        ops.backend(x)
+    with pytest.raises(ValueError, match="'fast' is no form"), ops.use('fast'):
+        pass
+
+
+def test_forced_forms_end_with_their_block():
+    with contextlib.suppress(KeyError), ops.use('reference'):
+        raise KeyError
+    assert ops.backend(torch.zeros(1)).__name__ == 'mmhrformer.ops.cpu'
