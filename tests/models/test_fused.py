@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint
-from mmhrformer.models import HRFormerBlock, fused
+from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint, ops
+from mmhrformer.models import HRFormerBlock
 from mmhrformer.models.fused import FusedWindowAttention
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
@@ -110,13 +110,24 @@ def test_scales_near_zero_are_not_divided_by():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('grad', [False, True])
-def test_every_kernel_gives_the_same(grad, dtype, monkeypatch):
-    """With and without the CPU library's convolution that ends with a GELU."""
+def test_every_form_of_the_operators_gives_the_same(grad, dtype):
     model = fuse_for_inference(make_backbone()).to(dtype)
     x = golden.image((2, 3, 64, 96)).to(dtype).requires_grad_(grad)
     out = model(x)[0]
     if grad:
         (gradient,) = torch.autograd.grad(out.sum(), x)
         assert gradient.abs().sum() > 0
-    monkeypatch.setattr(fused, 'ONEDNN_CONVOLUTION', None)
-    torch.testing.assert_close(model(x)[0], out, atol=1e-5, rtol=1e-5)
+    for form in ('reference', 'cuda'):
+        with ops.use(form):
+            torch.testing.assert_close(model(x)[0], out, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_are_widened_for_the_device_they_are_folded_for():
+    arch = dict(TINY, channels=(18, 36, 36, 36), num_heads=(1, 2, 2, 2))
+    model = make_backbone(arch=arch)
+    for form, head_dim in (('cpu', 18), ('cuda', 24)):
+        with ops.use(form):
+            folded = fuse_for_inference(model)
+        heads = {m.head_dim for m in folded.modules() if isinstance(m, FusedWindowAttention)}
+        assert heads == {head_dim}
+        assert difference(model, folded, (97, 161)) < 1e-5
