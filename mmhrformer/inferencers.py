@@ -195,8 +195,16 @@ class Inferencer:
         Raises:
             ValueError: If the image cannot be read as the config says.
         """
+        loaded = self._load(picture)
         with DefaultScope.overwrite_default_scope(self.scope):
-            return [self.pipeline(start) for start in self._starts(self._load(picture), boxes)]
+            try:
+                return [self.pipeline(start) for start in self._starts(loaded, boxes)]
+            except TypeError as err:
+                depth = loaded['img'].dtype
+                raise ValueError(
+                    f'it is of {depth} ({err}). Set to_float32=True in the loading step of the '
+                    'test pipeline'
+                ) from err
 
     def _load(self, picture: Picture) -> dict:
         """What the loading step of the test pipeline hands on."""
