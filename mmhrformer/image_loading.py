@@ -152,7 +152,8 @@ class Loader:
                 f'inputs: an array; the test pipeline loads files by {self.step}, and what that '
                 'makes of arrays is not known. Give the paths of the images'
             )
-        because = '' if self.kind == 'colour' else f'; the test pipeline loads by {self.step}'
+        usual = self.kind == 'colour' and not self.step.to_float32
+        because = '' if usual else f'; the test pipeline loads by {self.step}'
         raise ValueError(
             f'inputs: an array of shape {pixels.shape} and type {pixels.dtype}; give '
             f'{WANTED[self.kind]}{because}'
