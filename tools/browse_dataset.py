@@ -64,8 +64,8 @@ def pipelines(dataset: dict) -> Iterator[list]:
     """The pipelines of a data set and of those that it wraps or joins."""
     if dataset.get('pipeline'):
         yield dataset['pipeline']
-    for inner in [dataset.get('dataset'), *dataset.get('datasets', [])]:
-        yield from pipelines(inner or {})
+    for inner in filter(None, [dataset.get('dataset'), *dataset.get('datasets', [])]):
+        yield from pipelines(inner)
 
 
 def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
