@@ -103,10 +103,13 @@ class Loader:
                 f'model: its test pipeline loads images with imdecode_backend={backend!r}, which '
                 f'is not installed: pip install {package}'
             )
-        if backend == 'tifffile' or self.step.color_type == 'unchanged':
-            self.kind = 'any'
+        flag = self.step.color_type  # a name, or a flag of OpenCV
+        if flag == cv2.IMREAD_GRAYSCALE or str(flag).startswith('grayscale'):
+            self.kind = 'grey'
         else:
-            self.kind = 'grey' if self.step.color_type.startswith('gray') else 'colour'
+            self.kind = 'colour' if flag == cv2.IMREAD_COLOR or 'color' in str(flag) else 'any'
+        if backend == 'tifffile':  # which knows no flags
+            self.kind = 'any'
 
     def read(self, file: Path | bytes) -> np.ndarray:
         """Read an image.
