@@ -174,10 +174,11 @@ class Inferencer:
                     result['visualization'].append(drawn)
                 if return_datasamples:
                     result['data_samples'].append(sample)
-        if all('error' in one for one in result['predictions']):
+        failed = [one for one in result['predictions'] if 'error' in one]
+        if failed and len(failed) == len(result['predictions']):
             raise ValueError(
-                f'inputs: none of the {len(media)} images could be read, from '
-                f'{prediction["input"]!r} on: {prediction["error"]}'
+                f'inputs: none of the {len(failed)} images could be read, from '
+                f'{failed[0]["input"]!r} on: {failed[0]["error"]}'
             )
         return dict(result, files=writer.files)
 
@@ -201,6 +202,8 @@ class Inferencer:
                 return [self.pipeline(start) for start in self._starts(loaded, boxes)]
             except TypeError as err:
                 depth = loaded['img'].dtype
+                if depth in (np.uint8, np.float32):
+                    raise
                 raise ValueError(
                     f'it is of {depth} ({err}). Set to_float32=True in the loading step of the '
                     'test pipeline'

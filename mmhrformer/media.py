@@ -504,7 +504,10 @@ class Writer:
         self._encoder.write(pixels)
 
     def _write_image(self, path: Path, pixels: np.ndarray) -> None:
-        _, content = cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        good, content = cv2.imencode(path.suffix, pixels, options)
+        if not good:  # a JPEG has at most 65,500 pixels on a side
+            path, content = path.with_suffix('.png'), cv2.imencode('.png', pixels)[1]
         self._write(path, content.tobytes())
 
     def _write_json(self, stem: str, content: dict | list) -> None:

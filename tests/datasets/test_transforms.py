@@ -8,6 +8,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
+from needs import needs
 from PIL import Image
 
 from mmhrformer import TRANSFORMS
@@ -189,6 +190,7 @@ class TestWhyALabelMapDoesNotFit:
         with pytest.raises(ValueError, match='height and width are exchanged'):
             RandomScaleAspect()(dict(sample, seg_fields=['gt_seg_map']))
 
+    @needs('mmseg')
     def test_what_the_stock_loader_makes_of_masks(self, tmp_path):
         """Colours as they are read; a palette as numbers, or as colours by another backend."""
         mask = Image.new('P', (40, 30))
