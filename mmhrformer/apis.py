@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -18,7 +20,7 @@ from .inferencers import (
     get_inferencer,
     inference,
 )
-from .launch import config_root, find_config, read_config
+from .launch import config_root, name_of, open_config
 from .models.compiled import compile_blocks
 from .models.fused import fuse_for_inference
 
@@ -38,7 +40,7 @@ __all__ = [
 
 
 def get_model(
-    name: str,
+    name: str | Path | Config,
     pretrained: bool | str | Path = False,
     device: str = 'cpu',
     cfg_options: dict | None = None,
@@ -46,8 +48,8 @@ def get_model(
     """Build the model of a config, in evaluation mode.
 
     Args:
-        name (str): Name of a model of the zoo (:func:`list_models`), or path of a config with an
-            HRFormer backbone.
+        name (str | Path | Config): Name of a model of the zoo (:func:`list_models`), path of a
+            config with an HRFormer backbone, or such a config.
         pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model
             (``False`` leaves random weights); or a checkpoint of any dialect: a path, or a name of
             the zoo such as ``NAME@official``. Defaults to False.
@@ -69,18 +71,17 @@ def get_model(
         >>> model(torch.rand(1, 3, 224, 224)).shape  # doctest: +SKIP
         torch.Size([1, 1000])
     """
-    path = find_config(str(name))
+    cfg = copy.deepcopy(open_config(name))
     if pretrained is True:
-        checkpoint = fetch(path.stem, whole=True)
+        checkpoint = fetch(name_of(cfg), whole=True)
     else:
         checkpoint = locate(pretrained) if pretrained else None
-    cfg = read_config(path)
     cfg.merge_from_dict(cfg_options or {})
     for option in ('default_scope', 'model'):
         if option not in cfg:
             raise ValueError(
-                f'name={str(name)!r}: that config has no {option}; give one that can be trained, '
-                'such as a name of mmhrformer.list_models()'
+                f'name={cfg.filename!r}: that config has no {option}; give one that can be '
+                'trained, such as a name of mmhrformer.list_models()'
             )
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

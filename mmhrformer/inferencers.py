@@ -7,6 +7,7 @@ batches, precision, progress, files, and plain results.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -25,6 +26,7 @@ from torch import nn
 from .checkpoints import fetch, read_zoo
 from .checkpoints.loading import locate
 from .dataset_meta import find_classes, make_palette
+from .image_loading import displayable, reason, split_pipeline
 from .inferencer_arguments import (
     check_box_array,
     check_device,
@@ -32,8 +34,8 @@ from .inferencer_arguments import (
     check_dtype,
     check_whole,
 )
-from .launch import PACKAGES, did_you_mean, find_config, read_config
-from .media import Picture, Writer, open_media
+from .launch import PACKAGES, did_you_mean, name_of, open_config
+from .media import Picture, Video, Writer, open_media
 from .models.fused import fuse_for_inference
 
 PERSON = 0  # the category of people in detectors trained on COCO
@@ -47,7 +49,7 @@ class Inferencer:
     """Finds what is in images and videos, and draws it. The base of the three tasks.
 
     Args:
-        model (str | Path): Name of a model of the zoo, or path of a config.
+        model (str | Path | Config): Name of a model of the zoo, path of a config, or a config.
         checkpoint (bool | str | Path): The weights, as ``pretrained`` of :func:`get_model`: True
             for the published ones, a file of any dialect, ``mmhrformer://NAME`` or a name of the
             zoo; False leaves random ones. Defaults to True.
@@ -71,7 +73,7 @@ class Inferencer:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Config,
         checkpoint: bool | str | Path = True,
         device: str | None = None,
         dtype: str = 'float32',
@@ -84,11 +86,13 @@ class Inferencer:
         self.device = check_device(device)
         self.autocast = check_dtype(dtype, self.device)
         self.show_progress = show_progress
-        check_scope(model, self.scope)
-        weights = find_weights(model, checkpoint)
-        built = get_model(str(model), weights or False, cfg_options=cfg_options)
+        config = open_config(model)
+        check_scope(config, self.scope)
+        weights = find_weights(config, checkpoint)
+        built = get_model(config, weights or False, cfg_options=cfg_options)
         self.cfg = prepare_config(built.cfg)
         with DefaultScope.overwrite_default_scope(self.scope):
+            self.loader, self.pipeline = split_pipeline(self.cfg.test_dataloader.dataset.pipeline)
             self.dataset_meta = self._dataset_meta(weights)
             built = fuse_for_inference(built) if fuse else built
             self.stock = self._stock_inferencer(built.to(self.device))
@@ -111,8 +115,9 @@ class Inferencer:
         """Find what is in images or a video.
 
         Args:
-            inputs (str | Path | np.ndarray | Sequence): An image: path, address (http, https) or
-                array (H, W, 3) uint8 in BGR; a list of these; a folder; a video: path or address.
+            inputs (str | Path | np.ndarray | Sequence): An image: path, address (http, https), or
+                array as the loading step of the config's test pipeline gives it, usually (H, W, 3)
+                uint8 in BGR; a list of these; a folder; a video: path, address or stream.
             batch_size (int): Images, for pose people, to compute at a time. Defaults to 1.
             boxes (np.ndarray | Sequence, optional): For pose, the people: (N, 4) of left, top,
                 right, bottom in pixels, for every image, or a list of such, one for each image.
@@ -131,8 +136,9 @@ class Inferencer:
         Returns:
             dict: ``predictions``: a dict of plain Python for each image or frame, ready for JSON;
             ``visualization`` and ``data_samples``: lists, empty unless asked for; ``files``: what
-            was written. Of an image that could not be read, among others, the prediction is
-            ``dict(input=..., error=...)``, its data sample and picture are None.
+            was written. Of an image that could not be read or computed, among others, the
+            prediction is ``dict(input=..., error=...)``, its data sample and picture are None; a
+            warning names it.
 
         Raises:
             FileNotFoundError: If there is no such file, or no image in the folder.
@@ -140,26 +146,40 @@ class Inferencer:
             ValueError: If an argument is not possible, or nothing can be read.
         """
         media = open_media(inputs)
+        pictures = media.pictures(self.loader)
         check_whole('batch_size', batch_size, 1)
         check_whole('min_side', min_side, 0)
         check_draw_options(draw, self.draw_options)
         boxes = self._check_boxes(boxes, media)
         result = dict(predictions=[], visualization=[], data_samples=[])
         with Writer(out_dir, media) as writer:
-            for picture, sample in self._predict(media, batch_size, boxes):
+            total = ceil(len(media) / batch_size)
+            for picture, sample in self._predict(pictures, batch_size, total, boxes):
                 prediction, drawn = dict(input=picture.name), None
-                if sample is None:
-                    prediction['error'] = picture.error
-                else:
+                try:
+                    if isinstance(sample, Exception):
+                        raise sample
                     prediction.update(self._to_plain(sample))
                     if return_vis or out_dir is not None:
                         drawn = self._draw(*self._enlarge(picture.pixels, sample, min_side), draw)
+                except Exception as err:  # whatever a single image lets happen
+                    if isinstance(media, Video) or len(media) == 1:
+                        kind = ValueError if isinstance(err, ValueError) else RuntimeError
+                        raise kind(f'inputs: {picture.name}: {reason(err)}') from err
+                    warnings.warn(f'{picture.name}: {reason(err)}; left out', stacklevel=2)
+                    prediction, sample = dict(input=picture.name, error=reason(err)), None
                 writer.add(picture, prediction, drawn, self._labels(sample))
                 result['predictions'].append(prediction)
                 if return_vis:
                     result['visualization'].append(drawn)
                 if return_datasamples:
                     result['data_samples'].append(sample)
+        failed = [one for one in result['predictions'] if 'error' in one]
+        if failed and len(failed) == len(result['predictions']):
+            raise ValueError(
+                f'inputs: none of the {len(failed)} images could be read, from '
+                f'{failed[0]["input"]!r} on: {failed[0]["error"]}'
+            )
         return dict(result, files=writer.files)
 
     def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
@@ -170,10 +190,37 @@ class Inferencer:
             boxes (np.ndarray, optional): (N, 4) boxes of people, for pose.
 
         Returns:
-            list[dict]: ``inputs``, a (3, H, W) uint8 tensor in BGR, and ``data_samples``: one for
-            the image or, for pose, one for each person.
+            list[dict]: ``inputs``, a (C, H, W) tensor, usually uint8 in BGR, and ``data_samples``:
+            one for the image or, for pose, one for each person.
+
+        Raises:
+            ValueError: If the image cannot be read as the config says.
         """
-        raise NotImplementedError
+        loaded = self._load(picture)
+        with DefaultScope.overwrite_default_scope(self.scope):
+            try:
+                return [self.pipeline(start) for start in self._starts(loaded, boxes)]
+            except TypeError as err:
+                depth = loaded['img'].dtype
+                if depth in (np.uint8, np.float32):
+                    raise
+                raise ValueError(
+                    f'it is of {depth} ({err}). Set to_float32=True in the loading step of the '
+                    'test pipeline'
+                ) from err
+
+    def _load(self, picture: Picture) -> dict:
+        """What the loading step of the test pipeline hands on."""
+        picture = picture.loaded_by(self.loader)
+        if picture.error:
+            raise ValueError(picture.error)
+        size = picture.pixels.shape[:2]
+        path = picture.file if isinstance(picture.file, Path) else f'{picture.stem}.jpg'
+        return dict(img=picture.pixels, img_path=str(path), img_shape=size, ori_shape=size)
+
+    def _starts(self, loaded: dict, boxes: np.ndarray | None) -> list[dict]:
+        """What the rest of the pipeline begins with."""
+        return [loaded]
 
     @torch.no_grad()
     def forward(self, items: Sequence[dict]) -> list:
@@ -189,26 +236,34 @@ class Inferencer:
             samples = self.model.test_step(self._collate(list(items)))
         return [sample.cpu() for sample in samples]
 
-    def _predict(self, media: Any, batch_size: int, boxes: Callable) -> Iterator[tuple]:
-        """Give each image and its data sample, None if it could not be read."""
-        pictures, number = iter(media), 0
+    def _predict(
+        self, pictures: Iterator[Picture], batch_size: int, total: int, boxes: Callable
+    ) -> Iterator[tuple]:
+        """Give each image and its data sample, or the error that it has met with."""
+        number = 0
         batches = iter(lambda: list(islice(pictures, batch_size)), [])
-        total = ceil(len(media) / batch_size)
         hidden = not self.show_progress or total < 2
         for batch in track(batches, 'Inference', total=total, disable=hidden):
-            items, owners = [], []
+            items, owners, errors = [], [], {}
             for i, picture in enumerate(batch):
-                if picture.pixels is not None:
+                try:
                     own = self.prepare(picture, boxes(number + i))
                     items, owners = items + own, owners + [i] * len(own)
-            samples = self._run(items, [batch[i] for i in owners], batch_size)
+                except Exception as err:  # whatever a single image lets happen
+                    errors[i] = err
+            samples = self._run(items, batch_size)
             for i, picture in enumerate(batch):
                 mine = [sample for sample, owner in zip(samples, owners) if owner == i]
-                yield picture, self._merge(picture, mine) if picture.pixels is not None else None
+                failed = [one for one in [errors.get(i), *mine] if isinstance(one, Exception)]
+                yield picture, failed[0] if failed else self._merge(picture, mine)
             number += len(batch)
 
-    def _run(self, items: Sequence[dict], pictures: Sequence[Picture], batch_size: int) -> list:
-        """Run the model in batches of one size each; images of a folder may differ."""
+    def _run(self, items: Sequence[dict], batch_size: int) -> list:
+        """Run the model in batches of one size each; images of a folder may differ.
+
+        Returns:
+            list: The data sample of each item, or the error of its batch.
+        """
         groups = defaultdict(list)
         for i, item in enumerate(items):
             groups[self._size(item)].append(i)
@@ -218,10 +273,8 @@ class Inferencer:
                 part = group[start : start + batch_size]
                 try:
                     found = self.forward([items[i] for i in part])
-                except (RuntimeError, ValueError) as err:
-                    names = ', '.join(dict.fromkeys(pictures[i].name for i in part))
-                    kind = ValueError if isinstance(err, ValueError) else RuntimeError
-                    raise kind(f'inputs: {names}: {err}') from err
+                except Exception as err:
+                    found = [err] * len(part)
                 for i, sample in zip(part, found):
                     samples[i] = sample
         return samples
@@ -241,6 +294,13 @@ class Inferencer:
             return type(features)(feature.float() for feature in features)
 
         self.model.extract_feat = extract_feat
+
+    def _with_model(self, stock: type, model: nn.Module, **kwargs: Any) -> Any:
+        """Build a stock inferencer around the model and pipeline that are built already."""
+        parts = dict(
+            _init_model=lambda stock, *args: model, _init_pipeline=lambda stock, cfg: self.pipeline
+        )
+        return type(stock.__name__, (stock,), parts)(self.cfg, **kwargs)
 
     def _check_boxes(self, boxes: object, media: Sequence) -> Callable[[int], np.ndarray | None]:
         if boxes is not None:
@@ -265,7 +325,7 @@ class Inferencer:
     def _enlarge(self, pixels: np.ndarray, sample: Any, min_side: int) -> tuple:
         """The picture (RGB) and its data sample, enlarged if they are small."""
         factor = max(1, ceil(min_side / min(pixels.shape[:2])))
-        rgb = np.ascontiguousarray(pixels[..., ::-1])
+        rgb = np.ascontiguousarray(displayable(pixels)[..., ::-1])
         if factor == 1:
             return rgb, sample
         rgb = cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
@@ -302,12 +362,6 @@ class ClsInferencer(Inferencer):
         )
         stock.visualizer = UniversalVisualizer()
         return stock
-
-    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
-        """See :meth:`Inferencer.prepare`."""
-        size = picture.pixels.shape[:2]
-        with DefaultScope.overwrite_default_scope(self.scope):
-            return [self.stock.pipeline(dict(img=picture.pixels, img_shape=size, ori_shape=size))]
 
     def _collate(self, items: list[dict]) -> dict:
         from mmengine.dataset import default_collate  # as the stock inferencer does
@@ -356,12 +410,7 @@ class SegInferencer(Inferencer):
 
         model.dataset_meta = self.dataset_meta
         self.cfg.setdefault('visualizer', dict(type='SegLocalVisualizer'))
-        return with_model(MMSegInferencer, model, self.cfg, device='cpu', **self.dataset_meta)
-
-    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
-        """See :meth:`Inferencer.prepare`."""
-        with DefaultScope.overwrite_default_scope(self.scope):
-            return [self.stock.pipeline(picture.pixels)]
+        return self._with_model(MMSegInferencer, model, device='cpu', **self.dataset_meta)
 
     def _size(self, item: dict) -> tuple:
         # Logits of a batch are brought to one original size.
@@ -481,27 +530,24 @@ class PoseInferencer(Inferencer):
         self.cfg.data_mode = 'topdown'
         self.cfg.dataset_type = self.cfg.test_dataloader.dataset.type
         self.cfg.setdefault('visualizer', dict(type='PoseLocalVisualizer'))
-        return with_model(Pose2DInferencer, model, self.cfg, det_model='whole_image')
+        return self._with_model(Pose2DInferencer, model, det_model='whole_image')
 
-    def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
-        """See :meth:`Inferencer.prepare`."""
-        image, scores = picture.pixels, None
+    def _starts(self, loaded: dict, boxes: np.ndarray | None) -> list[dict]:
+        image, scores = loaded['img'], None
         if boxes is None and self.detector is not None:
             boxes, scores = self._detect(image)
         elif boxes is None:
             boxes = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
         scores = np.ones(len(boxes), np.float32) if scores is None else scores
-        start = dict(img=image, img_path=f'{picture.stem}.jpg', **self.dataset_meta)
-        with DefaultScope.overwrite_default_scope(self.scope):
-            return [
-                self.stock.pipeline(dict(start, bbox=box[None], bbox_score=score[None]))
-                for box, score in zip(boxes, scores)
-            ]
+        start = dict(loaded, **self.dataset_meta)
+        return [
+            dict(start, bbox=box[None], bbox_score=score[None]) for box, score in zip(boxes, scores)
+        ]
 
     def _detect(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes of people and their scores."""
         with DefaultScope.overwrite_default_scope('mmdet'):
-            (sample,) = self.detector(image, return_datasamples=True)['predictions']
+            (sample,) = self.detector(displayable(image), return_datasamples=True)['predictions']
         found = sample.pred_instances.cpu().numpy()
         kept = (found.labels == PERSON) & (found.scores >= self.detector_threshold)
         return found.bboxes[kept], found.scores[kept]
@@ -562,7 +608,7 @@ TASKS = dict(cls=ClsInferencer, pose=PoseInferencer, seg=SegInferencer)
 
 
 def get_inferencer(
-    model: str | Path,
+    model: str | Path | Config,
     checkpoint: bool | str | Path = True,
     task: str | None = None,
     **kwargs: Any,
@@ -570,7 +616,8 @@ def get_inferencer(
     """Build what looks at images with a model.
 
     Args:
-        model (str | Path): Name of a model of the zoo (:func:`list_models`), or path of a config.
+        model (str | Path | Config): Name of a model of the zoo (:func:`list_models`), path of a
+            config, or a config.
         checkpoint (bool | str | Path): The weights: True for the published ones, a file of any
             dialect, ``mmhrformer://NAME`` or a name of the zoo; False leaves random ones.
             Defaults to True.
@@ -598,13 +645,14 @@ def get_inferencer(
     if task is not None and task not in TASKS:
         hint = did_you_mean(str(task), TASKS)
         raise ValueError(f'task={task!r}: choose one of {list(TASKS)}. {hint}'.rstrip())
-    scope = check_scope(model, TASKS[task].scope if task else None)
+    config = open_config(model)
+    scope = check_scope(config, TASKS[task].scope if task else None)
     kind = next(kind for kind in TASKS.values() if kind.scope == scope)
-    return kind(model, checkpoint, **kwargs)
+    return kind(config, checkpoint, **kwargs)
 
 
 def inference(
-    model: str | Path,
+    model: str | Path | Config,
     inputs: object,
     checkpoint: bool | str | Path = True,
     **kwargs: Any,
@@ -612,9 +660,8 @@ def inference(
     """Find what is in images or a video with a model, in one line.
 
     Args:
-        model (str | Path): As in :func:`get_inferencer`.
-        inputs (str | Path | np.ndarray | Sequence): An image: path, address (http, https) or array
-            (H, W, 3) uint8 in BGR; a list of these; a folder; a video: path or address.
+        model (str | Path | Config): As in :func:`get_inferencer`.
+        inputs (str | Path | np.ndarray | Sequence): As in :meth:`Inferencer.__call__`.
         checkpoint (bool | str | Path): As in :func:`get_inferencer`. Defaults to True.
         **kwargs: Arguments of :func:`get_inferencer`, and of the call: ``batch_size``, ``boxes``,
             ``out_dir``, ``return_vis``, ``return_datasamples``, ``min_side`` and options of
@@ -641,34 +688,34 @@ def inference(
     return get_inferencer(model, checkpoint, **options)(media, **kwargs)
 
 
-def check_scope(model: str | Path, wanted: str | None) -> str:
+def check_scope(cfg: Config, wanted: str | None) -> str:
     """Return the ``default_scope`` of a config; refuse one of another task than wanted."""
-    scope = read_config(find_config(str(model))).get('default_scope')
+    scope, model = cfg.get('default_scope'), cfg.filename
     tasks = {kind.scope: task for task, kind in TASKS.items()}
     if scope not in tasks:
         raise ValueError(
-            f'model={str(model)!r}: its default_scope is {scope!r}; give a config of one of '
+            f'model={model!r}: its default_scope is {scope!r}; give a config of one of '
             f'{list(PACKAGES)}'
         )
     if wanted is not None and scope != wanted:
         raise ValueError(
-            f'model={str(model)!r} is for task={tasks[scope]!r}, not {tasks[wanted]!r}: give that '
+            f'model={model!r} is for task={tasks[scope]!r}, not {tasks[wanted]!r}: give that '
             'task, or another model'
         )
     return scope
 
 
-def find_weights(model: str | Path, checkpoint: bool | str | Path) -> Path | None:
+def find_weights(cfg: Config, checkpoint: bool | str | Path) -> Path | None:
     """Find the file of the weights; None for random ones."""
     if checkpoint is False:
         return None
     if checkpoint is not True:
         return locate(checkpoint)
-    name = find_config(str(model)).stem
+    name = name_of(cfg)
     if name not in read_zoo():
         raise ValueError(
-            f'checkpoint=True: {str(model)!r} is no model of the zoo, nobody published weights for '
-            'it; give the path of your checkpoint'
+            f'checkpoint=True: {cfg.filename!r} is no model of the zoo, nobody published weights '
+            'for it; give the path of your checkpoint'
         )
     return fetch(name, whole=True)
 
@@ -688,12 +735,6 @@ def prepare_config(cfg: Config) -> Config:
     if cfg.get('visualizer'):
         cfg.visualizer.vis_backends = None  # files are written here
     return cfg
-
-
-def with_model(stock: type, model: nn.Module, cfg: Config, **kwargs: Any) -> Any:
-    """Build a stock inferencer around a model that is built and loaded already."""
-    own = type(stock.__name__, (stock,), dict(_init_model=lambda self, *args: model))
-    return own(cfg, **kwargs)
 
 
 def build_detector(detector: bool | str, weights: str | None, device: torch.device) -> Any:

@@ -100,6 +100,27 @@ def read_config(path: str | Path) -> Config:
         ) from err
 
 
+def open_config(model: str | Path | Config) -> Config:
+    """Find and read the config of a model, once.
+
+    Args:
+        model (str | Path | Config): As :func:`find_config`, or a config that is read already.
+
+    Returns:
+        Config: What it says, or the given one.
+
+    Raises:
+        FileNotFoundError: If there is none; the message proposes similar names.
+        ValueError: If it cannot be read.
+    """
+    return model if isinstance(model, Config) else read_config(find_config(str(model)))
+
+
+def name_of(cfg: Config) -> str:
+    """Name of a config: that of its file without folder and suffix, empty if it has none."""
+    return Path(cfg.filename or '').stem
+
+
 def stock_tool(scope: str, tool: str) -> Path:
     """Find a script of a framework.
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
 import mimetypes
+import os
+import re
 import shutil
 import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import cv2
-import mmcv
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from .files import write_atomically
+from .image_loading import Loader, check_file, is_image, reason
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 TIMEOUT = 30  # seconds that a server may be silent
 FALLBACK_FPS = 25.0  # for a video that does not tell
 JPEG_QUALITY = 95
+STREAM = re.compile('(rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://', re.IGNORECASE)
+PLAIN = Loader()
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,40 @@ class Picture:
     Attributes:
         name (str): What it is called in messages and predictions.
         stem (str): Beginning of the names of files that are written about it.
-        pixels (np.ndarray, optional): (H, W, 3) uint8, BGR.
+        pixels (np.ndarray, optional): The image as ``loader`` gives it; (H, W, 3) uint8, BGR,
+            unless the loader is another one.
         error (str): Why it could not be read, else empty.
+        file (Path | bytes, optional): The file that it is from, or what is in that.
+        loader (Loader, optional): What has made the pixels.
     """
 
     name: str
     stem: str
     pixels: np.ndarray | None
     error: str = ''
+    file: Path | bytes | None = field(default=None, repr=False)
+    loader: Loader | None = field(default=None, repr=False)
+
+    def loaded_by(self, loader: Loader) -> Picture:
+        """The same picture, with the pixels that a loader gives.
+
+        Args:
+            loader (Loader): The loader.
+
+        Returns:
+            Picture: With an error if the loader cannot read the file.
+
+        Raises:
+            ValueError: If it is an array that the loader gives of no file.
+        """
+        if self.error or self.loader is loader:
+            return self
+        if self.file is None:
+            return replace(self, pixels=loader.take(self.pixels), loader=loader)
+        try:
+            return replace(self, pixels=loader.read(self.file), loader=loader)
+        except ValueError as err:
+            return replace(self, pixels=None, error=str(err))
 
 
 def is_url(text: object) -> bool:
@@ -82,62 +110,26 @@ def download(url: str) -> tuple[bytes, str]:
     return content, suffix
 
 
-def decode(content: bytes) -> np.ndarray:
-    """Decode an image as the loading transforms of the frameworks do.
-
-    Args:
-        content (bytes): What is in the file.
-
-    Returns:
-        np.ndarray: (H, W, 3) uint8, BGR.
-
-    Raises:
-        ValueError: If it is no image, or a damaged one.
-    """
-    try:
-        # OpenCV fills what is missing of a file that was cut off with grey; Pillow tells.
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except UnidentifiedImageError:
-        pass  # a format that only OpenCV knows, or none
-    except (OSError, SyntaxError, ValueError) as err:
-        raise ValueError(f'it is damaged ({err})') from err
-    pixels = mmcv.imfrombytes(content, flag='color') if content else None
-    if pixels is None:
-        raise ValueError('it is no image' if content else 'it is empty')
-    return pixels
-
-
-def check_array(pixels: np.ndarray) -> np.ndarray:
-    """Return an array that is an image; raise a ValueError for any other."""
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
-        raise ValueError(
-            f'inputs: an array of shape {pixels.shape} and type {pixels.dtype}; give '
-            '(height, width, 3) uint8 in the order blue, green, red, as cv2.imread returns it'
-        )
-    return pixels
-
-
 class Images:
     """One or several images, read one by one when it is their turn.
 
     An image that cannot be read is an error if it is alone. Among others it must not spoil the
-    work: it comes as a :class:`Picture` with the error, and a warning names it.
+    work: it comes as a :class:`Picture` with the error.
 
     Args:
-        sources (Sequence): Paths, addresses, arrays, and pictures that are read already.
+        sources (Sequence): Paths, addresses, arrays, and pictures.
 
     Raises:
         FileNotFoundError: If files do not exist; all of them are named.
         TypeError: If a source is none of these.
-        ValueError: If an array is no image, or the only image cannot be read.
+        ValueError: If the only image is no image, or a damaged one.
     """
 
     def __init__(self, sources: Sequence[str | Path | np.ndarray | Picture]) -> None:
         self.sources = list(sources)
         self._check()
         self.stems = unique([self._stem(i) for i in range(len(self))])
-        self._only = self._read(0) if len(self) == 1 else None
+        self._only = self._open(0) if len(self) == 1 else None
         if self._only and self._only.error:
             raise ValueError(
                 f'inputs={self._only.name!r}: {self._only.error}. Give an image or a video'
@@ -147,33 +139,40 @@ class Images:
         return len(self.sources)
 
     def __iter__(self) -> Iterator[Picture]:
-        if self._only:
-            yield self._only
-            return
-        failed = 0
+        return self.pictures(PLAIN)
+
+    def pictures(self, loader: Loader) -> Iterator[Picture]:
+        """Read the images.
+
+        Args:
+            loader (Loader): How.
+
+        Returns:
+            Iterator[Picture]: The images, or what is wrong with them.
+
+        Raises:
+            ValueError: If an array is not what the loader gives.
+        """
+        for source in self.sources:
+            if isinstance(source, np.ndarray):
+                loader.take(source)
+        return self._pictures(loader)
+
+    def _pictures(self, loader: Loader) -> Iterator[Picture]:
         for i in range(len(self)):
-            picture = self._read(i)
-            if picture.error:
-                failed += 1
-                warnings.warn(f'{picture.name}: {picture.error}; left out', stacklevel=2)
-            yield picture
-        if failed == len(self):
-            raise ValueError(
-                f'inputs: none of the {failed} images could be read, from {self._name(0)!r} on. '
-                'Check the files'
-            )
+            yield (self._only or self._open(i)).loaded_by(loader)
 
     def _check(self) -> None:
         for source in self.sources:
-            if isinstance(source, np.ndarray):
-                check_array(source)
-            elif not isinstance(source, (str, Path, Picture)):
+            if not isinstance(source, (str, Path, Picture, np.ndarray)):
                 raise TypeError(
                     f'inputs: got {type(source).__name__}; give a path, an address (http, https), '
                     'an array, a list of these, a folder or a video'
                 )
         paths = [s for s in self.sources if isinstance(s, (str, Path)) and not is_url(s)]
-        missing = [str(path) for path in paths if not Path(path).is_file()]
+        # Among others, what is there and cannot be read must not spoil the work.
+        there = os.path.lexists if len(self) > 1 else os.path.isfile
+        missing = [str(path) for path in paths if not there(path)]
         if missing:
             raise FileNotFoundError(
                 f'inputs: no such file (from {Path.cwd()}): {", ".join(missing[:10])}'
@@ -193,24 +192,28 @@ class Images:
             return f'{i:06d}' if isinstance(source, np.ndarray) else source.stem
         return stem_of(source) or f'{i:06d}'
 
-    def _read(self, i: int) -> Picture:
+    def _open(self, i: int) -> Picture:
+        """Find out whether it is an image; it is not decoded yet."""
         source, name = self.sources[i], self._name(i)
-        if isinstance(source, Picture):
-            return source
         if isinstance(source, np.ndarray):
             return Picture(name, self.stems[i], source)
+        picture = source if isinstance(source, Picture) else Picture(name, self.stems[i], None)
         try:
-            content = download(source)[0] if is_url(source) else Path(source).read_bytes()
-            return Picture(name, self.stems[i], decode(content))
-        except (OSError, ValueError) as err:
-            return Picture(name, self.stems[i], None, str(err))
+            if not isinstance(source, Picture):
+                file = download(source)[0] if is_url(source) else Path(source)
+                picture = replace(picture, file=file)
+            if picture.pixels is None and picture.file is not None:
+                check_file(picture.file)
+            return picture
+        except Exception as err:  # whatever a single file lets happen
+            return replace(picture, error=reason(err))
 
 
 class Video:
     """A video, read frame by frame.
 
     Args:
-        path (str | Path): The file.
+        path (str | Path): The file, or the address of a stream such as ``'rtsp://...'``.
         name (str, optional): What it is called in messages and predictions.
             Defaults to None: the path.
 
@@ -220,16 +223,17 @@ class Video:
     """
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path, self.name = Path(path), name or str(path)
-        if not self.path.is_file():
+        self.path, self.name = str(path), name or str(path)
+        if not STREAM.match(self.path) and not Path(path).is_file():
             raise FileNotFoundError(
                 f'inputs={self.name!r}: no such file (from {Path.cwd()}). Check the path'
             )
         self.stem = stem_of(self.name) or 'video'
-        reader = mmcv.VideoReader(str(self.path))
-        self.fps = reader.fps if reader.fps and reader.fps > 0 else FALLBACK_FPS
-        self._length = max(int(reader.frame_cnt), 1)  # some files tell nothing
-        if reader.read() is None:
+        reader = cv2.VideoCapture(self.path)
+        fps, count = reader.get(cv2.CAP_PROP_FPS), reader.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.fps = fps if fps > 0 else FALLBACK_FPS
+        self._length = max(int(count), 1)  # some files and all streams tell nothing
+        if not reader.read()[0]:
             raise ValueError(
                 f'inputs={self.name!r}: no frame of the video can be read. Play it to see whether '
                 'it is whole, or convert it: ffmpeg -i FILE -pix_fmt yuv420p NEW.mp4'
@@ -253,11 +257,32 @@ class Video:
         return self._length
 
     def __iter__(self) -> Iterator[Picture]:
-        reader = mmcv.VideoReader(str(self.path))
+        return self.pictures(PLAIN)
+
+    def pictures(self, loader: Loader) -> Iterator[Picture]:
+        """Read the frames.
+
+        Args:
+            loader (Loader): How images are read; frames are brought into the same form.
+
+        Yields:
+            Picture: A frame.
+
+        Raises:
+            ValueError: If the loader knows files only.
+        """
+        reader = cv2.VideoCapture(self.path)
         number = 0
-        while (pixels := reader.read()) is not None:
-            yield Picture(f'{self.name}, frame {number}', f'{self.stem}_{number:06d}', pixels)
+        while (frame := reader.read())[0]:
+            name, stem = f'{self.name}, frame {number}', f'{self.stem}_{number:06d}'
+            yield Picture(name, stem, loader.frame(frame[1]), loader=loader)
             number += 1
+        if number < 0.9 * self._length:  # what a file tells of its length is not exact
+            warnings.warn(
+                f'{self.name}: only {number} of {self._length} frames could be read; play it to '
+                'see whether it is whole',
+                stacklevel=2,
+            )
 
 
 def stem_of(source: str | Path) -> str:
@@ -294,9 +319,10 @@ def open_media(inputs: object) -> Images | Video:
     """Find out what was given to look at, and check what can be checked in no time.
 
     Args:
-        inputs (str | Path | np.ndarray | Sequence): An image: path, address or array (H, W, 3)
-            uint8 in BGR; a list of these; a folder, whose images are taken in order of their names;
-            a video: path or address.
+        inputs (str | Path | np.ndarray | Sequence): An image: path, address, or array as the
+            :class:`Loader` that it is for gives it, usually (H, W, 3) uint8 in BGR; a list of
+            these; a folder, whose images are taken in order of their names; a video: path, address
+            or stream (``'rtsp://...'``).
 
     Returns:
         Images | Video: What gives a :class:`Picture` after the other.
@@ -316,36 +342,80 @@ def open_media(inputs: object) -> Images | Video:
     if isinstance(inputs, (list, tuple)):
         if not inputs:
             raise ValueError('inputs=[]: the list is empty; give at least one image')
-        videos = [s for s in inputs if isinstance(s, (str, Path)) and _is_video(s)]
+        videos = [s for s in inputs if isinstance(s, (str, Path)) and _is_called_video(s)]
         if videos:
             raise ValueError(f'inputs: {str(videos[0])!r} is a video; give a video by itself')
         return Images(inputs)
     if is_url(inputs):
-        content, suffix = download(inputs)
-        if suffix in VIDEO_SUFFIXES:
-            return Video.from_bytes(content, suffix, inputs)
-        try:
-            return Images([Picture(inputs, stem_of(inputs) or 'image', decode(content))])
-        except ValueError as err:
-            raise ValueError(f'inputs={inputs!r}: {err}. Give an image or a video') from err
-    if isinstance(inputs, (str, Path)) and Path(inputs).is_dir():
+        return _from_web(inputs)
+    if not isinstance(inputs, (str, Path)):
+        return Images([inputs])
+    if Path(inputs).is_dir():
         return Images(_images_in(Path(inputs)))
-    if isinstance(inputs, (str, Path)) and _is_video(inputs):
+    if re.fullmatch(r'webcam(:\d+)?', str(inputs)) and not Path(inputs).exists():
+        raise ValueError(
+            f'inputs={inputs!r}: cameras are not read. Record a video and give its path: '
+            'ffmpeg -f v4l2 -i /dev/video0 -t 60 NEW.mp4'
+        )
+    if STREAM.match(str(inputs)) or _is_video(Path(inputs)):
         return Video(inputs)
     return Images([inputs])
 
 
-def _is_video(path: str | Path) -> bool:
-    name = urlsplit(path).path if is_url(path) else str(path)
-    return Path(name).suffix.lower() in VIDEO_SUFFIXES
+def _from_web(url: str) -> Images | Video:
+    """What is at an address: an image if it looks like one, whatever its name says."""
+    content, suffix = download(url)
+    with tempfile.TemporaryDirectory(prefix='mmhrformer-') as folder:
+        path = Path(folder, f'file{suffix}')
+        path.write_bytes(content)
+        video = _is_video(path)
+    if video:
+        return Video.from_bytes(content, suffix, url)
+    return Images([Picture(url, stem_of(url) or 'image', None, file=content)])
+
+
+def _is_called_video(path: str | Path) -> bool:
+    """Whether something has the name of a video, and is no image under a wrong name."""
+    name = Path(urlsplit(path).path if is_url(path) else path).name
+    kind = mimetypes.guess_type(name)[0] or ''
+    called = Path(name).suffix.lower() in VIDEO_SUFFIXES or kind.startswith('video/')
+    return called and not (os.path.isfile(path) and is_image(Path(path)))
+
+
+def _is_video(path: Path) -> bool:
+    """Whether a file is a video by its name, or because OpenCV finds frames in it."""
+    if _is_called_video(path):
+        return True
+    if not path.is_file():
+        return False
+    with path.open('rb') as file:
+        head = file.read(4096)
+    # FFmpeg takes a text for a film of a terminal; files of videos have zeros.
+    if not head.startswith((b'GIF87a', b'GIF89a')) and (b'\0' not in head or is_image(path)):
+        return False
+    return cv2.VideoCapture(str(path)).read()[0]
 
 
 def _images_in(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The files of a folder that have the name of an image, or are one by their content."""
+    files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    paths = [
+        path
+        for path in files
+        if path.suffix.lower() in IMAGE_SUFFIXES or (path.is_file() and is_image(path))
+    ]
     if not paths:
         raise FileNotFoundError(
-            f'inputs={str(folder)!r}: no image in that folder ({", ".join(IMAGE_SUFFIXES)}); '
-            'folders inside it are not searched. Give the folder with the images'
+            f'inputs={str(folder)!r}: no image in that folder ({", ".join(IMAGE_SUFFIXES)}, or '
+            'other files with the content of one); folders inside it are not searched. Give the '
+            'folder with the images'
+        )
+    videos = [path.name for path in files if path not in set(paths) and _is_called_video(path)]
+    if videos:
+        warnings.warn(
+            f'{folder}: only the images are looked at; give each video by itself: '
+            + ', '.join(videos[:10]),
+            stacklevel=2,
         )
     return paths
 
@@ -434,7 +504,10 @@ class Writer:
         self._encoder.write(pixels)
 
     def _write_image(self, path: Path, pixels: np.ndarray) -> None:
-        _, content = cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        good, content = cv2.imencode(path.suffix, pixels, options)
+        if not good:  # a JPEG has at most 65,500 pixels on a side
+            path, content = path.with_suffix('.png'), cv2.imencode('.png', pixels)[1]
         self._write(path, content.tobytes())
 
     def _write_json(self, stem: str, content: dict | list) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from .image_loading import displayable
 from .inferencers import Inferencer
 from .launch import did_you_mean
 from .media import Picture
@@ -97,7 +98,7 @@ def first_input(
     items = inferencer.prepare(image, boxes)
     if not items:
         raise ValueError(f'inputs={image.name!r}: nobody in it, nothing to draw; give boxes')
-    pixels = items[0]['inputs'].numpy().transpose(1, 2, 0)[..., ::-1]
+    pixels = displayable(items[0]['inputs'].numpy().transpose(1, 2, 0))[..., ::-1]
     return items[0], np.ascontiguousarray(pixels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 from http_server import Answer, Server
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate
+from mmengine.registry import DefaultScope
 from needs import Made, needs
+from PIL import Image
 
 import mmhrformer
 from mmhrformer import get_inferencer, inference, media
 from mmhrformer.dataset_meta import find_classes, make_palette
 from mmhrformer.inferencer_arguments import check_box_array
 from mmhrformer.launch import find_config, read_config
+from mmhrformer.pictures import draw_features
 
 CONFIGS = dict(
     cls='hrformer-demo_1xb64-6e_digits',
@@ -181,6 +187,315 @@ def test_address_of_an_image_and_of_a_video(task, models, folder, video):
     assert [one['input'].rpartition('/')[2] for one in frames[:2]] == [
         'v.avi, frame 0', 'v.avi, frame 1',
     ]  # fmt: skip
+
+
+def as_loaded(task: str, load: dict, channels: int) -> mmhrformer.Inferencer:
+    """A model whose test pipeline loads images in another way."""
+    pytest.importorskip(dict(cls='mmpretrain', pose='mmpose', seg='mmseg')[task])
+    cfg = read_config(find_config(CONFIGS[task]))
+    cfg.test_dataloader.dataset.pipeline[0].update(load)
+    cfg.model.backbone.in_channels = channels
+    preprocess = cfg.model.get('data_preprocessor') or cfg.data_preprocessor
+    if channels != 3:  # mmpose knows means of one and three channels only
+        for key in ('mean', 'std', 'to_rgb', 'bgr_to_rgb'):
+            preprocess.pop(key, None)
+    torch.manual_seed(0)
+    return get_inferencer(cfg, False, device='cpu', show_progress=False)
+
+
+def stock_sample(ours: mmhrformer.Inferencer, task: str, pipeline: list, path: Path):
+    """What the stock inferencer finds with the same model.
+
+    That of mmpretrain does not look at how the test pipeline loads: the pipeline itself does.
+    """
+    cfg = copy.deepcopy(ours.cfg)
+    cfg.test_dataloader.dataset.pipeline = copy.deepcopy(pipeline)
+    own = dict(_init_model=lambda self, *args: ours.model)
+    with DefaultScope.overwrite_default_scope(ours.scope):
+        if task == 'seg':
+            from mmseg.apis import MMSegInferencer
+
+            stock = type('MMSegInferencer', (MMSegInferencer,), own)
+            return stock(cfg, device='cpu', **ours.dataset_meta)(str(path), return_datasamples=True)
+        if task == 'pose':
+            from mmpose.apis import Pose2DInferencer
+
+            stock = type('Pose2DInferencer', (Pose2DInferencer,), own)
+            # It looks for the size of the image by OpenCV in colour, which knows no such floats.
+            source = cv2.imread(str(path), -1) if path.suffix == '.tiff' else str(path)
+            found = stock(cfg, det_model='whole_image')(source, return_datasamples=True)
+            return next(found)['predictions'][0]
+        item = Compose(pipeline)(dict(img_path=str(path)))
+        with torch.no_grad():
+            return ours.model.test_step(default_collate([item]))[0]
+
+
+def write_images(folder: Path) -> None:
+    """Images of 48x40 pixels in many forms."""
+    colours = make_image()
+    deep = colours.astype(np.uint16) * 255 + 77
+    cv2.imwrite(str(folder / 'colour.png'), colours)
+    cv2.imwrite(str(folder / 'colour.jpg'), colours)
+    cv2.imwrite(str(folder / 'grey.png'), colours[..., 0])
+    cv2.imwrite(str(folder / 'alpha.png'), np.dstack([colours, colours[..., 0]]))
+    cv2.imwrite(str(folder / 'deep.png'), deep)
+    cv2.imwrite(str(folder / 'deepgrey.png'), deep[..., 0])
+    cv2.imwrite(str(folder / 'float.tiff'), deep.astype(np.float32) / 70000)
+    photo = Image.fromarray(colours)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo.save(folder / 'turned.jpg', exif=exif)
+    photo.quantize(16).save(folder / 'palette.png')
+
+
+WAYS = {  # options of the loading step, channels of the model, images
+    'colour': (dict(), 3, 'colour.png alpha.png deep.png turned.jpg palette.png'),
+    'grey': (dict(color_type='grayscale'), 1, 'colour.jpg alpha.png turned.jpg'),
+    'four channels': (dict(color_type='unchanged'), 4, 'alpha.png'),
+    '16 bits': (dict(color_type='unchanged', to_float32=True), 3, 'deep.png colour.png'),
+    '16 bits, grey': (dict(color_type='unchanged', to_float32=True), 1, 'deepgrey.png grey.png'),
+    'float32': (dict(to_float32=True), 3, 'colour.jpg turned.jpg'),
+    'floats': (dict(color_type='unchanged'), 3, 'float.tiff'),
+    'Pillow': (dict(imdecode_backend='pillow'), 3, 'colour.jpg palette.png turned.jpg alpha.png'),
+    'Pillow, palette': (
+        dict(imdecode_backend='pillow', color_type='unchanged'), 1, 'palette.png grey.png',
+    ),
+    'Pillow, grey': (dict(imdecode_backend='pillow', color_type='grayscale'), 1, 'colour.jpg'),
+    'a place': (dict(backend_args=dict(backend='local')), 3, 'colour.png'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('task', TASKS)
+def test_images_are_loaded_as_the_stock_inferencers_load_them(task, way, tmp_path):
+    write_images(tmp_path)
+    load, channels, names = WAYS[way]
+    ours = as_loaded(task, load, channels)
+    pipeline = read_config(find_config(CONFIGS[task])).test_dataloader.dataset.pipeline
+    pipeline[0].update(load)
+    in_list = ours([tmp_path / name for name in names.split()] * 2, return_datasamples=True)
+    for i, name in enumerate(names.split()):
+        result = ours(tmp_path / name, return_datasamples=True, return_vis=True)
+        sample = stock_sample(ours, task, pipeline, tmp_path / name)
+        wanted = values_of(dict(data_samples=[sample]))
+        assert np.array_equal(values_of(result), wanted), name
+        if task == 'pose':
+            found = result['data_samples'][0].pred_instances
+            assert np.array_equal(found.keypoints, sample.pred_instances.keypoints)
+        array = ours.loader.read(tmp_path / name)  # which is as good as the file
+        assert np.array_equal(values_of(ours(array, return_datasamples=True)), wanted), name
+        assert np.array_equal(values_of(dict(data_samples=[in_list['data_samples'][i]])), wanted)
+        assert result['visualization'][0].shape == (*array.shape[:2], 3)
+        assert result['visualization'][0].std() > 5
+
+
+def test_other_ways_and_arrays_are_refused_with_the_reason(models, tmp_path):
+    write_images(tmp_path)
+    deep = as_loaded('cls', dict(color_type='unchanged'), 3)
+    if not hasattr(torch, 'uint16'):
+        with pytest.raises(ValueError, match=r'deep\.png: it is of uint16 .*Set to_float32=True'):
+            deep(tmp_path / 'deep.png')
+    grey = as_loaded('seg', dict(color_type='grayscale'), 1)
+    with pytest.raises(ValueError, match=r'shape \(48, 40, 3\).*IMREAD_GRAYSCALE'):
+        grey([tmp_path / 'grey.png', make_image()], out_dir=tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()  # before the work
+    pillow = as_loaded('cls', dict(imdecode_backend='pillow'), 3)
+    with pytest.raises(
+        ValueError, match=r"float\.tiff: .*imdecode_backend='pillow'.*cannot read it"
+    ):
+        pillow(tmp_path / 'float.tiff')
+    with pytest.warns(UserWarning, match=r'float\.tiff: .*cannot read it'):
+        both = pillow([tmp_path / 'float.tiff', tmp_path / 'colour.png'])['predictions']
+    assert ['error' in one for one in both] == [True, False]
+
+
+def test_a_person_fills_the_image_as_it_was_loaded(tmp_path):
+    """mmpose's own inferencer takes the size of the turned photo in any case."""
+    write_images(tmp_path)
+    unturned = as_loaded('pose', dict(color_type='color_ignore_orientation'), 3)
+    (one,) = unturned(tmp_path / 'turned.jpg')['predictions'][0]['instances']
+    assert one['bbox'] == [0, 0, 40, 48]
+
+
+def test_videos_for_a_model_of_grey_images(video, folder):
+    grey = as_loaded('pose', dict(color_type='grayscale'), 1)
+    result = grey(video, return_vis=True)
+    assert len(result['predictions']) == 5
+    assert result['visualization'][0].shape == (48, 64, 3)
+    (picture,) = media.open_media(folder / 'a.png')  # read in colour, as the model is not known
+    assert draw_features(grey, picture).shape[2] == 3
+
+
+def spoil(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Put files into a folder that cannot be read, each for a reason of its own."""
+    (folder / 'empty.png').touch()
+    (folder / 'text.jpg').write_text('this is text')
+    (folder / 'gone.jpg').symlink_to(folder / 'nowhere.jpg')
+    cv2.imwrite(str(folder / 'tiny.png'), make_image(20, 20))
+    cv2.imwrite(str(folder / 'huge.png'), make_image(100, 120))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 5000)
+    Image.fromarray(make_image()).save(folder / 'still.gif')
+    content = (folder / 'still.gif').read_bytes()
+    (folder / 'cut.gif').write_bytes(content[: len(content) * 3 // 4])
+    (folder / 'inside.jpg').mkdir()
+    reasons = {
+        'cut.gif': 'it is damaged',
+        'empty.png': 'it is empty',
+        'gone.jpg': 'there is no such file',
+        'huge.png': 'it is too large',
+        'text.jpg': 'it is no image',
+        'tiny.png': 'HRFormer got images of 20x20 pixels',
+    }
+    if cv2.haveImageReader(str(folder / 'still.gif')):  # from OpenCV 4.12 on
+        (folder / 'still.gif').unlink()
+        return reasons
+    return {**reasons, 'still.gif': 'cannot read it'}
+
+
+@pytest.mark.parametrize('task', ['cls', 'seg'])
+def test_no_single_file_ends_a_folder_or_a_list(task, models, tmp_path, monkeypatch):
+    reasons = spoil(tmp_path, monkeypatch)
+    cv2.imwrite(str(tmp_path / 'good.png'), make_image())
+    for inputs in (tmp_path, [str(tmp_path / name) for name in [*reasons, 'good.png']]):
+        with pytest.warns(UserWarning, match='left out'):
+            result = models[task](inputs, batch_size=3, return_vis=True)
+        found = {Path(one['input']).name: one for one in result['predictions']}
+        assert set(found) == {*reasons, 'good.png'}
+        check(task, found['good.png'])
+        for name, reason in reasons.items():
+            assert reason in found[name]['error'], name
+        assert sum(drawn is None for drawn in result['visualization']) == len(reasons)
+    folder = media.open_media(tmp_path)
+    (tmp_path / 'good.png').rename(tmp_path / 'renamed.png')
+    with (
+        pytest.warns(UserWarning, match=r'good\.png: there is no such file'),
+        pytest.raises(
+            ValueError,
+            match=r'none of the \d images could be read, from .*cut\.gif.* on: it is damaged',
+        ),
+    ):
+        models[task](folder)
+    # Alone, each is an error; but OpenCV reads the frames of a GIF.
+    for name in set(reasons) - {'still.gif', 'cut.gif'}:
+        with pytest.raises((FileNotFoundError, ValueError), match=f'{reasons[name]}|no such file'):
+            models[task](tmp_path / name)
+    if 'still.gif' in reasons:
+        assert len(models[task](tmp_path / 'still.gif')['predictions']) == 1
+
+
+def test_whatever_an_image_lets_happen_is_its_own_error(models, monkeypatch, tmp_path):
+    cls, images = models['cls'], [make_image() for _ in range(3)]
+    for method, error in (
+        ('prepare', MemoryError()),
+        ('forward', RuntimeError('out of memory')),
+        ('_to_plain', KeyError('pred_score')),
+        ('_draw', OverflowError('too wide')),
+    ):
+        calls = []
+
+        def fail_once(*args, method=method, error=error, calls=calls):
+            calls.append(args)
+            if len(calls) == 2:
+                raise error
+            return getattr(type(cls), method)(cls, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, method, fail_once)
+            with pytest.warns(UserWarning, match='array 1: .*left out'):
+                result = cls(images, out_dir=tmp_path / method)
+        assert ['error' in one for one in result['predictions']] == [False, True, False], method
+        assert result['predictions'][1]['error']
+        assert len(result['files']) == 5
+
+
+class TestWhatIsAVideo:
+    @pytest.fixture(scope='class')
+    def clips(self, tmp_path_factory) -> Path:
+        """Five frames in containers that no list of suffixes has, and under other names."""
+        folder = tmp_path_factory.mktemp('clips')
+        for name, code in (
+            ('a.flv', 'FLV1'),
+            ('a.3gp', 'mp4v'),
+            ('a.ts', 'mp4v'),
+            ('a.mp4', 'mp4v'),
+        ):
+            writer = cv2.VideoWriter(
+                str(folder / name), cv2.VideoWriter_fourcc(*code), 10, (64, 48)
+            )
+            for _ in range(5):
+                writer.write(make_image(48, 64))
+            writer.release()
+        (folder / 'no_suffix').write_bytes((folder / 'a.flv').read_bytes())
+        (folder / 'wrong.jpg').write_bytes((folder / 'a.mp4').read_bytes())
+        frames = [Image.fromarray(make_image(48, 64)) for _ in range(5)]
+        frames[0].save(folder / 'a.gif', save_all=True, append_images=frames[1:], duration=100)
+        return folder
+
+    def test_the_reader_is_asked(self, clips):
+        for path in sorted(clips.iterdir()):
+            if not path.stat().st_size:
+                continue  # an OpenCV that cannot write it
+            film = media.open_media(path)
+            assert isinstance(film, media.Video), path
+            assert [picture.pixels.shape for picture in film] == [(48, 64, 3)] * 5, path
+
+    def test_from_the_web(self, clips):
+        names = [name for name in ('a.gif', 'a.3gp', 'no_suffix') if (clips / name).stat().st_size]
+        with Server({f'/{name}': (clips / name).read_bytes() for name in names}) as server:
+            for name in names:
+                assert len(list(media.open_media(server.url(name)))) == 5, name
+
+    def test_in_a_folder_they_are_named(self, clips, tmp_path):
+        (tmp_path / 'a.flv').write_bytes((clips / 'a.flv').read_bytes())
+        cv2.imwrite(str(tmp_path / 'b.jp2'), make_image())  # a suffix that no list has
+        (tmp_path / 'notes.txt').write_text('no image' * 99)
+        with pytest.warns(UserWarning, match=r'give each video by itself: a\.flv'):
+            (picture,) = media.open_media(tmp_path)
+        assert picture.pixels.shape == (48, 40, 3)
+
+    def test_what_is_not_read_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'text.flv').write_text('this is text')
+        (tmp_path / 'notes.txt').write_text('this is text\n' * 50)  # FFmpeg would film it
+        (tmp_path / 'image.mp4').write_bytes(cv2.imencode('.png', make_image())[1].tobytes())
+        for name, message in (
+            ('text.flv', r"'text\.flv': no frame of the video can be read"),
+            ('notes.txt', r"'notes\.txt': it is no image"),
+            ('webcam', "'webcam': cameras are not read. Record a video"),
+            ('webcam:1', 'cameras are not read'),
+            ('rtsp://127.0.0.1:9/street', r"'rtsp://127\.0\.0\.1:9/street': no frame"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                media.open_media(name)
+        (picture,) = media.open_media('image.mp4')
+        assert picture.pixels.shape == (48, 40, 3)
+
+    def test_a_video_that_ends_too_early(self, video):
+        film = media.Video(video)
+        film._length = 50  # as the header of a file that was cut off says
+        with pytest.warns(UserWarning, match=r'walk\.avi: only 5 of 50 frames could be read'):
+            assert len(list(film)) == 5
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_the_config_is_parsed_once(task, monkeypatch):
+    pytest.importorskip(dict(cls='mmpretrain', pose='mmpose', seg='mmseg')[task])
+    read, parse = [], Config.fromfile
+
+    def count(path, *args, **kwargs):
+        read.append(Path(path).stem)
+        return parse(path, *args, **kwargs)
+
+    monkeypatch.setattr(Config, 'fromfile', count)
+    inference(CONFIGS[task], make_image(), False, device='cpu')
+    assert read.count(CONFIGS[task]) == 1
+    cfg = parse(find_config(CONFIGS[task]))
+    before = cfg.pretty_text
+    inference(
+        cfg, make_image(), False, device='cpu', cfg_options={'model.backbone.with_rpe': False}
+    )
+    assert read.count(CONFIGS[task]) == 1
+    assert cfg.pretty_text == before  # what is given is not changed
 
 
 def test_address_without_suffix_and_other_answers(folder):
@@ -485,6 +800,15 @@ def test_what_was_done_is_kept_when_the_work_stops(models, video, tmp_path, monk
         cls(video, out_dir=tmp_path)
     assert len(json.loads((tmp_path / 'predictions/walk.json').read_text())) == 2
     assert cv2.VideoCapture(str(tmp_path / 'visualizations/walk.mp4')).read()[0]
+
+
+def test_pictures_too_long_for_jpeg_are_written_as_png(tmp_path):
+    strip = make_image(4, 66000)
+    images = media.Images([strip])
+    with media.Writer(tmp_path, images) as writer:
+        writer.add(next(iter(images)), {}, drawn=strip)
+    assert cv2.imread(writer.files[0]).shape == strip.shape
+    assert writer.files[0].endswith('000000.png')
 
 
 def test_box_arrays():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmengine.visualization import Visualizer
 
 from mmhrformer.engine.preflight import missing_data
+from mmhrformer.image_loading import displayable, reason
 from mmhrformer.launch import find_config, read_config
 
 MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
@@ -46,15 +48,24 @@ def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
             raise ValueError(f'the config has no {option}: give one that can be trained')
     if missing := missing_data(cfg, [loader]):
         raise FileNotFoundError('files of the data set are missing\n  ' + '\n  '.join(missing))
-    options = cfg[loader].dataset
-    pipeline = options.get('pipeline')
-    if pipeline and pipeline[-1].type.endswith('PackPoseInputs'):
-        pipeline[-1].pack_transformed = True  # else the key points are those of the whole image
-    dataset = DATASETS.build(options)
+    for pipeline in pipelines(cfg[loader].dataset):
+        if pipeline[-1].type.endswith('PackPoseInputs'):
+            pipeline[-1].pack_transformed = True  # else the key points are those of the whole image
+    dataset = DATASETS.build(cfg[loader].dataset)
     # Pictures are written where the command line says, not to the backends of the runs.
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': 'browse', 'vis_backends': None})
     visualizer.dataset_meta = dataset.metainfo
+    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colours by this call only
+        visualizer.set_dataset_meta(dataset.metainfo)
     return dataset, visualizer
+
+
+def pipelines(dataset: dict) -> Iterator[list]:
+    """The pipelines of a data set and of those that it wraps or joins."""
+    if dataset.get('pipeline'):
+        yield dataset['pipeline']
+    for inner in filter(None, [dataset.get('dataset'), *dataset.get('datasets', [])]):
+        yield from pipelines(inner)
 
 
 def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
@@ -65,8 +76,8 @@ def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
         sample (dict): What the pipeline returns: ``inputs``, and ``data_samples`` with the labels.
         file (Path): Picture to write.
     """
-    bgr = sample['inputs'].permute(1, 2, 0).numpy()
-    image = np.ascontiguousarray(bgr[..., ::-1]).clip(0, 255).astype(np.uint8)
+    bgr = displayable(sample['inputs'].permute(1, 2, 0).numpy())
+    image = np.ascontiguousarray(bgr[..., ::-1])
     labels = sample['data_samples']
     if hasattr(visualizer, 'visualize_cls'):
         side = max(MIN_SIDE, *image.shape[:2])
@@ -90,12 +101,19 @@ def browse(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         dataset, visualizer = build(cfg, f'{args.split}_dataloader')
-        number = min(args.number, len(dataset))
+        number, failed = min(args.number, len(dataset)), []
         for index in np.linspace(0, len(dataset) - 1, number).round().astype(int):
-            sample = dataset[index]
-            source = Path(sample['data_samples'].get('img_path', 'image')).stem
-            draw(visualizer, sample, out / f'{index:06d}_{source}.jpg')
-    print(f'{number} of {len(dataset)} images of the {args.split} split drawn in {out}')
+            try:
+                sample = dataset[index]
+                source = Path(sample['data_samples'].get('img_path') or 'image').stem
+                draw(visualizer, sample, out / f'{index:06d}_{source}.jpg')
+            except Exception as err:  # whatever a single image lets happen
+                failed.append(f'image {index}: {reason(err)}')
+                print(f'{failed[-1]}; left out', file=sys.stderr)
+    if len(failed) == number:
+        raise ValueError(f'none of {number} images could be drawn, {failed[0]}')
+    drawn = number - len(failed)
+    print(f'{drawn} of {len(dataset)} images of the {args.split} split drawn in {out}')
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -143,9 +142,9 @@ def write_inside(
     return files
 
 
-def first_picture(media: Images | Video) -> Picture:
+def first_picture(media: Images | Video, inferencer: Inferencer) -> Picture:
     """The first image that can be read."""
-    return next(islice((picture for picture in media if picture.pixels is not None), 1))
+    return next(one for one in media.pictures(inferencer.loader) if not one.error)
 
 
 def summary(prediction: dict) -> str:
@@ -192,7 +191,9 @@ def run(args: argparse.Namespace) -> None:
         print(f'... and {len(result["predictions"]) - 10} more')
     files = result['files']
     if args.show_features or args.show_attention:
-        files = files + write_inside(args, inferencer, first_picture(media), boxes, query)
+        files = files + write_inside(
+            args, inferencer, first_picture(media, inferencer), boxes, query
+        )
     print('\nwritten:')
     for path in files:
         print(f'  {path}')

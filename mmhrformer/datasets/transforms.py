@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
+from PIL import ExifTags, Image
 
 from ..registry import TRANSFORMS
 
@@ -39,22 +40,72 @@ def check_image(transform: BaseTransform, results: dict) -> None:
     """Check the image of a sample and its label maps, before a library fails at them.
 
     Raises:
-        ValueError: If there is no image, it has no pixels, or label maps are of another size.
+        ValueError: If there is no image, it has no pixels, or label maps do not fit it.
     """
     name, where = type(transform).__name__, results.get('img_path', 'the sample')
     image = results.get('img')
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or not image.size:
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
         what = f'shape {image.shape}' if isinstance(image, np.ndarray) else repr(image)
         raise ValueError(
-            f'{name} got an image of {what} from {where}: it has to be an array (H, W, 3) with '
-            'pixels. Put LoadImageFromFile first, and remove damaged files from the data set'
+            f'{name} got an image of {what} from {where}: it has to be an array (H, W, 3), or '
+            '(H, W) if it is grey, with pixels. Put LoadImageFromFile first, and remove damaged '
+            'files from the data set'
         )
     for key in results.get('seg_fields', []):
-        if results[key].shape != image.shape[:2]:
+        if wrong := what_is_wrong(results[key], image, results.get('img_path')):
             raise ValueError(
-                f'{name} got {key} of shape {results[key].shape} for an image of '
-                f'{image.shape[:2]} from {where}: label maps have to be as large as their images'
+                f'{name} got {key} of shape {results[key].shape} and type {results[key].dtype} for '
+                f'an image of {image.shape[:2]} from {where}: {wrong}'
             )
+
+
+def what_is_wrong(labels: np.ndarray, image: np.ndarray, path: str | None) -> str:
+    """Tell why a label map does not fit its image.
+
+    Args:
+        labels (np.ndarray): The label map; right is (H, W), whole numbers.
+        image (np.ndarray): (H, W) or (H, W, C).
+        path (str, optional): The file of the image.
+
+    Returns:
+        str: The cause and the remedy, empty if it fits.
+    """
+    if labels.ndim != 2:
+        return (
+            'a label map holds the number of a class for each pixel, and this is a picture in '
+            "colours. If its PNG has a palette, set imdecode_backend='pillow' in LoadAnnotations, "
+            'which reads the numbers; else write masks of one channel, each colour replaced by '
+            'its class'
+        )
+    if labels.dtype.kind not in 'ui':
+        return 'classes are whole numbers; write masks of 8 bits'
+    height, width = image.shape[:2]
+    if labels.shape == (height, width):
+        return ''
+    if labels.shape != (width, height):
+        return 'label maps have to be as large as their images; check that they belong together'
+    stored = size_of_turned(path)
+    if stored is None:
+        return 'height and width are exchanged: one of them is transposed, write it anew'
+    if (stored[0] > stored[1]) == (height > width):
+        return (
+            'the photo has an EXIF orientation, by which its label map was turned and it was not: '
+            "load it with color_type='color', in every pipeline"
+        )
+    return (
+        'the photo was turned by its EXIF orientation and its label map was not: load it with '
+        "color_type='color_ignore_orientation', in every pipeline, or turn the label map"
+    )
+
+
+def size_of_turned(path: str | None) -> tuple[int, int] | None:
+    """Height and width that a photo is stored with, if EXIF tells to turn it on its side."""
+    try:
+        with Image.open(path) as photo:
+            sideways = photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return photo.size[::-1] if sideways else None
+    except (AttributeError, OSError, SyntaxError, ValueError):  # none, or not of this disk
+        return None
 
 
 @TRANSFORMS.register_module()
@@ -82,7 +133,7 @@ class RandomScaleAspect(BaseTransform):
         self.aspect_range = check_range('aspect_range', aspect_range)
 
     def transform(self, results: dict) -> dict:
-        """Resize the image (H, W, 3) and its label maps (H, W)."""
+        """Resize the image, (H, W, 3) or (H, W), and its label maps (H, W)."""
         check_image(self, results)
         scale = np.random.uniform(*self.scale_range)
         stretch = np.random.uniform(*self.aspect_range) ** 0.5
@@ -114,7 +165,7 @@ class RandomBrightness(BaseTransform):
         self.shift = shift
 
     def transform(self, results: dict) -> dict:
-        """Shift the image (H, W, 3), values from 0 to 255."""
+        """Shift the image, (H, W, 3) or (H, W), values from 0 to 255."""
         check_image(self, results)
         if results['img'].dtype != np.uint8:
             raise ValueError(
@@ -155,14 +206,14 @@ class PlaceRandomly(BaseTransform):
         self.seg_pad_val = seg_pad_val
 
     def transform(self, results: dict) -> dict:
-        """Place the image (H, W, 3) and its label maps (H, W) alike."""
+        """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike."""
         check_image(self, results)
-        if results['img'].shape[2] != len(self.pad_val):
+        image = np.atleast_3d(results['img']).astype(np.float32)
+        if image.shape[2] != len(self.pad_val):
             raise ValueError(
-                f'pad_val={self.pad_val} for an image of {results["img"].shape[2]} channels: give '
-                'one number for each channel'
+                f'pad_val={self.pad_val} for an image of {image.shape[2]} channels: give one '
+                'number for each channel'
             )
-        image = results['img'].astype(np.float32)
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
         top = np.random.randint(padded[0] - height + 1)

@@ -8,6 +8,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
+from needs import needs
+from PIL import Image
 
 from mmhrformer import TRANSFORMS
 from mmhrformer.datasets import (
@@ -149,3 +151,78 @@ def test_no_change_is_possible():
 def test_impossible_changes_are_refused(options):
     with pytest.raises(ValueError, match='{}={}'.format(*next(iter(options.items())))):
         RandomScaleRotation(**options)
+
+
+class TestWhyALabelMapDoesNotFit:
+    @pytest.fixture
+    def photo(self, tmp_path):
+        """A file of 30 x 40 pixels that EXIF tells to turn on its side, or not."""
+
+        def make(orientation: int) -> str:
+            image = Image.new('RGB', (40, 30))
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(tmp_path / 'photo.jpg', exif=exif)
+            return str(tmp_path / 'photo.jpg')
+
+        return make
+
+    @pytest.mark.parametrize('transform', [RandomScaleAspect(), PlaceRandomly((60, 60), (0, 0, 0))])
+    def test_causes(self, transform, photo):
+        upright, lying = np.zeros((40, 30, 3), np.uint8), np.zeros((30, 40, 3), np.uint8)
+        flat = np.zeros((30, 40), np.uint8)
+        for orientation, image, labels, words in (
+            (1, lying, lying, "a picture in colours.*imdecode_backend='pillow'"),
+            (1, lying, np.zeros((30, 40, 4), np.uint8), 'a picture in colours'),
+            (1, lying, flat.astype(np.float32), 'classes are whole numbers'),
+            (6, upright, flat, "turned by its EXIF .*'color_ignore_orientation'"),
+            (8, lying, flat.T, "its label map was turned and it was not.*color_type='color'"),
+            (3, lying, flat.T, 'height and width are exchanged'),
+            (6, lying, flat[1:], 'as large as their images'),
+        ):
+            path = photo(orientation)
+            sample = dict(img=image, img_path=path, gt_seg_map=labels, seg_fields=['gt_seg_map'])
+            with pytest.raises(ValueError, match=rf'gt_seg_map of shape .*photo\.jpg: .*{words}'):
+                transform(sample)
+
+    def test_without_a_file_the_shapes_tell(self):
+        sample = dict(img=np.zeros((40, 30, 3), np.uint8), gt_seg_map=np.zeros((30, 40), np.uint8))
+        with pytest.raises(ValueError, match='height and width are exchanged'):
+            RandomScaleAspect()(dict(sample, seg_fields=['gt_seg_map']))
+
+    @needs('mmseg')
+    def test_what_the_stock_loader_makes_of_masks(self, tmp_path):
+        """Colours as they are read; a palette as numbers, or as colours by another backend."""
+        mask = Image.new('P', (40, 30))
+        mask.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+        mask.save(tmp_path / 'palette.png')
+        mask.convert('RGB').save(tmp_path / 'colours.png')
+        sample = dict(img=np.zeros((30, 40, 3), np.uint8))
+        loads = dict(type='LoadAnnotations', reduce_zero_label=False)
+        for name, backend, good in (
+            ('palette.png', 'pillow', True),
+            ('palette.png', 'cv2', False),
+            ('colours.png', 'pillow', False),
+        ):
+            with DefaultScope.overwrite_default_scope('mmseg'):
+                both = Compose([dict(loads, imdecode_backend=backend), RandomScaleAspect()])
+            given = dict(
+                sample,
+                seg_map_path=str(tmp_path / name),
+                reduce_zero_label=False,
+                seg_fields=[],
+            )
+            if good:
+                assert both(given)['gt_seg_map'].ndim == 2
+            else:
+                with pytest.raises(ValueError, match='a picture in colours'):
+                    both(given)
+
+
+def test_grey_images(sample):
+    grey = sample['img'][..., 0]
+    assert RandomScaleAspect((1, 1), (1, 1))(dict(sample, img=grey))['img'].shape == SIZE
+    assert RandomBrightness()(dict(sample, img=grey))['img'].shape == SIZE
+    placed = PlaceRandomly((80, 120), (7,))(dict(sample, img=grey))
+    assert placed['img'].shape == (80, 120, 1)
+    assert placed['gt_seg_map'].shape == (80, 120)

@@ -207,6 +207,37 @@ class TestBrowseDataset:
                 for other in map(cv2.imread, map(str, images.rglob('*.jpg')))
             )
 
+    @needs('mmpose', 'mmseg')
+    @pytest.mark.usefixtures('data')
+    def test_colours_are_those_of_the_data(self, tool, tmp_path):
+        """Left limbs green and right ones orange, as COCO says; the classes of scenes likewise."""
+        for name, colours in (
+            ('figures', ([0, 255, 0], [255, 128, 0])),
+            ('scenes', ([135, 190, 235],)),  # sky
+        ):
+            tool('browse_dataset', DEMOS[name], '--split', 'val', '--number', '1')
+            (picture,) = self.pictures(tmp_path / 'work_dirs/browse' / DEMOS[name])
+            (bare,) = list((tmp_path / 'data/demo' / name).rglob('val/*1.jpg'))[:1]
+            for colour in colours:
+                near = [self.count(image, colour) for image in (picture, cv2.imread(str(bare)))]
+                assert near[0] > near[1] + 20, (name, colour)
+
+    def count(self, image, rgb) -> int:
+        return (abs(image[..., ::-1].astype(int) - rgb) < 60).all(-1).sum()
+
+    @pytest.mark.usefixtures('data')
+    def test_one_image_that_cannot_be_read(self, tool, tmp_path, capsys):
+        images = sorted((tmp_path / 'data/demo/figures/val').glob('*.jpg'))
+        images[0].write_text('this is text')
+        said = tool('browse_dataset', DEMOS['figures'], '--split', 'val', '--number', '99')
+        assert len(list((tmp_path / 'work_dirs/browse' / DEMOS['figures']).iterdir())) > 0
+        assert 'images of the val split drawn' in said
+        assert f'{images[0].name}' in capsys.readouterr().err
+        for image in images:
+            image.write_text('this is text')
+        with pytest.raises(SystemExit, match=r'none of \d+ images could be drawn, image 0: '):
+            tool('browse_dataset', DEMOS['figures'], '--split', 'val')
+
     def test_missing_data_are_named(self, tool):
         with pytest.raises(SystemExit, match=r'train_dataloader\.dataset\.data_root'):
             tool('browse_dataset', DIGITS)
