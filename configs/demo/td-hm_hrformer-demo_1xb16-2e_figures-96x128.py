@@ -5,6 +5,9 @@ _base_ = [
     '../_base_/runtime/pose.py',
 ]
 
+# mmpose's own inferencers look for these two names at the top of a config.
+dataset_type = 'CocoDataset'
+data_mode = 'topdown'
 data_root = 'data/demo/figures/'
 # Heatmaps are small here: unbiased coordinates and narrow peaks make the most of them.
 codec = dict(type='UDPHeatmap', input_size=(96, 128), heatmap_size=(24, 32), sigma=1)
@@ -40,9 +43,9 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         data_root=data_root,
-        data_mode='topdown',
+        data_mode=data_mode,
         ann_file='annotations/person_keypoints_train.json',
         data_prefix=dict(img='train/'),
         indices=1680,  # people, of 1,980: enough
@@ -56,9 +59,9 @@ val_dataloader = dict(
     drop_last=False,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         data_root=data_root,
-        data_mode='topdown',
+        data_mode=data_mode,
         ann_file='annotations/person_keypoints_val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,

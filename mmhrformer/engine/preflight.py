@@ -54,8 +54,8 @@ REPLACED = {
 
 # Helper variables of our own configs: they are copied into other options when the file is read.
 HELPERS = {
-    'codec', 'crop_size', 'class_weight', 'data_root', 'test_pipeline', 'train_pipeline',
-    'val_pipeline',
+    'codec', 'crop_size', 'class_weight', 'data_root', 'dataset_type', 'test_pipeline',
+    'train_pipeline', 'val_pipeline',
 }  # fmt: skip
 
 

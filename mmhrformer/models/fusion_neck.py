@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .block import Bottleneck
+from .checks import check_norm_cfg
 from .ffn import DepthwiseConv2d
 
 
@@ -34,7 +35,7 @@ class HRFormerFusion(BaseModule):
 
     Raises:
         ValueError: If ``in_channels`` and ``mid_channels`` differ in length, or a number of
-            channels is not possible.
+            channels or the normalization is not possible.
 
     Examples:
         >>> import torch
@@ -61,6 +62,7 @@ class HRFormerFusion(BaseModule):
                 'name the same streams: give them equal lengths'
             )
         widths = [channels * Bottleneck.expansion for channels in mid_channels]
+        check_norm_cfg(norm_cfg, (*mid_channels, out_channels))
         self.incre_modules = nn.ModuleList(
             nn.Sequential(Bottleneck(cin, mid, depthwise=True, norm_cfg=norm_cfg))
             for cin, mid in zip(in_channels, mid_channels)

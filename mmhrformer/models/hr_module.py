@@ -73,7 +73,9 @@ class HRModule(BaseModule):
         """Enlarge a coarser stream to the size of a finer one."""
         align_corners = None if self.upsample == 'nearest' else False
         x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
-        if x.shape[-2:] != size:
+        # A trace needs this for other images; on a map of the right size it changes nothing.
+        traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+        if traced or x.shape[-2:] != size:
             # Streams of odd size were rounded up when they were halved. The official codes
             # correct this bilinearly: classification and segmentation (nearest) with aligned
             # corners, pose (bilinear) without.

@@ -18,6 +18,7 @@ from ..checkpoints.dialects import adapt_backbone_keys
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
+from .checks import check_norm_cfg
 from .hr_module import HRModule
 
 NUM_STREAMS = 4
@@ -244,11 +245,7 @@ class HRFormer(BaseModule):
                 f'in_channels={self.in_channels!r}: give a whole number, an image has at least 1 '
                 'channel'
             )
-        if not isinstance(self.norm_cfg, Mapping) or 'type' not in self.norm_cfg:
-            raise ValueError(
-                f'norm_cfg={self.norm_cfg!r}: give the config of a normalization, such as '
-                "dict(type='BN')"
-            )
+        check_norm_cfg(self.norm_cfg, (STEM_CHANNELS, *self.arch['channels']))
 
     def _build_stem(self) -> None:
         width = STEM_CHANNELS

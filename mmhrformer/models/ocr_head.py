@@ -125,7 +125,8 @@ class ObjectAttention(nn.Module):
         value = self.f_down(regions).flatten(2).transpose(1, 2)  # (B, classes, K)
         relation = (query @ key * self.scale).softmax(-1)  # (B, H * W, classes)
         context = (relation @ value).transpose(1, 2)  # (B, K, H * W)
-        return self.f_up(context.unflatten(2, pixels.shape[-2:]))
+        # Not unflatten, for exporters that write old opsets, such as mmdeploy's.
+        return self.f_up(context.reshape(*context.shape[:2], *pixels.shape[-2:]))
 
 
 @MODELS.register_module()

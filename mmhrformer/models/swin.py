@@ -39,7 +39,7 @@ class SwinBlock(BaseModule):
 
     def _forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         x = x + self.attn(self.norm1(x), hw_shape)  # its drop path is in the attention
-        out = self.ffn(self.norm2(x).unflatten(1, hw_shape))  # (B, H, W, C)
+        out = self.ffn(self.norm2(x).view(x.shape[0], *hw_shape, x.shape[2]))
         return x + self.drop_path(out.flatten(1, 2))
 
 

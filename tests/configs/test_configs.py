@@ -6,6 +6,7 @@ import importlib
 import inspect
 
 import golden
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -51,6 +52,23 @@ def test_no_option_is_dead(path, tmp_path):
 
 
 LOADER_OPTIONS = inspect.signature(DataLoader.__init__).parameters
+
+
+@pytest.mark.parametrize('path', [path for path in ALL if path.stem.startswith('td-hm')], ids=str)
+def test_pose_configs_name_what_the_inferencers_of_mmpose_look_for(path):
+    """``MMPoseInferencer`` reads them at the top, not in the data set."""
+    cfg = Config.fromfile(config_root() / path)
+    dataset = cfg.test_dataloader.dataset
+    assert (cfg.dataset_type, cfg.data_mode) == (dataset.type, dataset.data_mode)
+
+
+def test_inferencer_of_mmpose_takes_our_configs():
+    from mmpose.apis import MMPoseInferencer
+
+    config = find_config('td-hm_hrformer-demo_1xb16-2e_figures-96x128')
+    inferencer = MMPoseInferencer(str(config), device='cpu', det_model='whole_image')
+    (person,) = next(inferencer(np.zeros((80, 60, 3), np.uint8)))['predictions'][0]
+    assert np.shape(person['keypoints']) == (17, 2)
 
 
 def test_names_are_unique():

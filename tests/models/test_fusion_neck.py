@@ -68,6 +68,11 @@ def test_normalization_can_be_chosen():
     assert not [m for m in neck.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+def test_normalization_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"norm_cfg=.*'num_groups': 64.* 32 channels.*divisor"):
+        HRFormerFusion(CHANNELS, norm_cfg=dict(type='GN', num_groups=64))
+
+
 def test_lists_of_different_lengths_are_named():
     with pytest.raises(ValueError, match=r'in_channels=\(4, 6, 8\).*mid_channels=\(32, 64'):
         HRFormerFusion(in_channels=(4, 6, 8))

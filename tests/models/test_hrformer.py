@@ -533,6 +533,14 @@ def arch(**fields) -> dict:
         (dict(drop_path_rate=1.0), ['drop_path_rate', '1.0', '[0, 1)']),
         (dict(drop_path_rate=-0.1), ['drop_path_rate', '-0.1', '[0, 1)']),
         (dict(in_channels=0), ['in_channels', '0', 'at least 1']),
+        (dict(norm_cfg='BN'), ["norm_cfg='BN'", "dict(type='BN')"]),
+        (
+            dict(norm_cfg=dict(type='GN', num_groups=32)),
+            ["norm_cfg={'type': 'GN', 'num_groups': 32}", '8 channels', '[8, 16, 24, 32, 64]'],
+        ),
+        (dict(norm_cfg=dict(type='GN')), ["norm_cfg={'type': 'GN'}", 'num_groups']),
+        (dict(norm_cfg=dict(type='BatchNorm')), ["'BatchNorm'", "dict(type='BN')"]),
+        (dict(norm_cfg=dict(type='BN', epsilon=1e-3)), ['norm_cfg', "'epsilon'"]),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, dict) else '',
 )
