@@ -19,6 +19,10 @@ def head_padding(head_dim: int) -> int:
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """See :func:`mmhrformer.ops.window_attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
+    if q.dtype == torch.float16 or torch.onnx.is_in_onnx_export():
+        # Products that are scaled afterwards can be too large for float16, which ONNX files may
+        # be turned into.
+        q, scale = q * scale, 1.0
     logits = q @ k.transpose(-2, -1)  # (B * nW, heads, N, N)
     # Scale and bias in one pass, and no scaled copies of queries or keys for the backward pass.
     logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)

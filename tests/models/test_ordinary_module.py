@@ -325,13 +325,27 @@ class BatchStatistics(nn.Sequential):
         super().__init__(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
 
 
+class WithoutScale(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3, affine=False))
+
+
 class Circular(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular'), nn.BatchNorm2d(3))
 
 
 @pytest.mark.parametrize(
-    'make', [ReLUBetween, TransposedBetween, SharedConv, SharedNorm, BatchStatistics, Circular]
+    'make',
+    [
+        ReLUBetween,
+        TransposedBetween,
+        SharedConv,
+        SharedNorm,
+        BatchStatistics,
+        WithoutScale,
+        Circular,
+    ],
 )
 def test_folding_changes_nothing(make):
     torch.manual_seed(0)
@@ -464,6 +478,33 @@ def test_models_can_be_built_without_memory(assign):
     assert not any(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
     empty.eval()
     assert largest_difference(outputs(empty, x, False), outputs(model, x, False)) == 0
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_a_batch_without_images(with_cp, training):
+    model = make_model(with_cp=with_cp).eval()
+    model.train(training)
+    for batch_norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        before = batch_norm.running_mean.clone()
+    x = torch.rand(0, 3, 64, 96, requires_grad=True)
+    streams = model(x)
+    sum(stream.sum() for stream in streams).backward()
+    assert [stream.shape[0] for stream in streams] == [0] * 4
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert torch.equal(batch_norm.running_mean, before)
+    assert fuse_for_inference(model)(x)[0].shape == streams[0].shape
+
+
+@needs('mmpose')
+def test_operators_that_want_contiguous_maps():
+    """Deformable convolutions, as in DEKR, RepPoints and VFNet, check it."""
+    from mmcv.ops import DeformConv2dPack
+
+    for stream in make_model().train()(make_images())[:2]:
+        out = DeformConv2dPack(stream.shape[1], 4, 3, padding=1)(stream)
+        out.sum().backward(retain_graph=True)
+        assert stream.view(len(stream), -1).shape[1] > 0
 
 
 def test_learning_after_inference_mode():

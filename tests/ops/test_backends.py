@@ -136,6 +136,17 @@ def test_gelu_is_right_whatever_the_memory_formats():
     torch.testing.assert_close(ours.double(), plain, atol=1e-5, rtol=1e-5)
 
 
+def test_products_are_scaled_before_they_are_too_large(monkeypatch):
+    """In ONNX files, which may become float16, and in float16 itself, where torch can."""
+    largest = torch.finfo(torch.float32).max
+    qkv = torch.full((1, 4, 3, 1, 32), 1.5 * (largest / 32) ** 0.5)  # products of 2.25 x largest
+    assert not reference.window_attention(qkv, None, 32**-0.5).isfinite().all()
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    for bias in (None, torch.zeros(1, 1, 4, 4)):
+        out = reference.window_attention(qkv, bias, 32**-0.5)
+        torch.testing.assert_close(out, qkv[:, :, 2, 0])
+
+
 def test_the_reference_is_used_where_operators_are_watched():
     x = torch.zeros(1)
     assert ops.backend(x).__name__ == 'mmhrformer.ops.cpu'
