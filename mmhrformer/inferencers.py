@@ -22,7 +22,7 @@ from mmengine.registry import DefaultScope
 from rich.progress import track
 from torch import nn
 
-from .checkpoints import fetch, read_zoo
+from .checkpoints import read_zoo
 from .checkpoints.loading import locate
 from .dataset_meta import find_classes, make_palette
 from .inferencer_arguments import (
@@ -670,7 +670,7 @@ def find_weights(model: str | Path, checkpoint: bool | str | Path) -> Path | Non
             f'checkpoint=True: {str(model)!r} is no model of the zoo, nobody published weights for '
             'it; give the path of your checkpoint'
         )
-    return fetch(name, whole=True)
+    return locate(name, whole=True)
 
 
 def prepare_config(cfg: Config) -> Config:

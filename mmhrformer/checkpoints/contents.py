@@ -209,7 +209,7 @@ def _holder(checkpoint: Mapping, key: str | None) -> tuple[str, Mapping]:
     if not chosen:
         raise ValueError(
             f'key={key!r}: the checkpoint has no weights there, but the keys {list(checkpoint)[:9]}'
-            + (f'. {save_weights({key: checkpoint[key]})}' if key in checkpoint else '')
+            + (f'; {save_weights({key: checkpoint[key]})}' if key in checkpoint else '')
         )
     return key, chosen
 
@@ -241,16 +241,10 @@ def _meaning(key: str, value: Mapping | None = None) -> str:
 
 def _where_weights_may_be(checkpoint: Mapping, others: Mapping[str, str]) -> str:
     key = next((key for key in others if _is_mapping(checkpoint[key])), None)
-    if key is not None:
-        remedy = f'If those under {key!r} are meant: {_choose(key)}'
-    elif others:
-        remedy = f'There is {next(iter(others.values()))}: {save_weights(checkpoint)}'
-    else:
-        remedy = (
-            'If they are under another key, save what is under that: '
-            'torch.save(checkpoint[KEY], NEW_FILE)'
-        )
+    types = sorted({value.stored for value in checkpoint.values() if isinstance(value, Inert)})
     return (
-        f'the checkpoint has no tensors by name, but the keys {list(checkpoint)[:5]}: tensors are '
-        f"looked for at the top and under 'state_dict' and 'model'. {remedy}"
+        f'the checkpoint has no tensors by name, but the keys {list(checkpoint)[:5]}'
+        + (f' with {", ".join(types)}' if types else '')
+        + ": tensors are looked for at the top and under 'state_dict' and 'model'; "
+        + (save_weights(checkpoint) if key is None else f'for those under {key!r}: {_choose(key)}')
     )

@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..launch import did_you_mean
-from .contents import SWAPPED, Contents, find_weights, plain_name, told_of_others
+from .contents import SWAPPED, Contents, find_weights, plain_name, told_of_others, unwrap
 from .dialects import BIAS_TABLE, Report, check_finite, convert
 from .reading import read_checkpoint
 from .zoo import fetch, find_source, read_zoo
@@ -200,12 +200,13 @@ def _names_in(own: Mapping, state_dict: Mapping) -> dict[str, str]:
 SCHEME = 'mmhrformer://'
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, whole: bool = False) -> Path:
     """Find the file that ``mmhrformer://NAME_OR_PATH`` means.
 
     Args:
         name (str | Path): Path of a file, or name of a model of the zoo, with or without
             ``mmhrformer://`` before it.
+        whole (bool): As in :func:`find_source`.
 
     Returns:
         Path: The file. Its hash is checked when it is read.
@@ -215,7 +216,7 @@ def locate(name: str | Path) -> Path:
         FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
         ValueError: If nobody published a checkpoint of that model.
     """
-    return _find(name)[0]
+    return _find(name, whole)[0]
 
 
 def _find(name: str | Path, whole: bool = False) -> tuple[Path, str]:
@@ -248,7 +249,8 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
         logger (str): Where to tell what was read. Defaults to ``'current'``.
 
     Returns:
-        dict: The tensors by name, under ``'state_dict'``; ``'meta'``, which mmseg wants, is empty.
+        dict: The tensors by name, under ``'state_dict'``, and those of mmengine's EMAHook under
+        ``'ema_state_dict'``; ``'meta'``, which mmseg wants, is empty.
 
     Raises:
         DownloadError: As :func:`read`.
@@ -256,12 +258,18 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
         ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
             finite.
     """
-    path, content = read(filename)
+    path, saved = read(filename)
     with naming(path):
-        contents = find_weights(content)
+        contents = find_weights(saved)
         state_dict, report = convert(contents.tensors)
         check_finite(contents.tensors)
     lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
     lines += told_of_others(contents.key, contents.others)
     print_log('\n'.join(lines), logger)
-    return dict(meta={}, state_dict=state_dict)
+    content = dict(meta={}, state_dict=state_dict)
+    if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
+        unaveraged, _ = convert(unwrap(saved, 'ema_state_dict'))
+        content['ema_state_dict'] = {
+            f'module.{name}' if '.' in name else name: v for name, v in unaveraged.items()
+        }
+    return content

@@ -188,7 +188,7 @@ class _Unpickler(pickle._Unpickler):
 # What torch, pickle and safetensors say -> what it means.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
-    '^EOFError$|^index out of range$|unpack requires a buffer|'
+    '^EOFError$|^index out of range$|unpack requires a buffer|^negative seek|'
     '[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
     'file not fully covered': ('it is cut off: download it again'),
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
