@@ -134,7 +134,8 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     starts = {found[1] for found in map(_BLOCKS.match, plain.values()) if found}
     if not starts:  # of another network; it is refused by its names
         return {name: name.removeprefix('module.') for name in plain}, {}
-    models = sorted({re.sub(r'(^|\.)backbone\.$', r'\1', start) for start in starts}, key=len)
+    models = {re.sub(r'(^|\.)backbone\.$', r'\1', start) for start in starts}
+    models = sorted(sorted(models), key=len)
     prefix, *further = models
     if not all(start.startswith(prefix) for start in further):
         raise ValueError(
