@@ -48,7 +48,7 @@ class Noise(Dataset):
     metainfo = dict(classes=('person',), sigmas=np.ones(17, np.float32), colors={0: np.uint8([1])})
 
     def __len__(self) -> int:
-        return 2
+        return 4
 
     def __getitem__(self, i: int) -> Tensor:
         return torch.rand(3, 32, 32)
@@ -62,7 +62,7 @@ def train(work_dir: Path, epochs: int, **options) -> Runner:
         train_dataloader=dict(
             dataset=Noise(),
             sampler=dict(type='DefaultSampler', shuffle=False),
-            batch_size=1,
+            batch_size=2,
             collate_fn=dict(type='default_collate'),
         ),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
