@@ -10,8 +10,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .checkpoints import fetch, list_models, load_checkpoint, read_zoo
-from .checkpoints.loading import locate
+from .checkpoints import list_models, load_checkpoint, read_zoo
+from .checkpoints.loading import naming, read
+from .dataset_meta import meta_of_checkpoint
 from .inferencers import (
     ClsInferencer,
     Inferencer,
@@ -57,7 +58,8 @@ def get_model(
         cfg_options (dict, optional): Options of the config to change, by dotted name.
 
     Returns:
-        nn.Module: The classifier, pose estimator or segmentor; its config is ``model.cfg``.
+        nn.Module: The classifier, pose estimator or segmentor; its config is ``model.cfg``, and
+        ``model.dataset_meta``, a dict, what the checkpoint tells of the data of its training.
 
     Raises:
         FileNotFoundError: If there is no such config, or the checkpoint has to be downloaded by
@@ -72,10 +74,10 @@ def get_model(
         torch.Size([1, 1000])
     """
     cfg = copy.deepcopy(open_config(name))
-    if pretrained is True:
-        checkpoint = fetch(name_of(cfg), whole=True)
-    else:
-        checkpoint = locate(pretrained) if pretrained else None
+    content = {}
+    if pretrained:
+        whole = pretrained is True
+        file, content = read(name_of(cfg) if whole else pretrained, whole)
     cfg.merge_from_dict(cfg_options or {})
     for option in ('default_scope', 'model'):
         if option not in cfg:
@@ -87,11 +89,12 @@ def get_model(
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
-    if checkpoint:
-        load_checkpoint(model, checkpoint, strict=True)
+    if pretrained:
+        with naming(file):
+            load_checkpoint(model, content, strict=True)
     model = revert_sync_batchnorm(model).to(device)
     model.train(False)  # mmpose's eval() returns nothing
-    model.cfg = cfg
+    model.cfg, model.dataset_meta = cfg, meta_of_checkpoint(content)
     return model
 
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-from .checkpoints import read_checkpoint
 
-
-def find_classes(cfg: Config, num_classes: int, weights: Path | None) -> tuple:
+def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
     """Names and colours of classes, from the config or else from the checkpoint.
 
     Args:
         cfg (Config): The config.
         num_classes (int): How many there are.
-        weights (Path, optional): The checkpoint.
+        dataset_meta (Mapping): What the checkpoint tells, as :func:`meta_of_checkpoint` returns it.
 
     Returns:
         tuple: Names and colours, each None where nothing fits.
     """
-    sources = [meta_of_dataset(cfg)]
-    if weights is not None:
-        meta = read_checkpoint(weights).get('meta') or {}
-        sources.append(meta.get('dataset_meta') or {})
     names = colours = None
-    for source in sources:
+    for source in (meta_of_dataset(cfg), dataset_meta):
         if names is None and len(source.get('classes') or ()) == num_classes:
             names = tuple(map(str, source['classes']))
             palette = source.get('palette') or ()
@@ -50,6 +44,20 @@ def meta_of_dataset(cfg: Config) -> dict:
     if isinstance(kind, str):
         kind = DATASETS.get(kind if '.' in kind else f'{cfg.default_scope}.{kind}')
     return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+
+
+def meta_of_checkpoint(content: Mapping) -> dict:
+    """Take from a checkpoint what it tells about the data that its model was trained with.
+
+    Args:
+        content (Mapping): What was saved.
+
+    Returns:
+        dict: ``classes``, ``palette`` and others; empty if it tells nothing.
+    """
+    meta = content.get('meta')
+    told = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return dict(told) if isinstance(told, Mapping) else {}
 
 
 def make_palette(num_classes: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ from mmengine.registry import DefaultScope
 from rich.progress import track
 from torch import nn
 
-from .checkpoints import fetch, read_zoo
+from .checkpoints import read_zoo
 from .checkpoints.loading import locate
 from .dataset_meta import find_classes, make_palette
 from .image_loading import displayable, reason, split_pipeline
@@ -93,7 +93,7 @@ class Inferencer:
         self.cfg = prepare_config(built.cfg)
         with DefaultScope.overwrite_default_scope(self.scope):
             self.loader, self.pipeline = split_pipeline(self.cfg.test_dataloader.dataset.pipeline)
-            self.dataset_meta = self._dataset_meta(weights)
+            self.dataset_meta = self._dataset_meta(built.dataset_meta)
             built = fuse_for_inference(built) if fuse else built
             self.stock = self._stock_inferencer(built.to(self.device))
         self.model = self.stock.model
@@ -349,8 +349,8 @@ class ClsInferencer(Inferencer):
 
     scope = 'mmpretrain'
 
-    def _dataset_meta(self, weights: Path | None) -> dict:
-        return dict(classes=find_classes(self.cfg, self.cfg.model.head.num_classes, weights)[0])
+    def _dataset_meta(self, told: dict) -> dict:
+        return dict(classes=find_classes(self.cfg, self.cfg.model.head.num_classes, told)[0])
 
     def _stock_inferencer(self, model: nn.Module) -> Any:
         from mmpretrain import ImageClassificationInferencer
@@ -398,10 +398,10 @@ class SegInferencer(Inferencer):
 
     scope = 'mmseg'
 
-    def _dataset_meta(self, weights: Path | None) -> dict:
+    def _dataset_meta(self, told: dict) -> dict:
         head = self.cfg.model.decode_head
         num_classes = (head[-1] if isinstance(head, (list, tuple)) else head).num_classes
-        classes, palette = find_classes(self.cfg, num_classes, weights)
+        classes, palette = find_classes(self.cfg, num_classes, told)
         classes = classes or tuple(f'class {i}' for i in range(num_classes))
         return dict(classes=classes, palette=palette or make_palette(num_classes))
 
@@ -506,7 +506,7 @@ class PoseInferencer(Inferencer):
         if detector:
             self.detector = build_detector(detector, detector_weights, self.device)
 
-    def _dataset_meta(self, weights: Path | None) -> dict:
+    def _dataset_meta(self, told: dict) -> dict:
         from mmpose.apis.inference import dataset_meta_from_config
 
         meta = dataset_meta_from_config(self.cfg, 'test')
@@ -717,7 +717,7 @@ def find_weights(cfg: Config, checkpoint: bool | str | Path) -> Path | None:
             f'checkpoint=True: {cfg.filename!r} is no model of the zoo, nobody published weights '
             'for it; give the path of your checkpoint'
         )
-    return fetch(name, whole=True)
+    return locate(name, whole=True)
 
 
 def prepare_config(cfg: Config) -> Config:

@@ -226,20 +226,21 @@ def checked(checkpoint: str) -> str:
         checkpoint (str): Path, address, or ``mmhrformer://NAME_OR_PATH``.
 
     Returns:
-        str: What to give to the stock tool: the same, or behind ``mmhrformer://`` if it has to be
-        translated.
+        str: What to give to the stock tool: the same behind ``mmhrformer://``, by which it is read
+        without running code from it and translated; addresses are left as they are.
 
     Raises:
         FileNotFoundError: If there is no such file.
         DownloadError: If a file is not what its name says.
-        ValueError: If it cannot be read, would run code, or is of no known dialect.
+        ValueError: If it cannot be read, or has no weights of a known dialect.
     """
     # Here, since the zoo finds its metafiles through this module.
-    from .checkpoints import detect_dialect, read_checkpoint, unwrap
-    from .checkpoints.loading import SCHEME, locate
+    from .checkpoints import detect_dialect, unwrap
+    from .checkpoints.loading import SCHEME, naming, read
 
     if '://' in checkpoint and not checkpoint.startswith(SCHEME):
         return checkpoint
-    path = locate(checkpoint)
-    dialect = detect_dialect(unwrap(read_checkpoint(path)))
-    return str(path) if dialect == 'mmhrformer' else f'{SCHEME}{path}'
+    path, content = read(checkpoint)
+    with naming(path):
+        detect_dialect(unwrap(content))
+    return f'{SCHEME}{path}'

@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmhrformer import load_checkpoint
-from mmhrformer.checkpoints.dialects import convert, unwrap
+from mmhrformer.checkpoints import convert, unwrap
 from mmhrformer.checkpoints.writing import to_dialect, wrap
 
 SEG_KEYS = {'small': 'seg_small_w7', 'base': 'seg_base_w7', 'base-w15': 'seg_base_w15'}

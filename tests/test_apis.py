@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import golden
+import numpy as np
 import pytest
 import torch
+from mmengine.runner import load_checkpoint as mmengine_load
 
 import mmhrformer
-from mmhrformer import get_model, register_in_mmpretrain
+from mmhrformer import get_model, inference, load_checkpoint, register_in_mmpretrain
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -48,6 +53,34 @@ def test_weights_of_any_dialect(tmp_path):
     assert torch.equal(model.head.final_layer.weight, head)
     with pytest.raises(RuntimeError, match='the checkpoint is not of this model'):
         get_model(TINY, pretrained=file)
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    return int(Path('/proc/self/io').read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path('/proc/self/io').is_file(), reason='counts as Linux does')
+def test_checkpoints_are_read_once(tmp_path):
+    """Also where the hash in the name and the checksums are compared, and classes looked up."""
+    model = get_model(TINY)
+    assert model.dataset_meta == {}
+    classes = [f'class {i}' for i in range(1000)]
+    file = tmp_path / 'a.pth'
+    content = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=classes)))
+    torch.save(content, file)
+    digits = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    file = file.rename(tmp_path / f'a-{digits}.pth')
+    image = np.zeros((40, 40, 3), np.uint8)
+    for door in (
+        lambda: get_model(TINY, pretrained=file).dataset_meta['classes'] == classes,
+        lambda: 'pred_class' in inference(TINY, image, file, device='cpu')['predictions'][0],
+        lambda: mmengine_load(model, f'mmhrformer://{file}', strict=True),
+        lambda: load_checkpoint(model, file).used,
+    ):
+        before = bytes_read()
+        assert door()
+        assert 1 <= (bytes_read() - before) / file.stat().st_size < 1.5
 
 
 def test_errors_come_before_anything_is_built():

@@ -427,10 +427,28 @@ CHECKPOINTS = [
     checkpoint('web page', lambda _: PAGE, ValueError, 'a.pth', 'web page', 'download the file'),
     checkpoint('truncated', truncated, ValueError, 'a.pth', 'cut off', 'download it again'),
     checkpoint(
-        'code',
-        lambda folder: dict(state_dict=weights(), meta=Code(folder / 'made')),
+        'code for a weight',
+        lambda folder: {**weights(), 'backbone.conv1.weight': Code(folder / 'made')},
         ValueError,
-        *('a.pth', 'posix.mkdir', 'could run code', 're-save only the weights'),
+        *('a.pth', "'backbone.conv1.weight' is stored as posix.mkdir", 'make ordinary tensors'),
+    ),
+    checkpoint(
+        'NumPy weights',
+        lambda _: dict(state_dict={key: tensor.numpy() for key, tensor in weights().items()}),
+        ValueError,
+        *('a.pth', "'backbone.conv1.weight' is stored as numpy.", 'make ordinary tensors'),
+    ),
+    checkpoint(
+        'quantized weights',
+        lambda _: {key: tensor.to(torch.int8) for key, tensor in weights().items()},
+        RuntimeError,
+        *('a.pth', 'torch.int8', 'quantized', 'before it was quantized'),
+    ),
+    checkpoint(
+        'a whole model',
+        lambda _: Classifier(),
+        ValueError,
+        *('a.pth', 'test_bad_input.Classifier', 'trust its source', '.state_dict(), NEW_FILE)'),
     ),
     checkpoint(
         'other arch',
@@ -487,7 +505,19 @@ CHECKPOINTS = [
         'nested in an unknown key',
         lambda _: dict(net=weights(), epoch=3),
         ValueError,
-        *("['net', 'epoch']", "'state_dict' and 'model'", 'save what is under that'),
+        *("['net', 'epoch']", "'state_dict' and 'model'", "key='net'", '--key net'),
+    ),
+    checkpoint(
+        'nested where nothing is known of it',
+        lambda _: dict(net=dict(tensors={'fc.weight': torch.ones(1)}), epoch=3),
+        ValueError,
+        *("['net', 'epoch']", "'state_dict' and 'model'", "['net']['tensors'], NEW_FILE)"),
+    ),
+    checkpoint(
+        'two models',
+        lambda _: {f'{who}.{k}': v for who in ('student', 'teacher') for k, v in weights().items()},
+        ValueError,
+        *('a.pth', "['student.', 'teacher.']", "key='student'", '--key student'),
     ),
     checkpoint(
         'another network',
@@ -790,6 +820,14 @@ def other_window(folder: Path) -> list[Tensor]:
     return [model.backbone.stage2[0].branches[0][0].attn.relative_position_bias_table.detach()]
 
 
+def code_beside(folder: Path) -> list[Tensor]:
+    torch.save(dict(state_dict=weights(), meta=Code(folder / 'made')), folder / 'a.pth')
+    model = Classifier()
+    load_checkpoint(model, folder / 'a.pth', strict=True)
+    assert not (folder / 'made').exists()
+    return [model.backbone.conv1.weight]
+
+
 def same_as_contiguous(x: Tensor) -> tuple[Tensor, ...]:
     assert not x.is_contiguous()
     outs = backbone()(x)
@@ -823,6 +861,7 @@ GOOD = [
     Good('empty batch', lambda _: backbone()(image(0, 3, 64, 64)), four(0, 64)),
     Good('smallest image', lambda _: backbone()(image(1, 3, 32, 32)), four(1, 32)),
     Good('checkpoint of another window', other_window, [(169, 1)]),
+    Good('checkpoint with code beside the weights', code_beside, [(64, 3, 3, 3)]),
     *(
         Good(f'{kind.__name__}: only ignored', lambda _, k=kind: [loss([255] * 4, k)], [()])
         for kind in (WeightedCrossEntropyLoss, OHEMCrossEntropyLoss)

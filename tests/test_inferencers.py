@@ -712,9 +712,9 @@ def test_classes_come_from_the_config_or_the_checkpoint(models, tmp_path):
     assert one['pred_class'] == names[one['pred_label']]
     cfg = read_config(find_config('ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'))
     cfg.test_dataloader.dataset.type = 'mmseg.CityscapesDataset'
-    classes, palette = find_classes(cfg, 19, None)
+    classes, palette = find_classes(cfg, 19, {})
     assert (classes[0], palette[0]) == ('road', [128, 64, 128])
-    assert find_classes(cfg, 18, file) == (None, None)  # of neither
+    assert find_classes(cfg, 18, meta['dataset_meta']) == (None, None)  # of neither
 
 
 def test_other_numbers_of_classes_are_drawn_too(tmp_path):

@@ -3,6 +3,7 @@
     python tools/convert_checkpoint.py hrt_small.pth hrformer-small.pth
     python tools/convert_checkpoint.py epoch_210.pth hrt_small_coco.pth --to official
     python tools/convert_checkpoint.py epoch_300.pth backbone.pth --to mmpose --backbone-only
+    python tools/convert_checkpoint.py trained.pth averaged.pth --key state_dict_ema
 
 Only the weights are converted; what a training run saves beside them, such as the optimizer, is
 left out. A DST that ends in .safetensors is written in that format. The file is read without
@@ -18,9 +19,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from mmhrformer.checkpoints.dialects import BIAS_TABLE, convert, detect_dialect, unwrap
-from mmhrformer.checkpoints.loading import locate
-from mmhrformer.checkpoints.reading import read_checkpoint
+from mmhrformer.checkpoints.contents import find_weights, told_of_others
+from mmhrformer.checkpoints.dialects import BIAS_TABLE, convert, detect_dialect
+from mmhrformer.checkpoints.loading import naming, read
 from mmhrformer.checkpoints.writing import (
     TARGETS,
     check_destination,
@@ -55,6 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--backbone-only', action='store_true', help='leave neck and head out, to train from it'
     )
+    parser.add_argument(
+        '--key', help='which weights of a file with several, such as state_dict_ema'
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
     return parser.parse_args()
 
@@ -67,21 +71,26 @@ def run(args: argparse.Namespace) -> None:
     """
     start = time.perf_counter()
     check_destination(args.dst, args.overwrite)
-    path = locate(args.src)
-    tensors = unwrap(read_checkpoint(path))
-    ours, report = convert(tensors)
+    path, content = read(args.src)
+    with naming(path):
+        contents = find_weights(content, args.key)
+        ours, report = convert(contents.tensors)
     theirs = to_dialect(ours, args.to, args.backbone_only)
     meta = dict(mmhrformer=__version__, source=path.name, source_dialect=report.dialect)
     write_checkpoint(wrap(theirs, meta), args.dst, args.overwrite)
     dialect, seconds = detect_dialect(theirs), time.perf_counter() - start
     print(
-        f'read     {path}: {report.dialect}, {len(tensors)} tensors, '
+        f'read     {path}: {report.dialect}, {len(contents.tensors)} tensors, '
         f'{decimal(path.stat().st_size)}\n'
         f'         {len(report.renamed)} renamed, {len(report.joined)} joined from query, key and '
         f'value, {len(report.dropped)} dropped that are computed\n'
         f'written  {args.dst}: {dialect}, {len(theirs)} tensors, '
         f'{decimal(Path(args.dst).stat().st_size)}, {seconds:.1f} s'
     )
+    for name in contents.outside:
+        print(f'left out {name}: outside of the model')
+    for line in told_of_others(contents.key, contents.others):
+        print(line.strip())
     if dialect == 'official-pose' != report.dialect:
         print(OFFICIAL_POSE_NOTE)
     if dialect == 'mmpose' and not any(key.endswith(BIAS_TABLE) for key in theirs):

@@ -19,8 +19,6 @@ from mmengine.config import DictAction
 from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
-from mmhrformer.checkpoints import read_checkpoint
-from mmhrformer.checkpoints.loading import locate
 from mmhrformer.export import (
     HEADER,
     INPUT,
@@ -95,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
     path = find_config(args.config)
     refuse_tta(read_config(path))
     model = get_model(str(path), args.checkpoint, cfg_options=args.cfg_options)
-    meta = read_checkpoint(locate(args.checkpoint)).get('meta') or {}
     file = Path(args.out or f'{path.stem}.onnx')
     rows = export_onnx(
         model,
@@ -107,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         with_normalization=args.with_normalization,
         simplify=not args.no_simplify,
         verify=not args.no_verify,
-        names=names_of_outputs(model.cfg, meta.get('dataset_meta')),
+        names=names_of_outputs(model.cfg, model.dataset_meta),
         overwrite=args.overwrite,
     )
     pixels = 'pixels of 0 to 255' if args.with_normalization else 'normalized'

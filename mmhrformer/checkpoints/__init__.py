@@ -1,6 +1,7 @@
 """Checkpoints of every HRFormer code: found, read safely, told apart, translated, loaded."""
 
-from .dialects import Report, convert, detect_dialect, resize_bias_table, unwrap
+from .contents import unwrap
+from .dialects import Report, convert, detect_dialect, resize_bias_table
 from .download import DownloadError, cache_folder
 from .loading import load_checkpoint
 from .reading import read_checkpoint

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
+from .contents import find_weights, plain_name, refuse_doubles, told_of_others
+
 if TYPE_CHECKING:
     from ..models.hrformer import HRFormer
 
@@ -28,6 +30,8 @@ DERIVED_BUFFER = 'relative_position_index'
 # Query, key and value are one projection here and in mmpose, in this order.
 SEPARATE_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 _SEPARATE = re.compile(rf'\.({"|".join(SEPARATE_PROJECTIONS)})\.')
+# Of backbones: what no name of ours has.
+_FOREIGN = re.compile(rf'\.(attn\.attn|mlp|[qkv]_proj|out_proj)\.|{DERIVED_BUFFER}$')
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ class Report:
         missing (list[str]): Tensors of the model that the checkpoint does not have.
         unused (list[str]): Tensors of the checkpoint, by their names there, that the model does
             not have.
+        outside (list[str]): Tensors beside the model that the checkpoint is of, by their names
+            there: of losses, metrics, counters or another model.
+        taken (str): The key of the file that the tensors were under; empty at the top.
+        others (dict[str, str]): Other keys, or beginnings of names, with weights of such a model,
+            and what is known of these.
         used (int): Number of tensors of the model that were loaded.
     """
 
@@ -138,6 +147,9 @@ class Report:
     other_shape: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    taken: str = ''
+    others: dict[str, str] = field(default_factory=dict)
     used: int = 0
 
     def __str__(self) -> str:
@@ -149,38 +161,8 @@ class Report:
         lines += [f'  left as it is, for other classes: {key}' for key in self.other_shape]
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]
-        return '\n'.join(lines)
-
-
-def unwrap(checkpoint: MutableMapping) -> dict[str, Tensor]:
-    """Take the tensors out of the wrappings of a saved file.
-
-    Args:
-        checkpoint (MutableMapping): What was saved: tensors by name, perhaps under ``'model'``
-            or ``'state_dict'``, perhaps with the ``module.`` of a distributed run before each
-            name.
-
-    Returns:
-        dict[str, Tensor]: Tensors by name.
-
-    Raises:
-        ValueError: If there is something, but no tensors where they are expected.
-    """
-    for container in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(container), MutableMapping):
-            checkpoint = checkpoint[container]
-    tensors = {
-        key.removeprefix('module.'): value
-        for key, value in checkpoint.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if checkpoint and not tensors:
-        raise ValueError(
-            f'the checkpoint has no tensors by name, but the keys {list(checkpoint)[:5]}: tensors '
-            "are looked for at the top and under 'state_dict' and 'model'. If they are under "
-            'another key, save what is under that: torch.save(checkpoint[KEY], NEW_FILE)'
-        )
-    return tensors
+        lines += [f'  outside of the model: {key}' for key in self.outside]
+        return '\n'.join([*lines, *told_of_others(self.taken, self.others)])
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -204,6 +186,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
+    if tensor.element_size() == 1:  # no arithmetic has been written for these
+        tensor = tensor.float()
     # A sum is much faster, and finite only if all is; it may overflow, though.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
@@ -341,41 +325,49 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: HRFor
         backbone (HRFormer): The backbone.
 
     Raises:
-        ValueError: If there are tensors under the prefix, but none for the blocks.
+        ValueError: If there are tensors under the prefix, but none for the blocks, or if a weight
+            is no tensor.
     """
     if not prefix:
-        tensors = unwrap(state_dict)
+        contents = find_weights(state_dict)
         state_dict.clear()
-        state_dict.update({key.removeprefix('backbone.'): v for key, v in tensors.items()})
-    found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        state_dict.update(contents.outside)
+        state_dict.update((key.removeprefix('backbone.'), v) for key, v in contents.tensors.items())
+    inside = [key for key in state_dict if key.startswith(prefix)]
+    found = {key.removeprefix(prefix): state_dict.pop(key) for key in inside}
     if not found:
         # Torch shows a part of a model only the tensors under its own prefix, so whether the others
         # are a head without backbone or a backbone of another dialect cannot be told here.
         print_log(
             f'The checkpoint has nothing under {prefix!r}: the backbone stays as it is. If it is '
-            'of another dialect, write mmhrformer:// before its path.',
+            'of another dialect, or its names begin in another way, write mmhrformer:// before its '
+            'path.',
             'current',
             logging.WARNING,
         )
         return
-    own = {prefix + key: tensor for key, tensor in backbone.state_dict().items()}
-    tensors = _translate(found, Report(''))
-    _check_blocks(tensors, own, prefix)
-    state_dict.update(_fit_bias_tables(tensors, own, backbone))
+    own = {plain_name(key): (key, tensor) for key, tensor in backbone.state_dict().items()}
+    refuse_doubles({key: plain_name(key) for key in found})
+    tensors = {plain_name(key): tensor for key, tensor in found.items()}
+    if any(map(_FOREIGN.search, tensors)):
+        tensors = _translate(tensors, Report(''))
+    _check_blocks(tensors, own)
+    for key, tensor in _fit_bias_tables(tensors, own, backbone).items():
+        state_dict[prefix + (own[key][0] if key in own else key)] = tensor
 
 
-def _check_blocks(tensors: MutableMapping, own: MutableMapping, prefix: str) -> None:
+def _check_blocks(tensors: Mapping, own: Mapping) -> None:
     """Refuse a checkpoint that has nothing for the blocks of the backbone."""
-    blocks = [key for key in own if key.startswith(f'{prefix}stage2.')]
+    blocks = [key for key in own if key.startswith('stage2.')]
     if not any(key in tensors for key in blocks):
-        detect_dialect(key.removeprefix(prefix) for key in tensors)
+        detect_dialect(tensors)
         raise ValueError(
             f'the checkpoint has no tensor for the blocks of this backbone (such as '
             f'{blocks[0]!r}): check arch and file'
         )
 
 
-def _fit_bias_tables(tensors: dict, own: MutableMapping, backbone: HRFormer) -> dict:
+def _fit_bias_tables(tensors: dict, own: Mapping, backbone: HRFormer) -> dict:
     """Resize bias tables to the backbone's windows; leave them out if it has none."""
     fitted, windows, left_out = {}, set(), 0
     for key, tensor in tensors.items():
@@ -383,9 +375,9 @@ def _fit_bias_tables(tensors: dict, own: MutableMapping, backbone: HRFormer) -> 
             if key not in own and not backbone.with_rpe:
                 left_out += 1
                 continue
-            if key in own and len(own[key]) != len(tensor):
+            if key in own and len(own[key][1]) != len(tensor):
                 windows.add(window_of(tensor))
-                tensor = resize_bias_table(tensor, window_of(own[key]))
+                tensor = resize_bias_table(tensor, window_of(own[key][1]))
         fitted[key] = tensor
     if windows:
         print_log(

@@ -159,23 +159,29 @@ def download(url: str, path: Path, sha256: str = '', size: int | None = None) ->
     return path
 
 
-def check_hash(path: Path) -> None:
-    """Check a file against the hash in its name, if it has one.
+def check_hash(path: Path, content: bytes, sha256: str = '') -> None:
+    """Check the content of a file against its hash, if that is known.
 
-    Programs such as mim save what they get under such a name without looking.
+    Programs such as mim save what they get under a name with a hash without looking.
 
     Args:
         path (Path): The file.
+        content (bytes): What is in it.
+        sha256 (str): Its SHA-256, 64 hexadecimal digits. Defaults to ``''``: the first digits of it
+            in the file's name, if there are any.
 
     Raises:
-        DownloadError: If it has another hash.
+        DownloadError: If the content has another one.
+        ValueError: If ``sha256`` cannot be a SHA-256.
     """
-    job = _Job('', path, short_hash(path.name), None)
-    if job.sha256 and (fault := job.fault(path)):
+    expected = _expected_hash(sha256, path.name)
+    digest = hashlib.sha256(content).hexdigest() if expected else ''
+    if not digest.startswith(expected):
         raise DownloadError(
-            f'{path} is not what its name says: {fault}. The download was cut off, or gave '
-            'something else: remove it and download it again; or rename it if the digits in its '
-            'name are no hash'
+            f'{path} is not what {"it has to be" if sha256 else "its name says"}: its SHA-256 is '
+            f'{digest}, expected {_dots(expected)}. The download was cut off, or gave something '
+            'else: remove it and download it again'
+            + ('' if sha256 else '; or rename it if the digits in its name are no hash')
         )
 
 

@@ -4,46 +4,51 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from torch import nn
+from torch import Tensor, nn
 
 from ..launch import did_you_mean
-from .dialects import BIAS_TABLE, Report, check_finite, convert, unwrap
-from .download import check_hash
+from .contents import SWAPPED, Contents, find_weights, plain_name, told_of_others, unwrap
+from .dialects import BIAS_TABLE, Report, check_finite, convert
 from .reading import read_checkpoint
-from .zoo import fetch, read_zoo
+from .zoo import fetch, find_source, read_zoo
 
 HEAD = re.compile(r'(head|decode_head|auxiliary_head)\.')
 
 
 def load_checkpoint(
     model: nn.Module,
-    checkpoint: str | Path | MutableMapping,
+    checkpoint: str | Path | Mapping,
     strict: bool = False,
     new_classes: bool = False,
+    key: str | None = None,
 ) -> Report:
     """Load a checkpoint of any dialect into a model built from one of our configs.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
             a bare :class:`HRFormer`.
-        checkpoint (str | Path | MutableMapping): A file, a name of the zoo, or what was saved.
-        strict (bool): Whether a missing or unused tensor is an error. Defaults to False.
+        checkpoint (str | Path | Mapping): A file, a name of the zoo, or what was saved.
+        strict (bool): Whether a missing or unused tensor is an error; those that are outside of the
+            model in the file, such as a loss's, are none. Defaults to False.
         new_classes (bool): Whether layers of the head that have another shape in the checkpoint
             are left as they are: for training on other classes. Defaults to False, an error.
+        key (str, optional): Which weights to take from a file with several, such as
+            ``'state_dict_ema'``: their key, or what their names begin with. Defaults to None:
+            ``'state_dict'``, ``'model'``, or those at the top; the report tells of others.
 
     Returns:
         Report: What became of each tensor; it is also logged.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
-            finite.
+        ValueError: If the file cannot be read, is of no known dialect, has the weights of several
+            models and no ``key`` is given, or has weights that are no tensors or not finite.
         RuntimeError: If tensors do not fit, or with ``strict`` are missing or unused.
 
     Examples:
@@ -52,17 +57,40 @@ def load_checkpoint(
         >>> load_checkpoint(model, model.state_dict()).unused
         []
     """
-    if isinstance(checkpoint, MutableMapping):
-        return _load(model, checkpoint, strict, new_classes)
-    path = locate(checkpoint)
-    content = read_checkpoint(path)
-    with _naming(path):
-        return _load(model, content, strict, new_classes)
+    if isinstance(checkpoint, Mapping):
+        return _load(model, checkpoint, strict, new_classes, key)
+    path, content = read(checkpoint)
+    with naming(path):
+        return _load(model, content, strict, new_classes, key)
+
+
+def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
+    """Find a checkpoint as :func:`locate` does, and read it: once, with all checks.
+
+    Args:
+        name (str | Path): As in :func:`locate`.
+        whole (bool): As in :func:`find_source`.
+
+    Returns:
+        tuple[Path, dict]: The file, and what was saved in it.
+
+    Raises:
+        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
+            says.
+        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
+        ValueError: If nobody published a checkpoint of that model, or the file cannot be read.
+    """
+    path, sha256 = _find(name, whole)
+    return path, read_checkpoint(path, sha256)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Tell which file an error is about."""
+def naming(path: Path) -> Iterator[None]:
+    """Tell which file an error is about.
+
+    Args:
+        path (Path): The file.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as err:
@@ -70,33 +98,54 @@ def _naming(path: Path) -> Iterator[None]:
         raise kind(f'{str(path)!r}: {err}') from err
 
 
-def _load(model: nn.Module, checkpoint: MutableMapping, strict: bool, new_classes: bool) -> Report:
+def _load(
+    model: nn.Module, checkpoint: Mapping, strict: bool, new_classes: bool, key: str | None
+) -> Report:
     """Load what was saved into a model, see :func:`load_checkpoint`."""
-    tensors = unwrap(checkpoint)
-    state_dict, report = convert(tensors)
-    check_finite(tensors)
-    names = _names_in(model, state_dict)
-    state_dict = {names[key]: tensor for key, tensor in state_dict.items()}
+    contents = find_weights(checkpoint, key)
+    state_dict, report = convert(contents.tensors)
+    check_finite(contents.tensors)
+    report.taken, report.others = contents.key, contents.others
     own = model.state_dict()
+    names = _names_in(own, state_dict)
+    state_dict = {names[name]: tensor for name, tensor in state_dict.items()}
     differing = {k for k, v in state_dict.items() if k in own and own[k].shape != v.shape}
-    report.resized = [key for key in differing if key.endswith(BIAS_TABLE)]
+    report.resized = [name for name in differing if name.endswith(BIAS_TABLE)]
     if new_classes:
-        report.other_shape = [key for key in differing if HEAD.match(key)]
-        for key in report.other_shape:
-            del state_dict[key]
-    report.dropped += [key for key in state_dict if key.endswith(BIAS_TABLE) and key not in own]
+        report.other_shape = [name for name in differing if _of_head(name)]
+        for name in report.other_shape:
+            del state_dict[name]
+    report.dropped += [k for k in state_dict if k.endswith(BIAS_TABLE) and k not in own]
     _refuse_other_shapes(own, state_dict, differing - set(report.other_shape))
     missing, unused = model.load_state_dict(state_dict, strict=False)
-    in_file = {name: key for key, name in names.items()}
-    in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
-    report.missing = [key for key in missing if key not in report.other_shape]
-    report.unused = [in_file.get(key, key) for key in unused]
+    _account(report, contents, names, missing, unused)
     report.used = len(own) - len(missing)
     if strict and (report.missing or report.unused):
         raise RuntimeError(f'the checkpoint is not of this model. {report}')
-    incomplete = [key for key in report.missing if not HEAD.match(key)]
-    print_log(str(report), 'current', logging.WARNING if incomplete else logging.INFO)
+    incomplete = any(not _of_head(name) for name in report.missing)
+    better = set(report.others.values()) - {SWAPPED}  # perhaps
+    print_log(str(report), 'current', logging.WARNING if incomplete or better else logging.INFO)
     return report
+
+
+def _account(
+    report: Report, contents: Contents, names: Mapping, missing: list[str], unused: list[str]
+) -> None:
+    """Note which tensors of the model and of the file have not met."""
+    in_file = {new: old for old, new in names.items()}
+    in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
+    left = [in_file.get(name, name) for name in unused]
+    left = [contents.names.get(name, name) for name in left]
+    # Counters of averaged models have no module; more models have names of their own.
+    others = tuple(f'{key}.' for key in contents.others)
+    beside = [k for k in left if '.' not in plain_name(k) or plain_name(k).startswith(others)]
+    report.missing = [name for name in missing if name not in report.other_shape]
+    report.unused = [name for name in left if name not in beside]
+    report.outside = [*contents.outside, *beside]
+
+
+def _of_head(name: str) -> bool:
+    return bool(HEAD.match(plain_name(name)))
 
 
 def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collection[str]) -> None:
@@ -108,10 +157,18 @@ def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collectio
         if key in differing
         and not (key.endswith(BIAS_TABLE) and own[key].shape[1:] == state_dict[key].shape[1:])
     ]
+    # Copying would make numbers of what stands for numbers, such as quantized weights.
+    other = [k for k, v in state_dict.items() if k in own and _stand_for_numbers(v, own[k])]
+    if other:
+        raise RuntimeError(
+            f'the checkpoint has {state_dict[other[0]].dtype} for {other[0]!r} and '
+            f'{len(other) - 1} more, and the model {own[other[0]].dtype}: such weights are '
+            'quantized. Save those of the model before it was quantized'
+        )
     if not wrong:
         return
     remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
-    if all(map(HEAD.match, wrong)):
+    if all(map(_of_head, wrong)):
         remedy = 'set num_classes to that of the checkpoint, or load with new_classes=True'
     lines = [
         f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
@@ -121,41 +178,57 @@ def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collectio
     raise RuntimeError(f'the checkpoint does not fit the model: {remedy}\n' + '\n'.join(lines))
 
 
-def _names_in(model: nn.Module, state_dict: dict) -> dict[str, str]:
-    """The names that tensors of a checkpoint have in a model, which may be a bare backbone."""
-    if not hasattr(model, 'backbone'):
-        return {key: key.removeprefix('backbone.') for key in state_dict}
-    if not any(key.startswith('backbone.') for key in state_dict):
-        return {key: 'backbone.' + key for key in state_dict}
-    return {key: key for key in state_dict}
+def _stand_for_numbers(tensor: Tensor, own: Tensor) -> bool:
+    return own.is_floating_point() and not tensor.is_floating_point()
+
+
+def _names_in(own: Mapping, state_dict: Mapping) -> dict[str, str]:
+    """The names that tensors of a checkpoint have in a model.
+
+    That may be a bare backbone, and it or parts of it may be wrapped.
+    """
+    plain = {plain_name(name): name for name in own}
+    start = 'backbone.'
+    names = {name: name for name in state_dict}
+    if not any(name.startswith(start) for name in plain):
+        names = {name: name.removeprefix(start) for name in state_dict}
+    elif not any(name.startswith(start) for name in state_dict):
+        names = {name: start + name for name in state_dict}
+    return {name: plain.get(new, new) for name, new in names.items()}
 
 
 SCHEME = 'mmhrformer://'
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, whole: bool = False) -> Path:
     """Find the file that ``mmhrformer://NAME_OR_PATH`` means.
 
     Args:
         name (str | Path): Path of a file, or name of a model of the zoo, with or without
             ``mmhrformer://`` before it.
+        whole (bool): As in :func:`find_source`.
 
     Returns:
-        Path: The file; if its name holds a hash, it has that hash.
+        Path: The file. Its hash is checked when it is read.
 
     Raises:
-        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
-            says.
+        DownloadError: If a file of the zoo cannot be downloaded.
         FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
         ValueError: If nobody published a checkpoint of that model.
     """
+    return _find(name, whole)[0]
+
+
+def _find(name: str | Path, whole: bool = False) -> tuple[Path, str]:
+    """The file of a checkpoint, and its SHA-256 if the zoo knows it."""
     name = str(name).removeprefix(SCHEME)
     path = Path(name).expanduser()
     if path.is_file():
-        check_hash(path)
-        return path
+        return path, ''
     if name.partition('@')[0] in read_zoo():
-        return fetch(name)
+        model, source = find_source(name, whole)
+        path = source.path(model.name)
+        return path if path.is_file() else fetch(name, whole), source.sha256
     raise FileNotFoundError(
         f'there is no checkpoint {name!r}: neither a file (from {Path.cwd()}) nor a model of the '
         f'zoo. {did_you_mean(name, read_zoo(), "Did")} mmhrformer.list_models() lists the zoo'
@@ -176,19 +249,27 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
         logger (str): Where to tell what was read. Defaults to ``'current'``.
 
     Returns:
-        dict: The tensors by name, under ``'state_dict'``; ``'meta'``, which mmseg wants, is empty.
+        dict: The tensors by name, under ``'state_dict'``, and those of mmengine's EMAHook under
+        ``'ema_state_dict'``; ``'meta'``, which mmseg wants, is empty.
 
     Raises:
-        DownloadError: As :func:`locate`.
+        DownloadError: As :func:`read`.
         FileNotFoundError: Likewise.
         ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
             finite.
     """
-    path = locate(filename)
-    content = read_checkpoint(path)
-    with _naming(path):
-        tensors = unwrap(content)
-        state_dict, report = convert(tensors)
-        check_finite(tensors)
-    print_log(f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors', logger)
-    return dict(meta={}, state_dict=state_dict)
+    path, saved = read(filename)
+    with naming(path):
+        contents = find_weights(saved)
+        state_dict, report = convert(contents.tensors)
+        check_finite(contents.tensors)
+    lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
+    lines += told_of_others(contents.key, contents.others)
+    print_log('\n'.join(lines), logger)
+    content = dict(meta={}, state_dict=state_dict)
+    if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
+        unaveraged, _ = convert(unwrap(saved, 'ema_state_dict'))
+        content['ema_state_dict'] = {
+            f'module.{name}' if '.' in name else name: v for name, v in unaveraged.items()
+        }
+    return content

@@ -3,63 +3,131 @@
 from __future__ import annotations
 
 import codecs
+import io
 import pickle
 import re
 import zipfile
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
+from torch import Tensor
 
-# What tensors, and the numbers stored beside them, are made of.
-_SAFE = {
-    ('collections', 'OrderedDict'),
-    ('collections', 'defaultdict'),
-    ('builtins', 'set'),
-    ('builtins', 'complex'),
-    ('builtins', 'int'),
-    ('torch', 'Size'),
-    ('torch', 'device'),
-    ('torch', 'Tensor'),
-    ('torch.nn.parameter', 'Parameter'),
-    ('torch._utils', '_rebuild_tensor'),
-    ('torch._utils', '_rebuild_tensor_v2'),
-    ('torch._utils', '_rebuild_parameter'),
-    ('torch.storage', 'UntypedStorage'),
-    ('torch.storage', 'TypedStorage'),
-}
-_SAFE_TORCH_SUFFIXES = ('Storage',)
-# What training codes store beside the weights. Nothing of it is needed here, so it becomes inert.
-_INERT_MODULES = ('mmengine', 'mmcv', 'numpy', 'yacs.config', 'argparse', 'pathlib', 'datetime')
-_INERT = {('builtins', 'getattr'), ('_codecs', 'encode')}
+from .download import check_hash
 
 
-class _Inert(dict):
-    """Stands for a stored object that is not needed: takes any state, does nothing."""
+class Inert(dict):
+    """Stands for a stored type, function or object of one: nothing of it is imported or runs.
+
+    A pickle can call it, give it items, arguments and a state, and use it as a key. All that is
+    kept is the items, since weights may be in a mapping of an unknown type.
+
+    Attributes:
+        stored (str): Name of the type or function in the file.
+        is_module (bool): Whether it was a module of torch, whole.
+    """
+
+    stored = ''
+    is_module = False
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+    def __new__(cls, *args, **kwargs) -> Inert:
+        # ``cls`` is what a pickle takes for a class: an object of this one.
+        made = super().__new__(Inert)
+        made.stored = cls.stored
+        return made
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__()
 
-    def __call__(self, *args, **kwargs) -> _Inert:
-        return self
+    def __call__(self, *args, **kwargs) -> Inert:
+        return Inert.__new__(self)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __repr__(self) -> str:
+        return f'<{self.stored}>'
+
+    @property
+    def __name__(self) -> str:  # torch warns about stored modules by their name
+        return self.stored
 
     def append(self, item: Any) -> None:
-        pass
+        """Take what is added to a stored list or set."""
 
-    def extend(self, items: Any) -> None:
-        pass
+    extend = add = append
+
+
+def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
+    """Build a parameter; what Python attributes it had is left out."""
+    return torch.nn.Parameter(data, requires_grad)
+
+
+def _tensor_with_attributes(build: Any, kind: Inert, args: tuple, _: Any) -> Any:
+    """Build a tensor that had Python attributes. Other kinds may mean something else by numbers."""
+    known = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'torch.nn.parameter.Buffer')
+    return _build(build, args) if _builds_tensor(build) and kind.stored in known else kind()
+
+
+def _tensor_of_other_device(data: Tensor, dtype: torch.dtype, *_: Any) -> Tensor:
+    return data.to(dtype)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """Bytes are texts in pickles of the protocol that torch writes."""
+    if encoding != 'latin1':
+        raise ValueError(encoding)
+    return text.encode(encoding)
+
+
+# What builds tensors; names that this torch does not have are left out.
+_TENSORS = {
+    f'torch._utils.{name}': getattr(torch._utils, name)
+    for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3')
+    if hasattr(torch._utils, name)
+} | {
+    'torch._utils._rebuild_parameter': _parameter,
+    'torch._utils._rebuild_parameter_with_state': _parameter,
+    'torch._utils._rebuild_device_tensor_from_cpu_tensor': _tensor_of_other_device,
+    'torch._tensor._rebuild_from_type_v2': _tensor_with_attributes,
+}
+
+
+def _builds_tensor(function: Any) -> bool:
+    return any(function is build for build in _TENSORS.values())
+
+
+def _build(build: Any, args: tuple) -> Any:
+    """Build a tensor, unless it is made of something unknown, such as a type of another torch."""
+    unknown = [arg for arg in args if isinstance(arg, Inert)]
+    if unknown and build is not _tensor_with_attributes:
+        return unknown[0]()
+    return build(*args)
+
+
+_PLAIN_TYPES = (
+    *(bool, int, float, complex, str, tuple, list, dict, set, frozenset),
+    *(OrderedDict, defaultdict, Counter, deque, torch.Size, torch.device),
+)
+_PLAIN = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in _PLAIN_TYPES} | {
+    'builtins.long': int,  # Python 2
+    '_codecs.encode': _bytes,
+}
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds tensors and plain containers, and refuses to import anything else.
+    """Builds tensors and plain containers; of everything else only the name is looked at.
 
     It is pickle's own in Python: the one in C reserves as much memory as a number in the file says,
     so that a single wrong byte can make the system end the process.
     """
+
+    inert: set[str]
+    dispatch = pickle._Unpickler.dispatch.copy()
 
     def load(self) -> Any:
         try:
@@ -70,37 +138,57 @@ class _Unpickler(pickle._Unpickler):
             raise
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == '__builtin__':  # what torch writes names it as Python 2 did
-            module, name = 'builtins', 'int' if name == 'long' else name
-        if (module, name) in _SAFE:
-            return super().find_class(module, name)
-        if module == 'torch' and name.endswith(_SAFE_TORCH_SUFFIXES):
-            return super().find_class(module, name)
-        if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        known = any(module == m or module.startswith(m + '.') for m in _INERT_MODULES)
-        if known or (module, name) in _INERT:
-            return _Inert
-        raise pickle.UnpicklingError(
-            f"it wants to import '{module}.{name}', which weights never need and which could run "
-            'code on this machine. If you trust its source, re-save only the weights: '
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
-        )
+        # What torch writes names it as Python 2 did.
+        full = f'{"builtins" if module == "__builtin__" else module}.{name}'
+        if full in _TENSORS:
+            return _TENSORS[full]
+        if full in _PLAIN:
+            return _PLAIN[full]
+        # Not getattr, by which torch imports parts of itself.
+        found = vars(torch).get(name) if module in ('torch', 'torch.storage') else None
+        if isinstance(found, torch.dtype) or (isinstance(found, type) and 'Storage' in name):
+            return found
+        return self._stand_in(full)
 
+    def _stand_in(self, full: str) -> Inert:
+        self.inert.add(full)
+        inert = Inert()
+        inert.stored = full
+        return inert
 
-def _load(file: Any, **kwargs: Any) -> Any:
-    return _Unpickler(file, **kwargs).load()
+    def get_extension(self, code: int) -> None:
+        self.append(self._stand_in(f'copyreg extension {code}'))
 
+    def load_reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack[-1]
+        if _builds_tensor(function):
+            self.stack[-1] = _build(function, args)
+            return
+        try:
+            self.stack[-1] = function(*args)
+        except Exception:  # such as a device that only another torch knows
+            self.stack[-1] = self._stand_in(getattr(function, '__name__', repr(function)))
 
-_PICKLE = SimpleNamespace(
-    __name__='mmhrformer.checkpoints.reading', Unpickler=_Unpickler, load=_load
-)
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_build(self) -> None:
+        """Keep states away from all that is real: they could change functions and classes."""
+        state, made = self.stack.pop(), self.stack[-1]
+        keys = state if isinstance(state, dict) else ()
+        if isinstance(made, Inert):
+            made.is_module = '_parameters' in keys and '_modules' in keys
+        elif isinstance(made, Tensor):
+            raise pickle.UnpicklingError('it has tensors in a form that torch does not write')
+        elif type(made) is OrderedDict and '_metadata' in keys:
+            made._metadata = state['_metadata']
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 # What torch, pickle and safetensors say -> what it means.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
-    '^EOFError$|^index out of range$|unpack requires a buffer|'
+    '^EOFError$|^index out of range$|unpack requires a buffer|^negative seek|'
     '[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
     'file not fully covered': ('it is cut off: download it again'),
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
@@ -115,10 +203,10 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= _SAFETENSORS_HEADER_LIMIT
 
 
-def _is_torchscript(path: Path) -> bool:
+def _is_torchscript(data: bytes) -> bool:
     """Whether torch.load would hand a zip file to the TorchScript interpreter."""
     # torch's own reader: another one can see other entries in a file made to deceive it.
-    return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    return 'constants.pkl' in torch._C.PyTorchFileReader(io.BytesIO(data)).get_all_records()
 
 
 def _is_folder(entry: zipfile.ZipInfo) -> bool:
@@ -126,10 +214,10 @@ def _is_folder(entry: zipfile.ZipInfo) -> bool:
     return entry.is_dir() or bool(entry.external_attr & _FOLDER)
 
 
-def _check_sums(path: Path) -> None:
+def _check_sums(data: bytes) -> None:
     """Compare the contents of a zip file with the checksums in it, which torch does not do."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             broken = archive.testzip()
             folders = [entry.filename for entry in archive.infolist() if _is_folder(entry)]
     except Exception as err:  # a damaged file can fail in any way
@@ -166,9 +254,9 @@ def _refuse_other_files(head: bytes) -> None:
     raise ValueError(f'it is text, beginning with {text[:40]!r}, not a checkpoint: check the path')
 
 
-def _read(path: Path) -> Any:
-    with path.open('rb') as file:
-        head = file.read(512)
+def _parse(data: bytes, inert: set[str]) -> Any:
+    """Make of the bytes of a file what was saved; note the names of what is left inert."""
+    head = data[:512]
     _refuse_other_files(head)
     if _is_safetensors(head):
         try:
@@ -177,24 +265,63 @@ def _read(path: Path) -> Any:
             raise ValueError(
                 'it is a safetensors file, which needs a package: pip install safetensors'
             ) from err
-        # Not load_file(), whose tensors would follow what later happens to the file.
-        return safetensors.torch.load(path.read_bytes())
+        return safetensors.torch.load(data)
     if head.startswith(b'PK\3\4'):
-        if _is_torchscript(path):
+        if _is_torchscript(data):
             raise ValueError(
-                'it is a TorchScript program, not a checkpoint: its code would run. Save the '
-                "model's state_dict() instead"
+                'it is a TorchScript program, not a checkpoint: its code would run. If you trust '
+                "its source, save its weights: torch.save(torch.jit.load(FILE, 'cpu').state_dict()"
+                ', NEW_FILE)'
             )
-        _check_sums(path)
-    with path.open('rb') as file:  # newer torch would trust the suffix of a path
-        return torch.load(file, 'cpu', pickle_module=_PICKLE, weights_only=False)
+        _check_sums(data)
+    unpickler = type('Unpickler', (_Unpickler,), dict(inert=inert))
+    pickles = SimpleNamespace(
+        __name__=__name__,
+        Unpickler=unpickler,
+        load=lambda file, **kwargs: unpickler(file, **kwargs).load(),
+    )
+    return torch.load(io.BytesIO(data), 'cpu', pickle_module=pickles, weights_only=False)
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def save_weights(content: Any) -> str:
+    """Tell how to make a file with nothing but the weights of one that holds something else.
+
+    Args:
+        content (Any): What was saved.
+
+    Returns:
+        str: A remedy, with a line of Python.
+    """
+    place = '.state_dict()' if isinstance(content, Inert) else _place_of_weights(content)
+    if place is None:
+        return 'save the weights by their names: torch.save(model.state_dict(), NEW_FILE)'
+    return (
+        'if you trust its source, since this runs its code, save the weights alone: '
+        f"torch.save(torch.load(FILE, 'cpu', weights_only=False){place}, NEW_FILE)"
+    )
+
+
+def _place_of_weights(content: Any, depth: int = 3) -> str | None:
+    """Where in a saved object a module or tensors by name are, as Python; None if nowhere."""
+    if isinstance(content, Inert) and content.is_module:
+        return '.state_dict()'
+    if isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values()):
+        return ''
+    items = content.items() if isinstance(content, Mapping) else ()
+    items = enumerate(content) if isinstance(content, (list, tuple)) else items
+    for key, value in items if depth else ():
+        place = _place_of_weights(value, depth - 1)
+        if place is not None:
+            return f'[{key!r}]{place}'
+    return None
+
+
+def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
     """Read a checkpoint file of any dialect, on the CPU, without running code from it.
 
-    Stored objects other than tensors and plain containers (configurations, message hubs) are
-    replaced by inert stand-ins. The format is told by the content, whatever the file's name.
+    Tensors, numbers, texts and the plain containers of Python come out as they were saved. All else
+    (configurations, logs, whole modules) becomes :class:`Inert`, and the log names its types. The
+    format is told by the content, whatever the file's name. The file is read once.
 
     Files of ``torch.save`` hold a checksum of each tensor, and a changed byte is found by it. Those
     that torch wrote before 1.6, and safetensors files, hold none: there a changed byte of a tensor
@@ -202,25 +329,44 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Args:
         path (str | Path): A file written by ``torch.save``, or a safetensors file.
+        sha256 (str): Its SHA-256, 64 hexadecimal digits. Defaults to ``''``: the digits in its
+            name, if there are any.
 
     Returns:
         dict: What was saved.
 
     Raises:
+        DownloadError: If the file has another SHA-256.
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is no checkpoint, would run code, or is a safetensors
-            file and that package is not installed.
+        ValueError: If the file is damaged, is no checkpoint, is a program or a whole module, or is
+            a safetensors file and that package is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {str(path)!r}')
+    data, inert = path.read_bytes(), set()
+    check_hash(path, data, sha256)
     try:
-        content = _read(path)
+        content = _parse(data, inert)
     except Exception as err:  # a damaged file can fail in any way
         reason = ' '.join(_STACK.split(str(err))[0].split()) or type(err).__name__
         meant = [meaning for signs, meaning in _MEANINGS.items() if re.search(signs, reason)]
         reason = meant[0] if meant else reason
         raise ValueError(f'cannot read the checkpoint {str(path)!r}: {reason}') from err
-    if not isinstance(content, dict):
-        raise ValueError(f'{str(path)!r} holds a {type(content).__name__}, not tensors by name')
+    if not isinstance(content, dict) or (isinstance(content, Inert) and not content):
+        raise ValueError(
+            f'{str(path)!r} holds a {name_of_type(content)}, not tensors by name: '
+            f'{save_weights(content)}'
+        )
+    if inert:
+        print_log(
+            f'{path}: of what is stored beside tensors, these types and functions were left inert: '
+            f'{", ".join(sorted(inert))}',
+            'current',
+        )
     return content
+
+
+def name_of_type(value: Any) -> str:
+    """Name of the type of a stored object, as the file has it."""
+    return value.stored if isinstance(value, Inert) else type(value).__name__

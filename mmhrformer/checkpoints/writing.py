@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file
+from .contents import unwrap
 from .dialects import (
     BIAS_TABLE,
     DERIVED_BUFFER,
@@ -21,7 +22,6 @@ from .dialects import (
     convert,
     detect_dialect,
     rename,
-    unwrap,
     window_of,
 )
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ..launch import config_root, did_you_mean
-from .download import cache_folder, download
+from .download import cache_folder, check_hash, download
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Source:
         link (str): Where it is.
         is_file (bool): Whether the link gives the file itself. Others are pages for sharing.
         is_whole (bool): Whether it holds the whole model or the backbone only.
+        sha256 (str): Its SHA-256, or ``''`` if that is not known.
     """
 
     origin: str
     link: str
     is_file: bool
     is_whole: bool
+    sha256: str = ''
 
     def path(self, model: str) -> Path:
         """Where the file lies when it is here."""
@@ -72,6 +74,7 @@ def read_zoo() -> dict[str, ZooModel]:
                     link=source['Link'],
                     is_file=source['Kind'] == 'file',
                     is_whole=source['Holds'] == 'whole model',
+                    sha256=source.get('SHA256', ''),
                 )
                 for source in entry.get('Sources', [])
             ]
@@ -163,7 +166,8 @@ def fetch(name: str, whole: bool = False) -> Path:
         whole (bool): Likewise.
 
     Returns:
-        Path: The file in :func:`cache_folder`, checked against the hash in its name if it has one.
+        Path: The file in :func:`cache_folder`, checked against its SHA-256 if the zoo knows it,
+        else against the first digits in its name if it has any.
 
     Raises:
         ValueError: If there is no such checkpoint.
@@ -173,7 +177,7 @@ def fetch(name: str, whole: bool = False) -> Path:
     model, source = find_source(name, whole)
     path = source.path(model.name)
     if source.is_file:
-        return download(source.link, path)
+        return download(source.link, path, source.sha256)
     if not path.is_file():
         raise FileNotFoundError(
             f'the {source.origin} checkpoint of {model.name} is on a page for sharing that '
@@ -182,4 +186,6 @@ def fetch(name: str, whole: bool = False) -> Path:
             f'  2. put it here: {path}\n'
             'From then on it is used without network.'
         )
+    if source.sha256:
+        check_hash(path, path.read_bytes(), source.sha256)
     return path

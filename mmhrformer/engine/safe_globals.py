@@ -2,7 +2,8 @@
 
 Since 2.6, ``torch.load`` builds nothing but tensors and plain containers unless it is allowed to,
 so that a file cannot run code. mmengine's checkpoints also hold the history of the log, which is
-NumPy arrays in an object of mmengine: ``--resume`` and the stock test tools would refuse them.
+NumPy arrays in an object of mmengine, a method of a scheduler, and what configs say of data sets:
+``--resume`` and the stock test tools would refuse them.
 The names below are those of both generations of NumPy, as a file tells the one it was written with.
 """
 
@@ -13,22 +14,27 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleParamScheduler
 
 try:
     from numpy._core import multiarray
 except ImportError:  # NumPy 1
     from numpy.core import multiarray
 
-STATISTICS = ('min', 'max', 'current', 'mean')
+METHODS = {
+    HistoryBuffer: ('min', 'max', 'current', 'mean'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
 
 
-def history_method(owner: type, name: str) -> Callable:
-    """Stand for ``getattr``, by which a file names the methods of its ``HistoryBuffer``.
+def stored_method(owner: type, name: str) -> Callable:
+    """Stand for ``getattr``, by which a file names methods.
 
     Args:
-        owner (type): ``HistoryBuffer``, nothing else.
-        name (str): One of :data:`STATISTICS`.
+        owner (type): A class of :data:`METHODS`.
+        name (str): One of its methods there.
 
     Returns:
         Callable: The method.
@@ -37,10 +43,10 @@ def history_method(owner: type, name: str) -> Callable:
         ValueError: If anything else is asked for.
 
     Examples:
-        >>> history_method(HistoryBuffer, 'mean') is HistoryBuffer.mean
+        >>> stored_method(HistoryBuffer, 'mean') is HistoryBuffer.mean
         True
     """
-    if owner is not HistoryBuffer or name not in STATISTICS:
+    if not isinstance(owner, type) or name not in METHODS.get(owner, ()):
         raise ValueError(
             f'the checkpoint asks for {name!r} of {owner!r}, which is not needed to train on: it '
             'was not written by mmengine, or a log processor of your own added statistics'
@@ -70,8 +76,8 @@ def allow_mmengine_checkpoints() -> bool:
         for core in ('core', '_core')
     ]
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions]
-        + [(history_method, 'builtins.getattr'), (codecs.encode, '_codecs.encode')]
+        [*METHODS, ConfigDict, frozenset, np.ndarray, np.dtype, *dtypes, *functions]
+        + [(stored_method, 'builtins.getattr'), (codecs.encode, '_codecs.encode')]
     )
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from functools import cache
 
@@ -11,7 +10,6 @@ import golden
 import mmengine.runner
 import pytest
 import torch
-from mmengine.logging import MMLogger
 from torch import nn
 
 from mmhrformer import HRFormer, load_checkpoint
@@ -43,16 +41,6 @@ def assert_equal(model: nn.Module, state_dict: dict) -> None:
     own = model.state_dict()
     assert set(own) == set(state_dict)
     assert all(torch.equal(own[key], tensor) for key, tensor in state_dict.items())
-
-
-@pytest.fixture
-def messages():
-    """What is logged during a test."""
-    logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
-    handler.emit = lambda record: seen.append(record.getMessage())
-    logger.addHandler(handler)
-    yield seen
-    logger.removeHandler(handler)
 
 
 def test_official_classifier_fits_completely():

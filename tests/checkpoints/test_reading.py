@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import copyreg
+import datetime
+import functools
 import io
 import os
 import pickle
+import random
 import re
 import struct
 import sys
 import types
-from collections import OrderedDict, defaultdict
+from collections import (
+    ChainMap,
+    Counter,
+    OrderedDict,
+    UserDict,
+    UserList,
+    defaultdict,
+    deque,
+    namedtuple,
+)
+from collections.abc import Iterator
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.logging import MessageHub
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.optim import OptimWrapper
+from mmengine.registry import PARAM_SCHEDULERS
 
-from mmhrformer.checkpoints import read_checkpoint
+from mmhrformer.checkpoints import read_checkpoint, reading, unwrap
 
 FORMATS = pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 
@@ -103,6 +123,110 @@ def test_checkpoint_of_an_openmmlab_run_is_read(tmp_path):
     assert content['optimizer']['state'][0]['step'] == 1
 
 
+def scheduler_states() -> Iterator[tuple[str, dict]]:
+    """What the schedulers of mmengine store."""
+    options = dict(
+        CosineAnnealing=dict(T_max=9),
+        CosineRestart=dict(periods=[2, 3], restart_weights=[1, 0.5], eta_min=0),
+        Exponential=dict(gamma=0.9),
+        MultiStep=dict(milestones=[170, 200, 200]),
+        OneCycle=dict(eta_max=0.1, total_steps=9),
+        QuadraticWarmup=dict(end=9),
+        ReduceOnPlateau=dict(monitor='loss'),
+        Step=dict(step_size=2),
+    )
+    optimizer = OptimWrapper(torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()))
+    for name, scheduler in PARAM_SCHEDULERS.module_dict.items():
+        if name.endswith('LR') and not name.startswith('Warmup'):
+            kwargs = options.get(name.removesuffix('LR'), {})
+            yield name, scheduler(optimizer, **kwargs).state_dict()
+
+
+def optimizer_states() -> Iterator[tuple[str, dict]]:
+    """What the optimizers of torch store after a step."""
+    for name, kind in vars(torch.optim).items():
+        if not isinstance(kind, type) or name in ('Optimizer', 'SparseAdam'):
+            continue
+        model = torch.nn.Linear(2, 2, bias=False)
+        optimizer = kind(model.parameters(), lr=0.1)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step(lambda: torch.ones(()))
+        yield name, optimizer.state_dict()
+
+
+Point = namedtuple('Point', 'x y')
+Colour = Enum('Colour', 'RED')
+
+
+def odd_objects() -> dict:
+    """What else may stand beside weights, by name."""
+    loop, objects = [], types.SimpleNamespace()
+    loop.append(loop)
+    objects.self = objects
+    with_attribute = torch.ones(2)
+    with_attribute.note = 'kept by Python, not needed'
+    return dict(
+        scalars=[np.float64(0.5), np.int32(3), np.bool_(True), np.str_('a'), np.datetime64('2021')],
+        arrays=[np.ones(3), np.array([{}], dtype=object), np.ma.array([1]), np.dtype('f4')],
+        generators=[np.random.default_rng(0), np.random.get_state(), random.Random(0)],
+        times=[datetime.datetime.now(), datetime.timedelta(1), datetime.timezone.utc],
+        numbers=[Decimal('0.1'), Fraction(1, 3), 1j, 2**99, slice(1, 2), range(3), Ellipsis],
+        texts=[b'', bytearray(b'a'), re.compile('a'), Path('a'), ValueError('a')],
+        functions=[print, functools.partial(sorted, key=len), type(None), OrderedDict],
+        containers=[ChainMap({}), UserDict(a=1), UserList([1]), Point(1, 2), loop, objects],
+        keys={Point(1, 2): 1, np.int64(3): 2, Colour.RED: 3, frozenset({1}): 4, torch.float32: 5},
+        sets=[{Colour.RED, np.int64(1)}, {Point(1, 2)}],
+        torch=[torch.strided, torch.get_rng_state(), torch.quint8, torch.eye(2).to_sparse()],
+        mmengine=[ConfigDict(a=1), Config(dict(a=1)), HistoryBuffer([1], [1])],
+        modules=[torch.nn.CrossEntropyLoss(), with_attribute, torch.ones(2, device='meta')],
+    )
+
+
+@FORMATS
+def test_whatever_stands_beside_weights_is_read(tmp_path, zipped):
+    things = {**dict(scheduler_states()), **dict(optimizer_states()), **odd_objects()}
+    assert {'MultiStepLR', 'OneCycleLR', 'PolyLR', 'LBFGS', 'AdamW'} <= set(things)
+    content = {'things': things, 'state_dict': make_tensors(), 'after': 7}
+    content = read_checkpoint(save(content, tmp_path / 'a.pth', zipped))
+    assert_same(content['state_dict'], make_tensors())
+    assert content['after'] == 7
+    assert list(content['things']) == list(things)
+    assert content['things']['MultiStepLR'] == things['MultiStepLR']
+    assert len(content['things']['keys']) == 5
+    again = pickle.loads(pickle.dumps(content))  # it may be sent to another process
+    assert repr(again['things']['mmengine']) == repr(content['things']['mmengine'])
+
+
+def test_plain_containers_come_out_as_they_were(tmp_path):
+    things = [
+        Counter('aab'),
+        deque([1, 2], 3),
+        defaultdict(list, a=[1]),
+        frozenset({1}),
+        {1j},
+        b'a',
+    ]
+    got = read_checkpoint(save({'things': things}, tmp_path / 'a.pth'))['things']
+    assert got == things
+    assert got[1].maxlen == 3
+    assert got[2]['missing'] == []
+
+
+def test_what_is_left_inert_is_named(tmp_path, messages):
+    content = {
+        'state_dict': make_tensors(),
+        'date': datetime.date(2021, 6, 30),
+        'point': Point(1, 2),
+    }
+    content = read_checkpoint(save(content, tmp_path / 'a.pth'))
+    assert f'left inert: datetime.date, {__name__}.Point' in messages[-1]
+    assert 'a.pth' in messages[-1]
+    assert content['date'].stored == 'datetime.date'
+    count = len(messages)
+    read_checkpoint(save({'state_dict': make_tensors()}, tmp_path / 'a.pth'))
+    assert len(messages) == count
+
+
 class Evil:
     """What an attacker saves: unpickling it calls a function."""
 
@@ -124,19 +248,25 @@ ATTACKS = {
 
 @pytest.mark.parametrize('name', ATTACKS)
 @pytest.mark.parametrize('place', ['zip', 'legacy', 'pickle'])
-def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, place, name):
+def test_code_in_a_file_does_not_run(tmp_path, place, name, messages):
+    """Beside weights it is inert and named; in the place of a weight it is refused."""
     marker = tmp_path / 'marker'
     content = {'state_dict': make_tensors(), 'meta': ATTACKS[name](marker)}
     path = tmp_path / 'evil.pth'
     if place == 'pickle':
         path.write_bytes(pickle.dumps(content['meta']))
+        with pytest.raises(ValueError, match=r'evil\.pth.*no format that checkpoints have'):
+            read_checkpoint(path)
     else:
+        weights = {**make_tensors(), 'conv1.weight': content['meta']}
+        save({'state_dict': weights}, path, zipped=place == 'zip')
+        with pytest.raises(
+            ValueError, match=f"'conv1.weight' is stored as {name}, not as a tensor"
+        ):
+            unwrap(read_checkpoint(path))
         save(content, path, zipped=place == 'zip')
-    with pytest.raises(ValueError, match='could run code') as error:
-        read_checkpoint(path)
-    assert f"'{name}'" in str(error.value)
-    assert str(path) in str(error.value)
-    assert 're-save only the weights' in str(error.value)
+        assert_same(read_checkpoint(path)['state_dict'], make_tensors())
+        assert f'left inert: {name}' in messages[-1]
     assert not marker.exists()
     torch.load(path, weights_only=False) if place != 'pickle' else pickle.loads(path.read_bytes())
     assert marker.exists()  # it was a real attack
@@ -197,10 +327,129 @@ def test_torchscript_is_refused_and_does_not_run(tmp_path, disguise):
     assert marker.exists()  # it was a real attack
 
 
-def test_pickled_model_object_is_refused(tmp_path):
-    path = save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'model.pth')
-    with pytest.raises(ValueError, match=r'torch\.nn\.modules\.linear\.Linear'):
+# Instructions of pickle that torch.save does not write, or not in this way.
+HANDMADE = {
+    'class of an old kind': b'(ios\nsystem\n.',
+    'object of an old kind': b'(cos\nsystem\nVtouch x\no.',
+    'new object': b'cos\nsystem\n)\x81.',
+    'new object with keywords': b'cos\nsystem\n)}\x92.',
+    'state': b'cos\nsystem\n}Va\nK\x01sb.',
+    'states of an attribute': b'cos\nsystem\nN}Va\nK\x01s\x86b.',
+    'list': b'cos\nsystem\n(K\x01K\x02e.',
+    'item': b'cos\nsystem\nK\x01a.',
+    'dict': b'cos\nsystem\n(K\x01K\x02u.',
+    'set': b'cos\nsystem\n(K\x01\x90.',
+    'called twice': b'cos\nsystem\n)R)R.',
+    'of the stack': b'\x8c\x02os\x8c\x06system\x93.',
+    'attribute of an attribute': b'\x8c\x02os\x8c\x0bpath.system\x93.',
+    'extension': b'\x82\x07.',
+    'long extension': b'\x84\x07\x00\x00\x00.',
+}
+
+
+@pytest.mark.parametrize('name', HANDMADE)
+def test_every_instruction_of_pickle_is_inert(name, monkeypatch):
+    monkeypatch.setitem(copyreg._inverted_registry, 7, ('os', 'system'))
+    monkeypatch.setitem(copyreg._extension_cache, 7, os.system)
+    names = set()
+    unpickler = type('Unpickler', (reading._Unpickler,), dict(inert=names))
+    made = unpickler(io.BytesIO(HANDMADE[name])).load()
+    assert isinstance(made, reading.Inert)
+    assert len(names) == 1
+    assert made.stored in names
+
+
+def test_a_file_changes_nothing_that_is_real():
+    """States could give functions other defaults, and classes other methods."""
+    unpickler = type('Unpickler', (reading._Unpickler,), dict(inert=set()))
+    state = b'N}V__defaults__\nK\x01\x85s\x86b.'
+    for name in ('torch._utils\n_rebuild_tensor_v2', 'torch._utils\n_rebuild_parameter'):
+        function = unpickler(io.BytesIO(f'c{name}\n'.encode() + state)).load()
+        assert function.__defaults__ != (1,)
+    kind = unpickler(io.BytesIO(b'ctorch\nUntypedStorage\nN}Vcpu\nK\x01s\x86b.')).load()
+    assert kind.cpu != 1
+    unpickler.find_class = lambda *_: lambda: torch.ones(1)
+    tensor = unpickler(io.BytesIO(b'ca\nb\n)R}b.'))
+    with pytest.raises(pickle.UnpicklingError, match='in a form that torch does not write'):
+        tensor.load()
+
+
+class Net(torch.nn.Module):
+    """A model that can be saved whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage2 = torch.nn.Linear(2, 2)
+
+
+WHOLE = {
+    'module': lambda: Net(),
+    'DataParallel': lambda: torch.nn.DataParallel(Net()),
+    'model': lambda: {'model': Net(), 'epoch': 3},
+    'state_dict': lambda: {'epoch': 3, 'state_dict': Net()},
+    'checkpoint': lambda: {'net': Net(), 'optimizer': torch.optim.SGD(Net().parameters(), lr=1)},
+    'tuple': lambda: (3, Net()),
+    'list of tensors by name': lambda: [3, Net().state_dict()],
+    'nested': lambda: {'ema': {'module': Net()}},
+}
+
+
+@FORMATS
+@pytest.mark.filterwarnings('ignore:Couldn.t retrieve source code', 'ignore:source code of class')
+@pytest.mark.parametrize('name', WHOLE)
+def test_whole_models_are_an_error_whose_remedy_works(tmp_path, name, zipped):
+    path, new = save(WHOLE[name](), tmp_path / 'model.pth', zipped), tmp_path / 'new.pth'
+    with pytest.raises(ValueError, match='if you trust its source') as error:
+        unwrap(read_checkpoint(path))
+    (remedy,) = re.findall(r'torch\.save\(.*, NEW_FILE\)', str(error.value))
+    exec(remedy, dict(torch=torch, FILE=path, NEW_FILE=new))
+    tensors = unwrap(read_checkpoint(new))
+    assert {key.removeprefix('module.') for key in tensors} == {'stage2.weight', 'stage2.bias'}
+
+
+def test_torchscript_is_an_error_whose_remedy_works(tmp_path):
+    path, new = tmp_path / 'model.pth', tmp_path / 'new.pth'
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match='it is a TorchScript program') as error:
         read_checkpoint(path)
+    (remedy,) = re.findall(r'torch\.save\(.*, NEW_FILE\)', str(error.value))
+    exec(remedy, dict(torch=torch, FILE=path, NEW_FILE=new))
+    assert set(read_checkpoint(new)) == {'weight', 'bias'}
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose numbers may mean something else."""
+
+
+NO_TENSORS = {
+    'numpy': lambda: np.ones(2),
+    'list': lambda: [1.0, 2.0],
+    'number': lambda: 3,
+    'sparse': lambda: torch.eye(2).to_sparse(),
+    'quantized': lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    'without numbers': lambda: torch.ones(2, device='meta'),
+    'subclass': lambda: torch.ones(2).as_subclass(Subclass),
+    'not materialized': lambda: torch.nn.UninitializedParameter(),
+}
+
+
+@pytest.mark.parametrize('name', NO_TENSORS)
+def test_weights_that_are_no_tensors_are_refused_by_name(tmp_path, name):
+    content = {'state_dict': {'a.weight': torch.ones(1), 'b.weight': NO_TENSORS[name]()}}
+    content = read_checkpoint(save(content, tmp_path / 'a.pth'))
+    with pytest.raises(
+        ValueError, match=r"the weight 'b\.weight' is stored as \S+, not as a tensor"
+    ):
+        unwrap(content)
+
+
+def test_tensors_of_other_kinds_that_are_plain_are_read(tmp_path):
+    buffer, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    buffer.note = parameter.note = 'an attribute'
+    tensors = {'a.buffer': buffer, 'a.parameter': parameter, 'a.conj': torch.ones(2) * 1j}
+    tensors['a.conj'] = tensors['a.conj'].conj()
+    content = read_checkpoint(save({'state_dict': tensors}, tmp_path / 'a.pth'))
+    assert_same(unwrap(content), tensors)
 
 
 @FORMATS

@@ -24,7 +24,7 @@ from mmhrformer.checkpoints import (
     read_zoo,
     zoo,
 )
-from mmhrformer.checkpoints.loading import locate
+from mmhrformer.checkpoints.loading import load_from_scheme, locate, read
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -180,7 +180,30 @@ def test_spoiled_files_of_other_programs_are_refused(tmp_path, checkpoint):
     for content in (checkpoint[:-5], b'<html>', b''):
         file = tmp_path / hashed(checkpoint)
         file.write_bytes(content)
-        with pytest.raises(DownloadError, match='is not what its name says'):
-            locate(f'mmhrformer://{file}')
+        for door in (read, load_from_scheme, lambda name: load_checkpoint(None, name)):
+            with pytest.raises(DownloadError, match='is not what its name says'):
+                door(f'mmhrformer://{file}')
     file.write_bytes(checkpoint)
-    assert locate(str(file)) == file
+    assert read(str(file))[0] == locate(str(file)) == file
+
+
+def test_whole_hashes_of_the_zoo_are_checked(tmp_path, monkeypatch, checkpoint):
+    """The metafiles may say them for files and for pages, whatever is in the file's name."""
+    good, bad = hashlib.sha256(checkpoint).hexdigest(), '0' * 64
+    for kind, sha256 in (('file', good), ('file', bad), ('share page', good), ('share page', bad)):
+        link = f'https://127.0.0.1:9/{hashed(checkpoint)}'
+        folder = tmp_path / f'{kind} {sha256}'
+        small_zoo(folder, monkeypatch, source(link, Kind=kind, SHA256=sha256))
+        (one,) = read_zoo()[TINY].sources
+        one.path(TINY).parent.mkdir(exist_ok=True)
+        one.path(TINY).write_bytes(checkpoint)
+        for door in (fetch, read, load_from_scheme):
+            if sha256 == good:
+                assert door(TINY)
+                continue
+            with pytest.raises(DownloadError, match=f'SHA-256 is {good}, expected {bad}'):
+                door(TINY)
+    with Server({'/a.pth': checkpoint}) as server:
+        small_zoo(tmp_path / 'download', monkeypatch, source(server.url('a.pth'), SHA256=bad))
+        with pytest.raises(DownloadError, match=f'SHA-256 is {good}, expected {bad}'):
+            fetch(TINY)

@@ -71,7 +71,8 @@ def test_sources_are_whole_links(model):
     sources = model.get('Sources', [])
     assert model.get('Weights') == (sources[0]['Link'] if sources else None)
     for source in sources:
-        assert set(source) <= {'From', 'Link', 'Kind', 'Holds', 'Options'}
+        assert set(source) <= {'From', 'Link', 'Kind', 'Holds', 'Options', 'SHA256'}
+        assert re.fullmatch('([0-9a-f]{64})?', source.get('SHA256', ''))
         assert source['Holds'] in ('whole model', 'backbone')
         pattern = {
             (

@@ -8,9 +8,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import MultiStepLR, OneCycleLR, OneCycleParamScheduler, OptimWrapper
 
-from mmhrformer.engine.safe_globals import allow_mmengine_checkpoints, history_method
+from mmhrformer.engine.safe_globals import allow_mmengine_checkpoints, stored_method
 
 HAS_LIST = hasattr(torch.serialization, 'add_safe_globals')
 
@@ -68,9 +70,31 @@ def test_anything_else_is_refused(thing):
         read(saved(dict(thing=thing)))
 
 
-def test_history_method_reaches_nothing_else():
-    assert history_method(HistoryBuffer, 'max') is HistoryBuffer.max
-    for owner, name in ((HistoryBuffer, '__init__'), (np, 'load'), ('', 'format')):
+@pytest.mark.skipif(not HAS_LIST, reason='this torch has no list of what it may build')
+def test_stock_schedulers_and_metainfo_are_read():
+    optimizer = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    schedulers = (
+        MultiStepLR(optimizer, milestones=[1, 2, 2]),
+        OneCycleLR(optimizer, eta_max=0.1, total_steps=9),
+        OneCycleLR(optimizer, eta_max=0.1, total_steps=9, anneal_strategy='linear'),
+    )
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    metainfo = dict(source=ConfigDict(year=2021), joints=frozenset({3}), weights=np.ones(2))
+    got = read(saved(dict(states=states, metainfo=metainfo)))
+    assert got['states'] == states
+    assert got['metainfo']['source'].year == 2021
+    assert got['metainfo']['joints'] == {3}
+
+
+def test_stored_methods_are_known_ones():
+    assert stored_method(HistoryBuffer, 'max') is HistoryBuffer.max
+    for owner, name in (
+        (HistoryBuffer, '__init__'),
+        (OneCycleParamScheduler, 'step'),
+        (np, 'load'),
+        ('', 'format'),
+        ([], 'append'),
+    ):
         with pytest.raises(ValueError, match=f'asks for {name!r}'):
-            history_method(owner, name)
+            stored_method(owner, name)
     assert allow_mmengine_checkpoints() is HAS_LIST

@@ -117,6 +117,20 @@ def test_what_the_config_of_mmpose_needs_is_told(tool, small):
     assert 'needs with_rpe=False' not in tool('ours.pth', 'b.pth', '--to', 'mmpose').out
 
 
+def test_averaged_weights_are_told_and_taken_by_key(tool, small):
+    averaged = {f'module.{key}': torch.zeros_like(tensor) for key, tensor in small.items()}
+    torch.save(dict(state_dict=small, state_dict_ema=averaged), 'both.pth')
+    assert "others under 'state_dict_ema'" in tool('both.pth', 'a.pth').out
+    assert same(read_checkpoint('a.pth')['state_dict'], small)
+    assert tool('both.pth', 'b.pth', '--key', 'state_dict_ema').rc == 0
+    assert not any(tensor.any() for tensor in read_checkpoint('b.pth')['state_dict'].values())
+    lightning = {f'model.{key}': tensor for key, tensor in small.items()}
+    torch.save(dict(state_dict={**lightning, 'loss.weight': torch.ones(3)}), 'lightning.pth')
+    assert 'left out loss.weight: outside of the model' in tool('lightning.pth', 'c.pth').out
+    assert same(read_checkpoint('c.pth')['state_dict'], small)
+    assert "key='no'" in tool('both.pth', 'd.pth', '--key', 'no').err
+
+
 @pytest.mark.parametrize(
     ('args', 'told'),
     [

@@ -1,0 +1,251 @@
+"""Where in a saved file the weights of a model are, and what wraps their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .reading import Inert, name_of_type, save_weights
+
+CONTAINERS = ('state_dict', 'model')
+# What wrappers put into names, before the model or before a part of it: DataParallel and averaged
+# models, torch.compile, FSDP, activation checkpointing, Lightning Fabric.
+WRAPPERS = frozenset(
+    ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
+)
+_BLOCKS = re.compile(r'((?:.*\.)?)stage2\.\d+\.branches\.')
+SWAPPED = "those without averaging: mmengine's EMAHook saves the averaged ones as 'state_dict'"
+
+
+@dataclass
+class Contents:
+    """The weights of a file, and what else it has.
+
+    Attributes:
+        tensors (dict[str, Tensor]): The weights by name, without what wraps the names.
+        names (dict[str, str]): These names -> those in the file.
+        key (str): The key of the file that they are under; empty if they are at the top.
+        others (dict[str, str]): Keys, or beginnings of names, with more weights of such a model,
+            and what is known of these.
+        outside (dict[str, Tensor]): Tensors beside the model, such as those of a loss, by their
+            names in the file.
+    """
+
+    tensors: dict[str, Tensor]
+    names: dict[str, str]
+    key: str = ''
+    others: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, Tensor] = field(default_factory=dict)
+
+
+def find_weights(checkpoint: Mapping, key: str | None = None) -> Contents:
+    """Find the weights in what was saved.
+
+    What all names of the model begin with, such as the ``model.`` of Lightning, is taken off, and
+    so is whatever wrappers put into them (``module.``, ``_orig_mod.`` and others).
+
+    Args:
+        checkpoint (Mapping): What was saved: tensors by name, perhaps under ``'state_dict'`` or
+            ``'model'``.
+        key (str, optional): Another key, or what the names of the weights begin with. Defaults to
+            None.
+
+    Returns:
+        Contents: The weights.
+
+    Raises:
+        ValueError: If there are none where they are expected, or those of several models, or if a
+            weight is no tensor.
+    """
+    place, holder = _holder(checkpoint, key)
+    named = {name: value for name, value in holder.items() if isinstance(name, str)}
+    others = _others(checkpoint, place)
+    has_tensors = any(isinstance(value, Tensor) for value in named.values())
+    if holder and not _blocks(named) and (others or not has_tensors):
+        raise ValueError(_where_weights_may_be(checkpoint, others))
+    names, prefixes = plain_names(named)
+    contents = Contents({}, {}, place, {**others, **prefixes})
+    for name, value in named.items():
+        if name not in names:
+            if isinstance(value, Tensor):
+                contents.outside[name] = value
+        elif isinstance(value, Tensor):
+            contents.tensors[names[name]] = value
+            contents.names[names[name]] = name
+        elif '.' in name and not name.endswith('._extra_state'):
+            raise ValueError(
+                f'the weight {name!r} is stored as {name_of_type(value)}, not as a tensor: in the '
+                'code that wrote it, make ordinary tensors of such weights and save these by their '
+                'names'
+            )
+    return contents
+
+
+def unwrap(checkpoint: Mapping, key: str | None = None) -> dict[str, Tensor]:
+    """Take the weights out of the wrappings of a saved file, see :func:`find_weights`.
+
+    Args:
+        checkpoint (Mapping): What was saved.
+        key (str, optional): Where in it the weights are. Defaults to None.
+
+    Returns:
+        dict[str, Tensor]: Tensors by name.
+
+    Raises:
+        ValueError: If there is something, but no tensors where they are expected.
+    """
+    return find_weights(checkpoint, key).tensors
+
+
+def plain_name(name: str) -> str:
+    """Take off a name what wrappers have put into it.
+
+    Args:
+        name (str): The name of a tensor.
+
+    Returns:
+        str: The name without.
+
+    Examples:
+        >>> plain_name('module.backbone._orig_mod.conv1.weight')
+        'backbone.conv1.weight'
+    """
+    return '.'.join(part for part in name.split('.') if part not in WRAPPERS)
+
+
+def plain_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Take off the names of a model's tensors what wraps them.
+
+    Args:
+        names (Iterable[str]): The names in a file.
+
+    Returns:
+        tuple[dict[str, str], dict[str, str]]: The plain names of those that belong to the model;
+        and the beginnings of the names of further models, see :class:`Contents`.
+
+    Raises:
+        ValueError: If there are several models, or two tensors would have one name.
+    """
+    plain = {name: plain_name(name) for name in names}
+    starts = {found[1] for found in map(_BLOCKS.match, plain.values()) if found}
+    if not starts:  # of another network; it is refused by its names
+        return {name: name.removeprefix('module.') for name in plain}, {}
+    models = {re.sub(r'(^|\.)backbone\.$', r'\1', start) for start in starts}
+    models = sorted(sorted(models), key=len)
+    prefix, *further = models
+    if not all(start.startswith(prefix) for start in further):
+        raise ValueError(
+            f'the checkpoint has the weights of several models, under {models}: choose one by '
+            f'{_choose(prefix.rstrip("."))}'
+        )
+    own = {n: short.removeprefix(prefix) for n, short in plain.items() if short.startswith(prefix)}
+    refuse_doubles(own)
+    return own, {start.rstrip('.'): _meaning(start) for start in further}
+
+
+def refuse_doubles(names: Mapping[str, str]) -> None:
+    """Refuse names that differ only in what wraps them.
+
+    Args:
+        names (Mapping[str, str]): Names in a file -> names without wrapping.
+
+    Raises:
+        ValueError: If two become one.
+    """
+    first = {}
+    for name, short in names.items():
+        if first.setdefault(short, name) != name:
+            raise ValueError(
+                f'the checkpoint has {first[short]!r} and {name!r}, which are one tensor of a '
+                'model: it mixes two files. Take one of them out and save it again'
+            )
+
+
+def _choose(key: str) -> str:
+    return f'load_checkpoint(model, FILE, key={key!r}), or convert_checkpoint.py --key {key}'
+
+
+def told_of_others(taken: str, others: Mapping[str, str]) -> Iterator[str]:
+    """Tell which weights of a file were not taken, and how to take them.
+
+    Args:
+        taken (str): The key of those that were.
+        others (Mapping[str, str]): As in :class:`Contents`.
+
+    Yields:
+        str: A line for each.
+    """
+    for key, meaning in others.items():
+        yield (
+            f'  taken: the weights {f"under {taken!r}" if taken else "at the top of the file"}. '
+            f'There are others under {key!r}{meaning and f" ({meaning})"}: to take those, '
+            f'{_choose(key)}'
+        )
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and (bool(value) or not isinstance(value, Inert))
+
+
+def _holder(checkpoint: Mapping, key: str | None) -> tuple[str, Mapping]:
+    """The mapping with the weights, and its key."""
+    if key is not None and _is_mapping(checkpoint.get(key)):
+        return key, _holder(checkpoint[key], None)[1]
+    place, holder = '', checkpoint
+    for container in CONTAINERS * 2:  # one may be in the other, or in itself
+        if _is_mapping(holder.get(container)):
+            place, holder = place or container, holder[container]
+    if key is None:
+        return place, holder
+    start = key.rstrip('.') + '.'
+    chosen = {
+        name: value
+        for name, value in holder.items()
+        if isinstance(name, str) and plain_name(name).startswith(start)
+    }
+    if not chosen:
+        raise ValueError(
+            f'key={key!r}: the checkpoint has no weights there, but the keys {list(checkpoint)[:9]}'
+            + (f'; {save_weights({key: checkpoint[key]})}' if key in checkpoint else '')
+        )
+    return key, chosen
+
+
+def _blocks(named: Mapping) -> bool:
+    """Whether tensors have names that an HRFormer's or HRNet's have."""
+    return any(_BLOCKS.match(plain_name(name)) for name in named if isinstance(name, str))
+
+
+def _others(checkpoint: Mapping, taken: str) -> dict[str, str]:
+    """Other keys under which there are weights of such a model, or a whole module."""
+    found = {}
+    for key, value in checkpoint.items():
+        if key == taken or not isinstance(key, str):
+            continue
+        if isinstance(value, Inert) and value.is_module:
+            found[key] = f'a whole {value.stored}'
+        elif _is_mapping(value) and _blocks(_holder(value, None)[1]):
+            found[key] = _meaning(key, value)
+    return found
+
+
+def _meaning(key: str, value: Mapping | None = None) -> str:
+    """What can be said of weights by their key."""
+    if key == 'ema_state_dict' and value and 'steps' in value:
+        return SWAPPED
+    return 'averaged, by their name' if re.search('ema|average|swa', key.lower()) else ''
+
+
+def _where_weights_may_be(checkpoint: Mapping, others: Mapping[str, str]) -> str:
+    key = next((key for key in others if _is_mapping(checkpoint[key])), None)
+    types = sorted({value.stored for value in checkpoint.values() if isinstance(value, Inert)})
+    return (
+        f'the checkpoint has no tensors by name, but the keys {list(checkpoint)[:5]}'
+        + (f' with {", ".join(types)}' if types else '')
+        + ": tensors are looked for at the top and under 'state_dict' and 'model'; "
+        + (save_weights(checkpoint) if key is None else f'for those under {key!r}: {_choose(key)}')
+    )
