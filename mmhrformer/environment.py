@@ -1,9 +1,9 @@
 """What is installed, what works with it, and what to install for the rest.
 
 OpenMMLab's packages exist twice: the stock ones, whose last releases are of 2023 to 2025, and
-maintained forks of some, called ``onedl-...``, with the same import names. Nothing here imports
-them, nor anything but the standard library, so that it works where nothing else does. Whether a
-part works is found out by importing it in another process.
+maintained forks of some, called ``onedl-...``, with the same import names. This module needs
+nothing but the standard library: it tells what is wrong where torch or mmcv cannot be imported.
+Whether another part works is found out by importing it in another process.
 """
 
 from __future__ import annotations
@@ -397,25 +397,21 @@ def explain(err: BaseException) -> str:
 def check_core() -> None:
     """Import what the backbone is built on, and tell how to mend it if that fails.
 
-    Python imports a package before its ``__main__``. So where the package cannot be imported,
-    ``python -m mmhrformer env`` is answered from here.
-
     Raises:
         ImportError: If torch, NumPy, mmengine or mmcv cannot be imported.
     """
-    for what, cure in overwritten(installed([*OWNERS['mmengine'], *OWNERS['mmcv']])):
+    core = installed(['torch', 'numpy', *OWNERS['mmengine'], *OWNERS['mmcv']])
+    for what, cure in overwritten(core):
         # It may work, or not: that depends on which was installed last.
         warnings.warn(f'{what}. To mend it: {cure}', RuntimeWarning, stacklevel=3)
     try:
         for name in ('torch', 'numpy', 'mmengine.registry', 'mmcv.cnn'):
             importlib.import_module(name)
     except Exception as err:  # also what a package that was built for another NumPy raises
-        # While Python looks for the module behind -m, it stands in sys.argv for its name.
-        if sys.argv[:1] == ['-m'] and sys.orig_argv[sys.orig_argv.index('-m') + 2 :][:1] == ['env']:
-            sys.exit(main(sys.orig_argv[sys.orig_argv.index('-m') + 3 :]))
+        here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
         raise ImportError(
             f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. To mend it: '
-            f'{explain(err) or "see python -m mmhrformer env"}'
+            f'{explain(err) or CORE}. Installed: {here}'
         ) from err
 
 

@@ -151,6 +151,10 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
             rest[0] = checked(rest[0])
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
+    # Here, since what it imports needs the configs, which this module finds.
+    from .engine.cpu_dist import prepare_cpu_launch
+
+    prepare_cpu_launch(rest)
     run_script(script, [str(config), *rest])
 
 

@@ -7,6 +7,8 @@ leaves behind.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib import import_module, metadata
 
@@ -143,16 +145,18 @@ def test_a_core_that_cannot_be_imported_is_an_error_with_the_cure(monkeypatch, n
         environment.check_core()
 
 
-def test_the_report_is_printed_where_the_package_cannot_be_imported(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'mmcv.cnn', None)
-    monkeypatch.setattr(environment, 'FEATURES', (Feature('core', ('no_such_module',), ''),))
-    monkeypatch.setattr(sys, 'argv', ['-m', 'env', '--json'])
-    monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'mmhrformer', 'env', '--json'])
-    with pytest.raises(SystemExit) as exit:
-        environment.check_core()
-    assert exit.value.code == 1
-    (core,) = json.loads(capsys.readouterr().out)['features']
-    assert core['says'] == 'not installed: no_such_module'
+def test_the_command_explains_a_broken_core(site):
+    """`python -m mmhrformer env` imports the package first, and ends with what mends it."""
+    write_module(site, 'mmcv', 'raise ImportError("no module named mmcv._ext")')
+    install(site, 'mmcv', '2.1.0')
+    command = [sys.executable, '-m', 'mmhrformer', 'env']
+    env = dict(os.environ, PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('ImportError: mmhrformer is built on torch, NumPy, mmengine and mmcv')
+    assert "To mend it: pip install 'mmhrformer[core]'" in last
+    assert 'mmcv 2.1.0' in last.partition('Installed: ')[2]
 
 
 def test_mmcv_beside_mmcv_lite_is_recognized(site):
