@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
 
 import mmhrformer
 from mmhrformer import get_model, register_in_mmpretrain
+from mmhrformer.checkpoints import read_zoo
+from mmhrformer.launch import read_config
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -61,7 +65,13 @@ def test_mmpretrain_knows_our_classifiers(tmp_path, monkeypatch):
     mmpretrain = pytest.importorskip('mmpretrain')
     names = register_in_mmpretrain()
     assert register_in_mmpretrain() == names  # twice is no harm
-    assert set(names) <= set(mmpretrain.list_models('hrformer*'))
+    configs = [read_config(model.config) for model in read_zoo().values()]
+    ours = [Path(cfg.filename).stem for cfg in configs if cfg.default_scope == 'mmpretrain']
+    assert names == sorted(ours)
+    assert 'swin-tiny_8xb128_in1k' in names
+    assert set(names) <= set(mmpretrain.list_models('*_in1k'))
+    model = mmpretrain.get_model('hrformer-tiny-no-dwconv_8xb128_in1k')
+    assert type(model.backbone) is mmhrformer.HRFormer
     monkeypatch.setenv('MMHRFORMER_CACHE', str(tmp_path))
     with pytest.raises(FileNotFoundError, match='Two steps'):
         mmpretrain.get_model(TINY, pretrained=True)
