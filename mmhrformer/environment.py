@@ -36,8 +36,8 @@ OWNERS = {
     'mmdet': ('mmdet', 'onedl-mmdetection'),
 }
 OTHERS = (
-    'torch', 'torchvision', 'numpy', 'xtcocotools', 'safetensors', 'onnx', 'onnxruntime',
-    'setuptools', 'openmim', 'onedl-mim',
+    'torch', 'torchvision', 'numpy', 'xtcocotools', 'transformers', 'safetensors', 'onnx',
+    'onnxruntime', 'setuptools', 'openmim', 'onedl-mim',
 )  # fmt: skip
 
 NAMES = (*OTHERS, *(name for owners in OWNERS.values() for name in owners))
@@ -54,6 +54,11 @@ BUILD_MMCV = (
 )
 FORKS = 'or, of the maintained forks: pip install'
 CORE = f"pip install 'mmhrformer[core]'; {FORKS} onedl-mmengine onedl-mmcv"
+
+OLDER_TRANSFORMERS = (
+    "pip install 'transformers>=4.28,<4.56', or, where nothing else needs it, pip uninstall -y "
+    'transformers: nothing here uses it'
+)
 
 BUILD_FORK = (
     'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
@@ -133,7 +138,21 @@ CURES = (
         '--no-binary xtcocotools xtcocotools; or go back: pip install "numpy<2"',
     ),
     (
-        r'numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot',
+        r"transformers[\w.]*' \(|No module named 'transformers\.|module 'transformers",
+        'mmpretrain 1.2 imports names that newer transformers have no longer, and mmsegmentation '
+        f'and mmdet import mmpretrain: {OLDER_TRANSFORMERS}',
+    ),
+    (
+        r'Numpy is not available',
+        'this torch was built for NumPy 1: pip install "numpy<2", or torch 2.3 or newer',
+    ),
+    (
+        r"FormatCode\(\) got an unexpected keyword argument 'verify'",
+        "this mmengine is older than its yapf: pip install -U 'mmengine>=0.10.3'",
+    ),
+    (
+        r'numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot'
+        r'|numpy\.core\.multiarray failed to import',
         'a package was built for NumPy 1: install its newest version, or pip install "numpy<2"',
     ),
     (
@@ -155,6 +174,14 @@ CURES = (
         'torchvision, in the version that belongs to your torch',
     ),
 )  # fmt: skip
+
+# What is too new: package, first version that does not fit, beside which package, the cure.
+TOO_NEW = (
+    ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
+    ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
+    ('mmcv', '2.2', 'mmsegmentation', BUILD_MMCV),
+    ('mmcv', '2.2', 'mmdet', BUILD_MMCV),
+)
 
 # Small enough to be built and run in a moment.
 RUN_CORE = """
@@ -318,6 +345,22 @@ def too_old(versions: dict[str, str]) -> list[tuple[str, str]]:
     ]
 
 
+def too_new(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find packages that are newer than what is installed beside them can do with.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    return [
+        (f'{name} {versions[name]} is too new for {beside} {versions[beside]}', cure)
+        for name, first, beside, cure in TOO_NEW
+        if name in versions and beside in versions and release(versions[name]) >= release(first)
+    ]
+
+
 def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
     """Find packages that were installed over one another.
 
@@ -352,7 +395,7 @@ def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
     Returns:
         list[tuple[str, str]]: What is wrong, and the cure, for each.
     """
-    return overwritten(versions) + too_old(versions)
+    return overwritten(versions) + too_old(versions) + too_new(versions)
 
 
 def cure_of(said: str) -> str:

@@ -51,6 +51,27 @@ BROKEN = {
     'mim without pkg_resources': (
         'mim', ModuleNotFoundError("No module named 'pkg_resources'"), 'mim', ['"setuptools<81"'],
     ),
+    'transformers too new for mmpretrain': (
+        'mmpretrain', ImportError(
+            "cannot import name 'apply_chunking_to_forward' from 'transformers.modeling_utils' "
+            '(/site-packages/transformers/modeling_utils.py)'
+        ),
+        'classification', ["'transformers>=4.28,<4.56'", 'pip uninstall -y transformers'],
+    ),
+    'transformers without a module that mmpretrain imports': (
+        'mmpretrain', ModuleNotFoundError("No module named 'transformers.onnx'"),
+        'classification', ["'transformers>=4.28,<4.56'"],
+    ),
+    'torch built for NumPy 1': (
+        'onnx', RuntimeError('Numpy is not available'), 'export', ['"numpy<2"', 'torch 2.3'],
+    ),
+    'OpenCV built for NumPy 1': (
+        'onnx', ImportError('numpy.core.multiarray failed to import'), 'export', ['"numpy<2"'],
+    ),
+    'mmengine older than its yapf': (
+        'mmpretrain', TypeError("FormatCode() got an unexpected keyword argument 'verify'"),
+        'classification', ["'mmengine>=0.10.3'"],
+    ),
     'torchvision built for another torch': (
         'mmpretrain', RuntimeError('operator torchvision::nms does not exist'),
         'classification', ['torchvision was built for another torch'],
@@ -179,6 +200,24 @@ def test_an_old_package_is_recognized(site, name, version, oldest):
     ((problem, cure),) = environment.too_old(environment.installed())
     assert f'{name} {version} is too old' in problem
     assert cure == f"pip install -U '{name}>={oldest}'"
+
+
+@pytest.mark.parametrize(
+    ('name', 'version', 'beside', 'cure'),
+    [
+        ('transformers', '5.0.0', 'mmpretrain', "'transformers>=4.28,<4.56'"),
+        ('setuptools', '82.0.1', 'openmim', '"setuptools<81"'),
+        ('mmcv', '2.2.0', 'mmdet', 'mmcv==2.1.0'),
+    ],
+)
+def test_a_package_that_is_too_new_is_recognized(site, name, version, beside, cure):
+    install(site, name, version)
+    install(site, beside, '1.2.0')
+    found = environment.too_new(environment.installed())
+    (said,) = [remedy for what, remedy in found if f'{version} is too new for {beside}' in what]
+    assert cure in said
+    assert environment.too_new({name: version}) == []
+    assert environment.too_new({name: '1.0', beside: '1.2.0'}) == []
 
 
 def test_a_sound_installation_has_no_problems():
