@@ -10,7 +10,7 @@ from small_runs import log, make_runner, train
 
 RUN = dict(type='SGD', lr=1e-3, momentum=0.9, weight_decay=0.1)
 STEPS = dict(type='MultiStepLR', milestones=[2, 3], gamma=0.1)
-ADAMW = dict(type='AdamW', lr=1e-3, betas=[0.9, 0.999])
+ADAMW = dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999))
 COSINE = dict(
     type='mmhrformer.WarmupCosineLR', warmup=1, start_factor=0.1, convert_to_iter_based=True
 )
@@ -50,11 +50,11 @@ def told(work: Path) -> list[str]:
             dict(
                 param_scheduler=[dict(STEPS, milestones=[3], gamma=0.5)],
                 length=dict(max_epochs=6),
-                **optimizer(**{**ADAMW, 'betas': [0.9, 0.95]}),
+                **optimizer(**{**ADAMW, 'betas': (0.9, 0.95)}),
             ),
             [
-                'optim_wrapper.optimizer.betas: [0.9, 0.95] in the config, '
-                '[0.9, 0.999] in the checkpoint',
+                'optim_wrapper.optimizer.betas: (0.9, 0.95) in the config, '
+                '(0.9, 0.999) in the checkpoint',
                 'param_scheduler[0].end: 6 in the config, 4 in the checkpoint',
                 'param_scheduler[0].gamma: 0.5 in the config, 0.1 in the checkpoint',
                 'param_scheduler[0].milestones: [3] in the config, [2, 3] in the checkpoint',
