@@ -135,6 +135,8 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         tool (str): Name of the script, such as ``'train'``.
         args (list[str]): Its arguments; the first is a config, by path or by name.
     """
+    # torch.distributed.launch, which mim starts, puts `--local-rank=0` before the config.
+    args = sorted(args, key=lambda arg: arg.startswith(('--local-rank=', '--local_rank=')))
     if not args or args[0] in ('-h', '--help'):
         print(
             f'usage: {tool}.py CONFIG [arguments]\n\n'
