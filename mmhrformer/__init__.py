@@ -1,4 +1,7 @@
-"""HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks."""
+"""HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks.
+
+Importing this registers what it has with mmengine, and does nothing else.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from .apis import (
     register_in_mmpretrain,
 )
 from .checkpoints import load_checkpoint
-from .engine.cpu_dist import prepare_cpu_launch
 from .models import *  # noqa: F403
 from .models import __all__ as _models
 from .registry import (
@@ -60,11 +62,6 @@ __all__ = [
     'register_in_mmpretrain',
 ]
 __all__ += _models
-
-# Configs import this package before mmengine starts its process group, and nothing else of ours
-# runs that early. Nothing happens here unless this process was started by a launcher, with
-# `--launcher pytorch`, on a machine without an accelerator: mmengine would ask for a CUDA device.
-prepare_cpu_launch()
 
 
 def __getattr__(name: str) -> type:

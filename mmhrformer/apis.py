@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 
+import yaml
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
@@ -21,7 +23,7 @@ from .inferencers import (
     get_inferencer,
     inference,
 )
-from .launch import config_root, name_of, open_config
+from .launch import name_of, open_config
 from .models.compiled import compile_blocks
 from .models.fused import fuse_for_inference
 
@@ -101,7 +103,8 @@ def get_model(
 def register_in_mmpretrain() -> list[str]:
     """Make ``mmpretrain.get_model`` and ``mmpretrain.list_models`` know our classifiers.
 
-    Their weights come through ``mmhrformer://``, so that they are checked and translated.
+    They are those of ``list_models('*_in1k')``, with the ablations. Their weights come through
+    ``mmhrformer://``, so that they are checked and translated.
 
     Returns:
         list[str]: The names that mmpretrain knows now.
@@ -113,14 +116,20 @@ def register_in_mmpretrain() -> list[str]:
         >>> register_in_mmpretrain()  # doctest: +SKIP
         ['hrformer-base_32xb32_in1k', 'hrformer-base_8xb128_in1k', ...]
     """
-    from mmpretrain.apis.model import ModelHub
+    from mmpretrain.apis import ModelHub
 
-    names = [name for name, model in read_zoo().items() if model.config.parent.name.endswith('cls')]
-    root = config_root()
-    if not all(map(ModelHub.has, names)):
-        ModelHub.register_model_index(root / 'hrformer_cls/metafile.yml', root.parent)
+    zoo, entries = read_zoo(), []
+    names = list_models('*_in1k')
     for name in names:
-        whole = [source for source in read_zoo()[name].sources if source.is_whole]
-        weights = f'mmhrformer://{name}@{whole[0].origin}' if whole else None
-        ModelHub._models_dict[name].weights = weights
-    return sorted(names)
+        model = zoo[name]
+        entry = dict(Name=name, Config=str(model.config), Metadata=model.metadata)
+        whole = [source.origin for source in model.sources if source.is_whole]
+        if whole:
+            entry['Weights'] = f'mmhrformer://{name}@{whole[0]}'
+        if not ModelHub.has(name):
+            entries.append(dict(entry, Results=model.results))
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder, 'model-index.yml')
+        index.write_text(yaml.safe_dump(dict(Models=entries)), encoding='utf-8')
+        ModelHub.register_model_index(index)
+    return names

@@ -1,6 +1,6 @@
 """The commands of ``python -m mmhrformer``: everything that one needs, without mim.
 
-What they import is imported when they are called, so that ``env`` works where nothing else does.
+What they import is imported when they are called, so that ``env`` works where frameworks do not.
 """
 
 from __future__ import annotations

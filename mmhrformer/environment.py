@@ -1,9 +1,9 @@
 """What is installed, what works with it, and what to install for the rest.
 
 OpenMMLab's packages exist twice: the stock ones, whose last releases are of 2023 to 2025, and
-maintained forks of some, called ``onedl-...``, with the same import names. Nothing here imports
-them, nor anything but the standard library, so that it works where nothing else does. Whether a
-part works is found out by importing it in another process.
+maintained forks of some, called ``onedl-...``, with the same import names. This module needs
+nothing but the standard library: it tells what is wrong where torch or mmcv cannot be imported.
+Whether another part works is found out by importing it in another process.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ OWNERS = {
     'mmdet': ('mmdet', 'onedl-mmdetection'),
 }
 OTHERS = (
-    'torch', 'torchvision', 'numpy', 'xtcocotools', 'safetensors', 'onnx', 'onnxruntime',
-    'setuptools', 'openmim', 'onedl-mim',
+    'torch', 'torchvision', 'numpy', 'xtcocotools', 'transformers', 'safetensors', 'onnx',
+    'onnxruntime', 'setuptools', 'openmim', 'onedl-mim',
 )  # fmt: skip
 
 NAMES = (*OTHERS, *(name for owners in OWNERS.values() for name in owners))
@@ -54,6 +54,11 @@ BUILD_MMCV = (
 )
 FORKS = 'or, of the maintained forks: pip install'
 CORE = f"pip install 'mmhrformer[core]'; {FORKS} onedl-mmengine onedl-mmcv"
+
+OLDER_TRANSFORMERS = (
+    "pip install 'transformers>=4.28,<4.56', or, where nothing else needs it, pip uninstall -y "
+    'transformers: nothing here uses it'
+)
 
 BUILD_FORK = (
     'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
@@ -133,7 +138,21 @@ CURES = (
         '--no-binary xtcocotools xtcocotools; or go back: pip install "numpy<2"',
     ),
     (
-        r'numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot',
+        r"transformers[\w.]*' \(|No module named 'transformers\.|module 'transformers",
+        'mmpretrain 1.2 imports names that newer transformers have no longer, and mmsegmentation '
+        f'and mmdet import mmpretrain: {OLDER_TRANSFORMERS}',
+    ),
+    (
+        r'Numpy is not available',
+        'this torch was built for NumPy 1: pip install "numpy<2", or torch 2.3 or newer',
+    ),
+    (
+        r"FormatCode\(\) got an unexpected keyword argument 'verify'",
+        "this mmengine is older than its yapf: pip install -U 'mmengine>=0.10.3'",
+    ),
+    (
+        r'numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot'
+        r'|numpy\.core\.multiarray failed to import',
         'a package was built for NumPy 1: install its newest version, or pip install "numpy<2"',
     ),
     (
@@ -155,6 +174,14 @@ CURES = (
         'torchvision, in the version that belongs to your torch',
     ),
 )  # fmt: skip
+
+# What is too new: package, first version that does not fit, beside which package, the cure.
+TOO_NEW = (
+    ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
+    ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
+    ('mmcv', '2.2', 'mmsegmentation', BUILD_MMCV),
+    ('mmcv', '2.2', 'mmdet', BUILD_MMCV),
+)
 
 # Small enough to be built and run in a moment.
 RUN_CORE = """
@@ -318,6 +345,22 @@ def too_old(versions: dict[str, str]) -> list[tuple[str, str]]:
     ]
 
 
+def too_new(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find packages that are newer than what is installed beside them can do with.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    return [
+        (f'{name} {versions[name]} is too new for {beside} {versions[beside]}', cure)
+        for name, first, beside, cure in TOO_NEW
+        if name in versions and beside in versions and release(versions[name]) >= release(first)
+    ]
+
+
 def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
     """Find packages that were installed over one another.
 
@@ -352,7 +395,7 @@ def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
     Returns:
         list[tuple[str, str]]: What is wrong, and the cure, for each.
     """
-    return overwritten(versions) + too_old(versions)
+    return overwritten(versions) + too_old(versions) + too_new(versions)
 
 
 def cure_of(said: str) -> str:
@@ -397,25 +440,21 @@ def explain(err: BaseException) -> str:
 def check_core() -> None:
     """Import what the backbone is built on, and tell how to mend it if that fails.
 
-    Python imports a package before its ``__main__``. So where the package cannot be imported,
-    ``python -m mmhrformer env`` is answered from here.
-
     Raises:
         ImportError: If torch, NumPy, mmengine or mmcv cannot be imported.
     """
-    for what, cure in overwritten(installed([*OWNERS['mmengine'], *OWNERS['mmcv']])):
+    core = installed(['torch', 'numpy', *OWNERS['mmengine'], *OWNERS['mmcv']])
+    for what, cure in overwritten(core):
         # It may work, or not: that depends on which was installed last.
         warnings.warn(f'{what}. To mend it: {cure}', RuntimeWarning, stacklevel=3)
     try:
         for name in ('torch', 'numpy', 'mmengine.registry', 'mmcv.cnn'):
             importlib.import_module(name)
     except Exception as err:  # also what a package that was built for another NumPy raises
-        # While Python looks for the module behind -m, it stands in sys.argv for its name.
-        if sys.argv[:1] == ['-m'] and sys.orig_argv[sys.orig_argv.index('-m') + 2 :][:1] == ['env']:
-            sys.exit(main(sys.orig_argv[sys.orig_argv.index('-m') + 3 :]))
+        here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
         raise ImportError(
             f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. To mend it: '
-            f'{explain(err) or "see python -m mmhrformer env"}'
+            f'{explain(err) or CORE}. Installed: {here}'
         ) from err
 
 

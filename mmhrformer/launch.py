@@ -156,6 +156,8 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         tool (str): Name of the script, such as ``'train'``.
         args (list[str]): Its arguments; the first is a config, by path or by name.
     """
+    # torch.distributed.launch, which mim starts, puts `--local-rank=0` before the config.
+    args = sorted(args, key=lambda arg: arg.startswith(('--local-rank=', '--local_rank=')))
     if not args or args[0] in ('-h', '--help'):
         print(
             f'usage: {tool}.py CONFIG [arguments]\n\n'
@@ -172,6 +174,10 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
             rest[0] = checked(rest[0])
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
+    # Here, since what it imports needs the configs, which this module finds.
+    from .engine.cpu_dist import prepare_cpu_launch
+
+    prepare_cpu_launch(rest)
     run_script(script, [str(config), *rest])
 
 

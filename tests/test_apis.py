@@ -13,6 +13,8 @@ from mmengine.runner import load_checkpoint as mmengine_load
 
 import mmhrformer
 from mmhrformer import get_model, inference, load_checkpoint, register_in_mmpretrain
+from mmhrformer.checkpoints import read_zoo
+from mmhrformer.launch import read_config
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -94,7 +96,13 @@ def test_mmpretrain_knows_our_classifiers(tmp_path, monkeypatch):
     mmpretrain = pytest.importorskip('mmpretrain')
     names = register_in_mmpretrain()
     assert register_in_mmpretrain() == names  # twice is no harm
-    assert set(names) <= set(mmpretrain.list_models('hrformer*'))
+    configs = [read_config(model.config) for model in read_zoo().values()]
+    ours = [Path(cfg.filename).stem for cfg in configs if cfg.default_scope == 'mmpretrain']
+    assert names == sorted(ours)
+    assert 'swin-tiny_8xb128_in1k' in names
+    assert set(names) <= set(mmpretrain.list_models('*_in1k'))
+    model = mmpretrain.get_model('hrformer-tiny-no-dwconv_8xb128_in1k')
+    assert type(model.backbone) is mmhrformer.HRFormer
     monkeypatch.setenv('MMHRFORMER_CACHE', str(tmp_path))
     with pytest.raises(FileNotFoundError, match='Two steps'):
         mmpretrain.get_model(TINY, pretrained=True)

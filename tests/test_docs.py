@@ -22,7 +22,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from places import ROOT, run
 
-from mmhrformer.engine.preflight import dead_options
+from mmhrformer.engine.preflight import dead_options, late_variables
 
 DOCS = ROOT / 'docs'
 PAGES = sorted(DOCS.glob('*.md'))
@@ -244,24 +244,31 @@ def make_leaves(rng: np.random.Generator, root: Path) -> None:
 
 
 OWN_DATA = {'my_flowers': make_flowers, 'my_cats': make_cats, 'my_leaves': make_leaves}
+# Configs that only change the size of the input -> what they start from, and the new size.
+SIZES = {
+    'my_wide_flowers': ('my_flowers', (192, 192)),
+    'my_square_cats': ('my_cats', (256, 256)),
+    'my_small_leaves': ('my_leaves', (256, 256)),
+}
 
 
 def own_config(name: str, folder: Path) -> Config:
     """Save a config where the page says, write its data, and read it."""
     shutil.copytree(ROOT / 'configs', folder / 'configs')
-    path = folder / f'configs/my/{name}.py'
-    path.parent.mkdir()
-    path.write_text(FOR_OWN_DATA[f'configs/my/{name}.py'])
-    cfg = Config.fromfile(path)
-    OWN_DATA[name](np.random.default_rng(0), folder / cfg.data_root)
+    (folder / 'configs/my').mkdir()
+    for path, text in FOR_OWN_DATA.items():
+        (folder / path).write_text(text)
+    cfg = Config.fromfile(folder / f'configs/my/{name}.py')
+    base = SIZES[name][0] if name in SIZES else name
+    OWN_DATA[base](np.random.default_rng(0), folder / cfg.data_root)
     return cfg
 
 
-@pytest.mark.parametrize('name', OWN_DATA)
+@pytest.mark.parametrize('name', [*OWN_DATA, *SIZES])
 def test_own_data_trains(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = own_config(name, tmp_path)
-    assert dead_options(cfg) == {}
+    assert dead_options(cfg) == late_variables(cfg) == {}
     # Streams as the heads want them, but fewer blocks and narrower heads, for the sake of time.
     channels = (32, 64, 128, 256)
     cfg.model.backbone.arch = dict(
@@ -282,6 +289,10 @@ def test_own_data_trains(name, tmp_path, monkeypatch):
     assert any(p.grad.abs().sum() > 0 for p in model.backbone.stage4.parameters())
     assert len(train) == len(val)
     assert val[0]['inputs'].shape[0] == 3
+    if name in SIZES:
+        assert data['inputs'].shape[2:] == SIZES[name][1]
+        short = min(val[0]['inputs'].shape[1:])
+        assert short == SIZES[name][1][0]
 
 
 # ---------------------------------------------------------------- pages

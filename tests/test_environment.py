@@ -7,6 +7,8 @@ leaves behind.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib import import_module, metadata
 
@@ -48,6 +50,27 @@ BROKEN = {
     ),
     'mim without pkg_resources': (
         'mim', ModuleNotFoundError("No module named 'pkg_resources'"), 'mim', ['"setuptools<81"'],
+    ),
+    'transformers too new for mmpretrain': (
+        'mmpretrain', ImportError(
+            "cannot import name 'apply_chunking_to_forward' from 'transformers.modeling_utils' "
+            '(/site-packages/transformers/modeling_utils.py)'
+        ),
+        'classification', ["'transformers>=4.28,<4.56'", 'pip uninstall -y transformers'],
+    ),
+    'transformers without a module that mmpretrain imports': (
+        'mmpretrain', ModuleNotFoundError("No module named 'transformers.onnx'"),
+        'classification', ["'transformers>=4.28,<4.56'"],
+    ),
+    'torch built for NumPy 1': (
+        'onnx', RuntimeError('Numpy is not available'), 'export', ['"numpy<2"', 'torch 2.3'],
+    ),
+    'OpenCV built for NumPy 1': (
+        'onnx', ImportError('numpy.core.multiarray failed to import'), 'export', ['"numpy<2"'],
+    ),
+    'mmengine older than its yapf': (
+        'mmpretrain', TypeError("FormatCode() got an unexpected keyword argument 'verify'"),
+        'classification', ["'mmengine>=0.10.3'"],
     ),
     'torchvision built for another torch': (
         'mmpretrain', RuntimeError('operator torchvision::nms does not exist'),
@@ -143,16 +166,18 @@ def test_a_core_that_cannot_be_imported_is_an_error_with_the_cure(monkeypatch, n
         environment.check_core()
 
 
-def test_the_report_is_printed_where_the_package_cannot_be_imported(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'mmcv.cnn', None)
-    monkeypatch.setattr(environment, 'FEATURES', (Feature('core', ('no_such_module',), ''),))
-    monkeypatch.setattr(sys, 'argv', ['-m', 'env', '--json'])
-    monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'mmhrformer', 'env', '--json'])
-    with pytest.raises(SystemExit) as exit:
-        environment.check_core()
-    assert exit.value.code == 1
-    (core,) = json.loads(capsys.readouterr().out)['features']
-    assert core['says'] == 'not installed: no_such_module'
+def test_the_command_explains_a_broken_core(site):
+    """`python -m mmhrformer env` imports the package first, and ends with what mends it."""
+    write_module(site, 'mmcv', 'raise ImportError("no module named mmcv._ext")')
+    install(site, 'mmcv', '2.1.0')
+    command = [sys.executable, '-m', 'mmhrformer', 'env']
+    env = dict(os.environ, PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('ImportError: mmhrformer is built on torch, NumPy, mmengine and mmcv')
+    assert "To mend it: pip install 'mmhrformer[core]'" in last
+    assert 'mmcv 2.1.0' in last.partition('Installed: ')[2]
 
 
 def test_mmcv_beside_mmcv_lite_is_recognized(site):
@@ -175,6 +200,24 @@ def test_an_old_package_is_recognized(site, name, version, oldest):
     ((problem, cure),) = environment.too_old(environment.installed())
     assert f'{name} {version} is too old' in problem
     assert cure == f"pip install -U '{name}>={oldest}'"
+
+
+@pytest.mark.parametrize(
+    ('name', 'version', 'beside', 'cure'),
+    [
+        ('transformers', '5.0.0', 'mmpretrain', "'transformers>=4.28,<4.56'"),
+        ('setuptools', '82.0.1', 'openmim', '"setuptools<81"'),
+        ('mmcv', '2.2.0', 'mmdet', 'mmcv==2.1.0'),
+    ],
+)
+def test_a_package_that_is_too_new_is_recognized(site, name, version, beside, cure):
+    install(site, name, version)
+    install(site, beside, '1.2.0')
+    found = environment.too_new(environment.installed())
+    (said,) = [remedy for what, remedy in found if f'{version} is too new for {beside}' in what]
+    assert cure in said
+    assert environment.too_new({name: version}) == []
+    assert environment.too_new({name: '1.0', beside: '1.2.0'}) == []
 
 
 def test_a_sound_installation_has_no_problems():

@@ -50,3 +50,13 @@ def test_the_tool_ends_with_one_line(tmp_path):
     (tmp_path / 'a.pth').write_text('text')
     with pytest.raises(SystemExit, match=r'^test\.py: .*a\.pth'):
         run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(tmp_path / 'a.pth')])
+
+
+def test_the_rank_may_stand_before_the_config(monkeypatch):
+    """Where torch.distributed.launch puts it, for instance for mim."""
+    ran = []
+    monkeypatch.setattr('mmhrformer.launch.run_script', lambda script, args: ran.append(args))
+    run_stock_tool('train', ['--local-rank=0', 'hrformer-tiny_8xb128_in1k', '--amp'])
+    ((config, *rest),) = ran
+    assert config.endswith('hrformer-tiny_8xb128_in1k.py')
+    assert rest == ['--amp', '--local-rank=0']

@@ -1,4 +1,8 @@
-"""The augmentation of the official codes, where mmpose and mmsegmentation have no equal."""
+"""The augmentation of the official codes, where mmpose and mmsegmentation have no equal.
+
+Random numbers are drawn by methods of their own, which ``TransformBroadcaster`` calls once for all
+images of a sample where ``share_random_params=True``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from numbers import Integral, Real
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
+from mmcv.transforms.utils import cache_randomness
 from PIL import ExifTags, Image
 
 from ..registry import TRANSFORMS
@@ -132,11 +137,15 @@ class RandomScaleAspect(BaseTransform):
         self.scale_range = check_range('scale_range', scale_range)
         self.aspect_range = check_range('aspect_range', aspect_range)
 
+    @cache_randomness
+    def _draw(self) -> tuple[float, float]:
+        return np.random.uniform(*self.scale_range), np.random.uniform(*self.aspect_range)
+
     def transform(self, results: dict) -> dict:
         """Resize the image, (H, W, 3) or (H, W), and its label maps (H, W)."""
         check_image(self, results)
-        scale = np.random.uniform(*self.scale_range)
-        stretch = np.random.uniform(*self.aspect_range) ** 0.5
+        scale, aspect = self._draw()
+        stretch = aspect**0.5
         height, width = results['img'].shape[:2]
         size = max(1, int(width * scale * stretch)), max(1, int(height * scale / stretch))
         results['img'] = mmcv.imresize(results['img'], size, interpolation='bicubic')
@@ -164,6 +173,10 @@ class RandomBrightness(BaseTransform):
         check_number('shift', shift, 0, 255, Integral)
         self.shift = shift
 
+    @cache_randomness
+    def _draw(self) -> int:
+        return np.random.randint(-self.shift, self.shift + 1)
+
     def transform(self, results: dict) -> dict:
         """Shift the image, (H, W, 3) or (H, W), values from 0 to 255."""
         check_image(self, results)
@@ -172,8 +185,9 @@ class RandomBrightness(BaseTransform):
                 f'RandomBrightness got an image of {results["img"].dtype}: it shifts uint8. Put it '
                 'before what makes other numbers of the image, such as PlaceRandomly or Normalize'
             )
-        shift = np.random.randint(-self.shift, self.shift + 1)
-        results['img'] = np.clip(results['img'].astype(np.int16) + shift, 0, 255).astype(np.uint8)
+        results['img'] = np.clip(results['img'].astype(np.int16) + self._draw(), 0, 255).astype(
+            np.uint8
+        )
         return results
 
     def __repr__(self) -> str:
@@ -205,6 +219,10 @@ class PlaceRandomly(BaseTransform):
         self.pad_val = tuple(pad_val)
         self.seg_pad_val = seg_pad_val
 
+    @cache_randomness
+    def _draw(self, spare: tuple[int, int]) -> tuple[int, int]:
+        return np.random.randint(spare[0] + 1), np.random.randint(spare[1] + 1)
+
     def transform(self, results: dict) -> dict:
         """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike."""
         check_image(self, results)
@@ -216,8 +234,9 @@ class PlaceRandomly(BaseTransform):
             )
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
-        top = np.random.randint(padded[0] - height + 1)
-        left = np.random.randint(padded[1] - width + 1)
+        spare = padded[0] - height, padded[1] - width
+        # Where images of several sizes share the place, it may be too far for some.
+        top, left = map(min, self._draw(spare), spare)
         place = slice(top, top + height), slice(left, left + width)
         results['img'] = np.empty((*padded, len(self.pad_val)), np.float32)
         results['img'][:] = self.pad_val
@@ -263,11 +282,18 @@ class RandomScaleRotation(BaseTransform):
         self.rotation_std = rotation_std
         self.rotation_prob = rotation_prob
 
+    @cache_randomness
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        scale = 1 + self.scale_std * np.random.randn(number, 1).clip(-1, 1)
+        rotation = self.rotation_std * np.random.randn(number).clip(-2, 2)
+        return scale, np.where(np.random.rand(number) < self.rotation_prob, rotation, 0)
+
     def transform(self, results: dict) -> dict:
         """Change the boxes, each by its own scale and rotation.
 
         Raises:
-            ValueError: If a box has no size.
+            ValueError: If a box has no size, or samples that share the numbers have not equally
+                many boxes.
         """
         sizes = results['bbox_scale']
         if not (np.isfinite(sizes) & (sizes > 0)).all():
@@ -276,12 +302,15 @@ class RandomScaleRotation(BaseTransform):
                 f'{results.get("img_path", "the sample")}: boxes have to be wider and higher than '
                 '0. Correct or remove the annotation'
             )
-        number = len(results['bbox_scale'])
-        scale = 1 + self.scale_std * np.random.randn(number, 1).clip(-1, 1)
-        rotation = self.rotation_std * np.random.randn(number).clip(-2, 2)
-        rotated = np.random.rand(number) < self.rotation_prob
-        results['bbox_scale'] = (results['bbox_scale'] * scale).astype(np.float32)
-        results['bbox_rotation'] = np.where(rotated, rotation, 0).astype(np.float32)
+        scale, rotation = self._draw(len(sizes))
+        if len(rotation) != len(sizes):
+            raise ValueError(
+                f'RandomScaleRotation got {len(sizes)} boxes from '
+                f'{results.get("img_path", "the sample")} and {len(rotation)} from another: with '
+                'share_random_params=True each image has to have equally many'
+            )
+        results['bbox_scale'] = (sizes * scale).astype(np.float32)
+        results['bbox_rotation'] = rotation.astype(np.float32)
         return results
 
     def __repr__(self) -> str:

@@ -8,6 +8,11 @@ it, and the options that a run on CPUs needs::
         env_cfg.dist_cfg.backend=gloo env_cfg.dist_cfg.timeout=300
         model_wrapper_cfg.type=mmhrformer.CPUDistributedDataParallel
 
+Our ``tools/train.py`` and ``tools/test.py`` call :func:`prepare_cpu_launch`. A stock script, which
+does not, is started with LOCAL_RANK=-1::
+
+    torchrun --nproc_per_node 2 --no-python env LOCAL_RANK=-1 python STOCK/train.py CONFIG ...
+
 ``timeout``, in seconds, is how long a process waits for another one that does not answer; 1800 if
 it is not given. From a process that has died the others hear at once.
 """
@@ -15,7 +20,6 @@ it is not given. From a process that has died the others hear at once.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -29,7 +33,7 @@ from ..registry import MODEL_WRAPPERS
 NO_DEVICE = '-1'  # torch.cuda.set_device does nothing if the device is negative
 
 
-def prepare_cpu_launch(args: Sequence[str] | None = None) -> bool:
+def prepare_cpu_launch(args: Sequence[str]) -> bool:
     """Keep mmengine's ``--launcher pytorch`` away from CUDA on a machine that has no device.
 
     The launcher calls ``torch.cuda.set_device(LOCAL_RANK)``, which is documented to do nothing for
@@ -39,13 +43,12 @@ def prepare_cpu_launch(args: Sequence[str] | None = None) -> bool:
     ``--launcher pytorch``, and there is no accelerator: then the run would certainly fail.
 
     Args:
-        args (Sequence[str], optional): The command line without the script. Defaults to that of
-            this process.
+        args (Sequence[str]): The command line without the script.
 
     Returns:
         bool: Whether LOCAL_RANK has been changed.
     """
-    words = ' '.join(sys.argv[1:] if args is None else args).replace('=', ' ').split()
+    words = ' '.join(args).replace('=', ' ').split()
     asked = ('--launcher', 'pytorch') in pairwise(words)
     launched = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)
     if not (asked and launched and get_device() == 'cpu'):

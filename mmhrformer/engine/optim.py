@@ -1,8 +1,10 @@
-"""The weight decay rules of the three official codes, in two parameter groups."""
+"""The weight decay rules of the three official codes, and layer-wise rates, in few groups."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from numbers import Real
 
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -18,9 +20,32 @@ NO_DECAY = {
 }
 
 
+def depths_of(model: nn.Module) -> Callable[[str], tuple[int, int]]:
+    """Find what tells how deep the layer of a parameter is.
+
+    Args:
+        model (nn.Module): A model of mmpretrain, mmpose or mmsegmentation, or a backbone alone.
+
+    Returns:
+        Callable: Name of a parameter -> depth of its layer, number of layers.
+
+    Raises:
+        ValueError: If nothing does.
+    """
+    backbone = getattr(model, 'backbone', None)
+    if hasattr(backbone, 'get_layer_depth'):
+        return lambda name: backbone.get_layer_depth(name, 'backbone.')
+    if backbone is None and hasattr(model, 'get_layer_depth'):
+        return lambda name: model.get_layer_depth(name, '')
+    raise ValueError(
+        f'paramwise_cfg.layer_decay_rate: {type(backbone or model).__name__} has no '
+        'get_layer_depth: leave it out, or take a backbone that has, such as mmhrformer.HRFormer'
+    )
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
-    """Builds an optimizer with a decayed and a spared group of parameters.
+    """Builds an optimizer with a decayed and a spared group of parameters, of each layer if asked.
 
     mmengine's own constructor makes a group of every parameter (1,200 in HRFormer-S), which
     optimizers then update one by one. On CUDA the optimizer is fused, unless its config says
@@ -32,18 +57,21 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg (dict, optional): ``no_decay``, a list of what is not decayed: ``'vectors'``
             (biases and norms), ``'bias_tables'`` (relative position biases). The official code of
             classification spares the vectors, that of pose the tables, that of segmentation both.
+            ``layer_decay_rate``, between 0 and 1: the learning rate of each layer of the backbone
+            in units of that of the next one; necks and heads have the whole rate. It works in the
+            models of all three frameworks, by the depths that ``backbone.get_layer_depth`` tells.
 
     Raises:
-        ValueError: If ``paramwise_cfg`` says anything else.
+        ValueError: If ``paramwise_cfg`` says anything else, or the backbone knows no depths.
     """
 
     def _validate_cfg(self) -> None:
-        unknown = set(self.paramwise_cfg) - {'no_decay'}
+        unknown = set(self.paramwise_cfg) - {'no_decay', 'layer_decay_rate'}
         if unknown:
             raise ValueError(
                 f'paramwise_cfg: {type(self).__name__} has no option {", ".join(sorted(unknown))}, '
-                'only no_decay. For rates of single parts leave optim_wrapper.constructor to '
-                "mmengine's DefaultOptimWrapperConstructor"
+                'only no_decay and layer_decay_rate. For rates of single parts leave '
+                "optim_wrapper.constructor to mmengine's DefaultOptimWrapperConstructor"
             )
         self.no_decay = list(self.paramwise_cfg.get('no_decay', ()))
         for rule in self.no_decay:
@@ -51,17 +79,35 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
                 raise ValueError(
                     f'paramwise_cfg.no_decay={self.no_decay}: choose from {list(NO_DECAY)}'
                 )
+        self.rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
+        if not (isinstance(self.rate, Real) and 0 < self.rate <= 1):
+            raise ValueError(
+                f'paramwise_cfg.layer_decay_rate={self.rate!r}: choose a number above 0, up to 1'
+            )
+        if self.rate != 1 and self.base_lr is None:
+            raise ValueError('paramwise_cfg.layer_decay_rate needs optimizer.lr: give it')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper for the parameters of a model that are to be trained."""
         model = getattr(model, 'module', model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        decayed, spared = [], []
+        get_depth = depths_of(model) if self.rate != 1 else None
+        groups = {}  # by depth from the last layer, and by whether they are spared
         for name, parameter in named:
-            rules = (NO_DECAY[rule] for rule in self.no_decay)
-            (spared if any(rule(name, parameter) for rule in rules) else decayed).append(parameter)
-        groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
-        options = dict(self.optimizer_cfg, params=[group for group in groups if group['params']])
+            spared = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
+            above = 0
+            if get_depth is not None:
+                depth, layers = get_depth(name)
+                above = layers - 1 - depth
+            groups.setdefault((above, spared), []).append(parameter)
+        options = dict(self.optimizer_cfg, params=[])
+        for (above, spared), parameters in sorted(groups.items(), key=lambda item: item[0]):
+            group = dict(params=parameters)
+            if spared:
+                group['weight_decay'] = 0.0
+            if above:
+                group['lr'] = self.base_lr * self.rate**above
+            options['params'].append(group)
         on_cuda = all(parameter.is_cuda for _, parameter in named)
         if on_cuda and self._can_be_fused():
             options['fused'] = True

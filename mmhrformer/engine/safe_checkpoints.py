@@ -17,10 +17,13 @@ import torch
 from mmengine.dist import broadcast_object_list, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, DistSamplerSeedHook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
 
 from ..files import PARTIAL, write_atomically
 from ..registry import HOOKS
+from .resume_report import kept_by_resume
 
 BACKEND = 'mmhrformer.atomic'
 POINTER = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
@@ -131,6 +134,8 @@ class SafeCheckpointHook(CheckpointHook):
       warning. If there is none, training starts from the beginning, and the log says so. A
       damaged or missing file that was named (``--resume FILE``, ``load_from``) is an error.
     - If a checkpoint cannot be written, training stops, and the error tells what is left.
+    - Resuming takes the optimizer's options and the schedule from the checkpoint; a warning names
+      those of the config that differ.
 
     Remote checkpoints (``backend_args``, or an ``out_dir`` such as ``s3://...``) are written by
     mmengine as before, and so are those of its ``FlexibleRunner`` (FSDP, DeepSpeed).
@@ -152,6 +157,7 @@ class SafeCheckpointHook(CheckpointHook):
         self.safe = not remote
         if self.safe:
             self.backend_args = dict(backend=BACKEND)
+        self.file_backend = None  # until training starts
 
     def before_run(self, runner: Runner) -> None:
         """Choose the checkpoint to resume from, before the runner looks for it.
@@ -197,6 +203,24 @@ class SafeCheckpointHook(CheckpointHook):
         if self.out_dir is None or self.out_dir == runner.work_dir:
             return Path(runner.work_dir)
         return Path(self.out_dir, Path(runner.work_dir).name)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Warn of what resuming keeps although the config says otherwise.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): What it loads.
+        """
+        resumes = isinstance(runner, Runner) and runner._resume
+        if not resumes or not isinstance(runner.optim_wrapper, OptimWrapper):
+            return  # weights only, or not in training
+        lines = kept_by_resume(runner, checkpoint)
+        if lines:
+            runner.logger.warning(
+                'resume goes on with the optimizer and the schedule of the checkpoint, whatever '
+                'the config says:\n  ' + '\n  '.join(lines) + '\nTo train on from its weights '
+                'alone, with what the config says: load_from=CHECKPOINT, without resume.'
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Remove what killed runs left behind.
@@ -256,6 +280,8 @@ class SafeCheckpointHook(CheckpointHook):
         self.file_backend.remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.file_backend is None:
+            return  # `Runner.val()` alone trains nothing that could be the best
         if not self.safe:
             super()._save_best_checkpoint(runner, metrics)
             return
@@ -315,26 +341,55 @@ class ResumableSeedHook(DistSamplerSeedHook):
         >>> default_hooks = dict(sampler_seed=dict(type='mmhrformer.ResumableSeedHook'))
     """
 
+    def before_train(self, runner: Runner) -> None:
+        """Tell once what this hook cannot make resumable.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        loader = getattr(runner.train_loop, 'dataloader', None)
+        if isinstance(loader, DataLoader):
+            own = [_inner(loader, 'sampler'), _inner(loader, 'batch_sampler', 'sampler'), loader]
+            if all(getattr(owner, 'generator', None) is None for owner in own):
+                return
+            reason = 'has a generator of its own'
+        else:
+            reason = f'is {type(loader).__name__}, no DataLoader of torch'
+        runner.logger.warning(
+            f'train_dataloader {reason}: what it draws is not seeded by mmhrformer.'
+            f'{type(self).__name__}, so that a resumed run may see other data than one that was '
+            'left alone. What the training process draws is the same.'
+        )
+
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed the sampler and the workers.
 
         Args:
             runner (Runner): The runner.
         """
-        super().before_train_epoch(runner)
+        loader = getattr(runner.train_loop, 'dataloader', None)
+        samplers = [
+            _inner(loader, 'sampler'),
+            _inner(loader, 'batch_sampler'),
+            _inner(loader, 'batch_sampler', 'sampler'),
+        ]
+        for sampler in samplers:
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(runner.epoch)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             return  # its workers have started already
-        loader = runner.train_loop.dataloader
-        sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
-        same_on_all = not (runner.cfg.get('randomness') or {}).get('diff_rank_seed')
-        if hasattr(sampler, 'seed') and same_on_all:
-            sampler.seed = runner.seed  # resuming has changed it to that of the checkpoint
-        if not hasattr(self, '_init_worker'):
-            self._init_worker = loader.worker_init_fn
-        loader.worker_init_fn = partial(
-            _seed_worker, (runner.seed, runner.epoch, get_rank()), self._init_worker
-        )
-        loader._iterator = None  # the workers of the epoch before, if they are persistent
+        if not (runner.cfg.get('randomness') or {}).get('diff_rank_seed'):
+            for sampler in samplers:
+                if hasattr(sampler, 'seed'):
+                    sampler.seed = runner.seed  # resuming has changed it to that of the checkpoint
+        if isinstance(loader, DataLoader):
+            init = loader.worker_init_fn
+            if isinstance(init, partial) and init.func is _seed_worker:
+                init = init.args[1]  # of the epoch before
+            loader.worker_init_fn = partial(
+                _seed_worker, (runner.seed, runner.epoch, get_rank()), init
+            )
+            loader._iterator = None  # the workers of the epoch before, if they are persistent
         _seed(0, runner.seed, runner.iter)  # without workers, this process loads the data
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
@@ -346,6 +401,13 @@ class ResumableSeedHook(DistSamplerSeedHook):
             data_batch: Not used.
         """
         _seed(0, runner.seed, runner.iter)
+
+
+def _inner(thing: object, *names: str) -> object:
+    """An attribute of an attribute, or None where there is none: loaders have all kinds of them."""
+    for name in names:
+        thing = getattr(thing, name, None)
+    return thing
 
 
 def _seed(*numbers: int) -> None:

@@ -19,40 +19,55 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead. timm
     sets the value of step k after iteration k, this one before it: one iteration earlier.
 
+    It sets the learning rate, whatever another schedule made of it: schedules that follow one
+    another must not overlap.
+
     Args:
         optimizer (Optimizer | OptimWrapper): The optimizer.
         warmup (float): Length of the warm-up, in epochs, or iterations with ``by_epoch=False``.
         start_factor (float): Learning rate of the first step in units of the optimizer's.
         end_factor (float): Learning rate that the cosine ends at, likewise. Defaults to 0.
-        end (int): Length of the training, in the unit of ``warmup``.
+        begin (int): Step at which the schedule begins, in the unit of ``warmup``, which counts from
+            there. Defaults to 0.
+        end (int): Step at which it ends, likewise: the cosine is ``end - begin`` long. Defaults to
+            the length of the training.
         **kwargs: ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
 
     Raises:
-        ValueError: If ``warmup`` is not between 0 and ``end``.
+        ValueError: If ``begin`` is negative, there is no ``end``, or ``warmup`` is not between 0
+            and ``end - begin``.
     """
 
     def __init__(
         self,
         optimizer,
-        *args,
+        *,
         warmup: float,
         start_factor: float,
-        end: int,
         end_factor: float = 0.0,
+        begin: int = 0,
+        end: int = INF,
         **kwargs,
     ) -> None:
-        if not 0 <= warmup < end:
-            raise ValueError(f'warmup={warmup}: choose a length from 0 to less than end={end}')
+        if not 0 <= begin < end < INF:
+            raise ValueError(f'begin={begin}, end={end}: give steps, 0 <= begin < end')
+        if not 0 <= warmup < end - begin:
+            since = f' - begin={begin}' if begin else ''
+            raise ValueError(
+                f'warmup={warmup}: choose a length from 0 to less than end={end}{since}'
+            )
         self.warmup = warmup
         self.start_factor = start_factor
         self.end_factor = end_factor
-        super().__init__(optimizer, *args, end=end, **kwargs)
+        super().__init__(optimizer, begin=begin, end=end, **kwargs)
 
     @classmethod
     def build_iter_from_epoch(
         cls,
-        *args,
+        optimizer,
+        *,
         warmup: float,
+        begin: int = 0,
         end: int = INF,
         by_epoch: bool = True,
         epoch_length: int | None = None,
@@ -62,18 +77,19 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         if not by_epoch or not epoch_length:
             raise ValueError('convert_to_iter_based=True needs by_epoch=True and a train loader')
         return cls(
-            *args,
+            optimizer,
             warmup=round(warmup * epoch_length),
-            end=end * epoch_length,
+            begin=int(begin * epoch_length),
+            end=INF if end == INF else int(end * epoch_length),
             by_epoch=False,
             **kwargs,
         )
 
     def _get_value(self) -> list[float]:
-        step = self.last_step
+        step = self.last_step  # counted from `begin`
         if step < self.warmup:
             factor = self.start_factor + (1 - self.start_factor) * step / self.warmup
         else:
-            cosine = (1 + math.cos(math.pi * step / self.end)) / 2
+            cosine = (1 + math.cos(math.pi * step / (self.end - self.begin))) / 2
             factor = self.end_factor + (1 - self.end_factor) * cosine
         return [base * factor for base in self.base_values]

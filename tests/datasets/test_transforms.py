@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from mmcv.transforms import KeyMapper, RandomApply, RandomChoice, TransformBroadcaster
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
@@ -226,3 +227,68 @@ def test_grey_images(sample):
     placed = PlaceRandomly((80, 120), (7,))(dict(sample, img=grey))
     assert placed['img'].shape == (80, 120, 1)
     assert placed['gt_seg_map'].shape == (80, 120)
+
+
+# ---------------------------------------------------------------- several images alike
+
+
+OURS = {
+    'scale': dict(type='mmhrformer.RandomScaleAspect'),
+    'brightness': dict(type='mmhrformer.RandomBrightness'),
+    'place': dict(type='mmhrformer.PlaceRandomly', size=(200, 300), pad_val=(1, 2, 3)),
+}
+BOXES = dict(type='mmhrformer.RandomScaleRotation')
+
+
+def share(transforms: list, **keys) -> dict:
+    return TransformBroadcaster(transforms, auto_remap=True, share_random_params=True, mapping=keys)
+
+
+@pytest.mark.parametrize('kind', [*OURS, 'all', 'apply', 'choice', 'mapped'])
+def test_images_share_random_numbers_where_they_shall(sample, kind):
+    steps = list(OURS.values())
+    transforms = {
+        'all': steps,
+        'apply': [RandomApply(steps, prob=0.5)],
+        'choice': [RandomChoice([[step] for step in steps])],
+        'mapped': [KeyMapper(steps, mapping=dict(img='img'), auto_remap=True)],
+    }.get(kind, [OURS.get(kind)])
+    transform = share(transforms, img='img', gt_seg_map='gt_seg_map')
+    results = []
+    for _ in range(20):
+        pair = dict(img=[sample['img']] * 2, gt_seg_map=[sample['gt_seg_map']] * 2)
+        out = transform(dict(pair, seg_fields=['gt_seg_map']))
+        assert np.array_equal(*out['img'])
+        assert np.array_equal(*out['gt_seg_map'])
+        results.append((out['img'][0].shape, out['img'][0].tobytes()))
+    assert len(set(results)) > 2  # but not always the same
+
+
+def test_boxes_share_random_numbers_where_they_shall():
+    transform = TransformBroadcaster([BOXES], share_random_params=True)
+    for _ in range(20):
+        out = transform(dict(bbox_scale=[np.full((3, 2), 100.0), np.full((3, 2), 50.0)]))
+        assert np.array_equal(out['bbox_scale'][0], 2 * out['bbox_scale'][1])
+        assert np.array_equal(*out['bbox_rotation'])
+        assert len(np.unique(out['bbox_scale'][0])) > 1
+    with pytest.raises(ValueError, match='got 2 boxes from the sample and 3 from another'):
+        transform(dict(bbox_scale=[np.full((3, 2), 100.0), np.full((2, 2), 100.0)]))
+
+
+def test_images_of_several_sizes_share_a_place(sample):
+    small = dict(img=[sample['img'], sample['img'][:20, :30], sample['img']])
+    transform = share([OURS['place']], img='img')
+    for _ in range(20):
+        one, other, third = transform(dict(small))['img']
+        assert one.shape == other.shape == (200, 300, 3)
+        assert np.array_equal(one, third)
+        place = np.argwhere((one != (1, 2, 3)).any(2)).min(0)
+        assert np.array_equal(np.argwhere((other != (1, 2, 3)).any(2)).min(0), place)
+
+
+def test_numbers_are_drawn_in_the_same_order_as_ever(sample):
+    np.random.seed(3)
+    drawn = np.random.randint(141), np.random.randint(201)
+    np.random.seed(3)
+    out = TRANSFORMS.build(OURS['place'])(sample)['img']
+    assert tuple(np.argwhere((out != (1, 2, 3)).any(2)).min(0)) == drawn

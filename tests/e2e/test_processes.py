@@ -1,4 +1,4 @@
-"""Two processes on the CPU: stock launcher, lost processes, and memory in a long run."""
+"""Two processes on the CPU: launchers, lost processes, and memory in a long run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import long_run
 import pytest
-from places import ENV, Place
+from places import ENV, ROOT, Place
 
 from mmhrformer.launch import find_config, stock_tool
 
@@ -69,8 +69,8 @@ def torchrun() -> list[str]:
 
 
 def train(framework: str, work_dir: Path, *options: str) -> list[str]:
-    """Script and arguments of a stock training on CPUs."""
-    script = str(stock_tool(framework, 'train'))
+    """Script and arguments of a training on CPUs."""
+    script = str(ROOT / 'tools/train.py')
     config = str(find_config(CONFIGS[framework]))
     args = ['--launcher', 'pytorch', '--work-dir', str(work_dir)]
     return [script, config, *args, '--cfg-options', *ALWAYS, *ON_CPUS, *options]
@@ -87,10 +87,19 @@ def assert_trained(said: str, framework: str) -> None:
 
 
 @pytest.mark.parametrize('framework', CONFIGS)
-def test_stock_launcher(clone: Place, framework):
-    """Both the agent of torch and the framework's own train.py."""
+def test_launcher(clone: Place, framework):
+    """The agent of torch, and our train.py."""
     options = [*SHORT[framework], f'env_cfg.dist_cfg.timeout={BOUND}']
     said = clone.run(*torchrun()[1:], *train(framework, clone.cwd / framework, *options))
+    assert_trained(said, framework)
+
+
+@pytest.mark.parametrize('framework', ['mmpretrain', 'mmseg'])
+def test_stock_launcher(clone: Place, framework):
+    """The framework's own train.py, which has to be told that there is no device."""
+    _, *args = train(framework, clone.cwd / f'stock-{framework}', *SHORT[framework])
+    script = ['env', 'LOCAL_RANK=-1', sys.executable, str(stock_tool(framework, 'train'))]
+    said = clone.run(*torchrun()[1:], '--no-python', *script, *args)
     assert_trained(said, framework)
 
 
@@ -98,7 +107,7 @@ def test_mim_launches_two_processes(clone: Place):
     config = str(find_config(CONFIGS['mmpretrain']))
     args = ['--gpus', '2', '--launcher', 'pytorch', '--port', free_port()]
     args += ['--work-dir', str(clone.cwd / 'mim'), '--cfg-options', *ALWAYS, *ON_CPUS]
-    said = clone.run('-m', 'mim', 'train', 'mmpretrain', config, *args, *SHORT['mmpretrain'])
+    said = clone.run('-m', 'mim', 'train', 'mmhrformer', config, *args, *SHORT['mmpretrain'])
     assert_trained(said, 'mmpretrain')
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from importlib import import_module
+
 import pytest
 import torch
 from graphs import Graphs
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from needs import needs
 from torch import nn
 
 from mmhrformer import HRFormer
@@ -79,7 +84,7 @@ def test_one_step_is_that_of_mmengine_s_own_constructor():
 @pytest.mark.parametrize(
     ('paramwise', 'message'),
     [
-        (dict(norm_decay_mult=0.0), 'no option norm_decay_mult, only no_decay'),
+        (dict(norm_decay_mult=0.0), 'no option norm_decay_mult, only no_decay and layer'),
         (
             dict(no_decay=['norms']),
             r"no_decay=\['norms'\]: choose from \['vectors', 'bias_tables'\]",
@@ -89,6 +94,108 @@ def test_one_step_is_that_of_mmengine_s_own_constructor():
 def test_unknown_rules_are_refused(paramwise, message):
     with pytest.raises(ValueError, match=message):
         DecayGroupsConstructor(dict(optimizer=OPTIMIZER), paramwise)
+
+
+MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 2, 1), num_blocks=2)
+BACKBONE = dict(type='mmhrformer.HRFormer', arch=MICRO)
+STREAMS = dict(in_channels=MICRO['channels'], in_index=(0, 1, 2, 3), channels=8, num_classes=3)
+HEAD = dict(input_transform='resize_concat', **STREAMS)
+MODELS_OF = {
+    'mmpretrain': dict(
+        type='ImageClassifier',
+        backbone=BACKBONE,
+        neck=dict(type='mmhrformer.HRFormerFusion', in_channels=MICRO['channels']),
+        head=dict(type='LinearClsHead', num_classes=3, in_channels=2048),
+    ),
+    'mmpose': dict(
+        type='TopdownPoseEstimator',
+        backbone=dict(BACKBONE, out_indices=(0,)),
+        head=dict(
+            type='HeatmapHead',
+            in_channels=8,
+            out_channels=17,
+            deconv_out_channels=None,
+            decoder=dict(type='MSRAHeatmap', input_size=(64, 64), heatmap_size=(16, 16), sigma=2),
+        ),
+    ),
+    'mmseg': dict(
+        type='CascadeEncoderDecoder',
+        num_stages=2,
+        backbone=BACKBONE,
+        decode_head=[
+            dict(type='mmhrformer.OCRAuxHead', **HEAD),
+            dict(type='mmhrformer.OCRHead', ocr_channels=8, **HEAD),
+        ],
+    ),
+}
+
+
+def build_model(framework: str) -> nn.Module:
+    import_module(f'{framework}.models')
+    with DefaultScope.overwrite_default_scope(framework):
+        return MODELS.build(copy.deepcopy(MODELS_OF[framework]))
+
+
+def by_name(model: nn.Module, wrapper, key: str) -> dict[str, float]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = wrapper.optimizer.param_groups
+    return {names[id(p)]: group[key] for group in groups for p in group['params']}
+
+
+@pytest.mark.parametrize('framework', [pytest.param(name, marks=needs(name)) for name in MODELS_OF])
+def test_rates_of_layers(framework):
+    model = build_model(framework)
+    model.backbone.conv1.requires_grad_(False)
+    paramwise = dict(no_decay=['vectors'], layer_decay_rate=0.8)
+    wrapper = build(model, paramwise)
+    rates = by_name(model, wrapper, 'lr')
+    assert rates.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        depth, layers = model.backbone.get_layer_depth(name, 'backbone.')
+        assert rate == pytest.approx(1e-3 * 0.8 ** (layers - 1 - depth))
+        if not name.startswith('backbone.'):
+            assert rate == 1e-3
+    assert len(set(rates.values())) == 10
+    groups = wrapper.optimizer.param_groups
+    assert len(groups) == 2 * len(set(rates.values()))
+    assert groups[0]['lr'] == 1e-3  # what the log shows
+    plain = build(model, dict(no_decay=['vectors']))
+    decay = [by_name(model, one, 'weight_decay') for one in (wrapper, plain)]
+    assert decay[0] == decay[1]
+
+
+@needs('mmpretrain')
+def test_rates_of_layers_are_those_of_mmpretrain():
+    import_module('mmpretrain.engine')
+    model = build_model('mmpretrain')
+    stock = dict(
+        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+        optimizer=OPTIMIZER,
+        paramwise_cfg=dict(layer_decay_rate=0.7, flat_decay_mult=0.0),
+    )
+    theirs = build_optim_wrapper(model, stock)
+    ours = build(model, dict(no_decay=['vectors'], layer_decay_rate=0.7))
+    for key in ('lr', 'weight_decay'):
+        assert by_name(model, ours, key) == pytest.approx(by_name(model, theirs, key))
+
+
+def test_rates_of_layers_of_a_backbone_alone():
+    model = HRFormer(MICRO)
+    rates = by_name(model, build(model, dict(layer_decay_rate=0.5)), 'lr')
+    assert rates['conv1.weight'] == 1e-3 * 0.5**9
+    assert build(model, dict(layer_decay_rate=1.0)).optimizer.param_groups[0]['lr'] == 1e-3
+
+
+@pytest.mark.parametrize('model', [nn.Linear(2, 2), nn.ModuleDict(dict(backbone=nn.Linear(2, 2)))])
+def test_rates_of_layers_need_a_backbone_that_has_some(model):
+    with pytest.raises(ValueError, match='layer_decay_rate: Linear has no get_layer_depth'):
+        build(model, dict(layer_decay_rate=0.5))
+
+
+@pytest.mark.parametrize('rate', [0, -1, 1.5, '0.5', None])
+def test_impossible_rates_of_layers_are_refused(rate):
+    with pytest.raises(ValueError, match=f'layer_decay_rate={rate!r}: choose'):
+        build(nn.Linear(2, 2), dict(layer_decay_rate=rate))
 
 
 def test_fused_only_where_it_can_be():

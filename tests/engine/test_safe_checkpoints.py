@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.evaluator import Evaluator
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
-from torch import nn
-from torch.utils.data import Dataset
+from small_runs import GivenScores, NoisyNumbers, log, make_runner, names, pointed, train
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from mmhrformer.engine import safe_checkpoints
 from mmhrformer.engine.safe_checkpoints import (
@@ -27,121 +24,6 @@ from mmhrformer.engine.safe_checkpoints import (
     find_damage,
     find_newest,
 )
-
-
-class NoisyNumbers(Dataset):
-    """Eight numbers with noise from a generator, as an augmentation would add it."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return dict(inputs=torch.tensor([index + np.random.rand()], dtype=torch.float))
-
-
-class Dropping(BaseModel):
-    """A layer behind a dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(1, 16)
-
-    def forward(self, inputs, mode='tensor'):
-        inputs = torch.stack(inputs)
-        if mode == 'predict':
-            return [dict()]
-        return dict(loss=nn.functional.dropout(self.layer(inputs)).square().mean())
-
-
-class Losses(Hook):
-    """Keeps the losses and stops, as by a kill, before a given iteration is done."""
-
-    def __init__(self, stop: int | None) -> None:
-        self.stop = stop
-        self.losses: dict[int, float] = {}
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if runner.iter == self.stop:
-            raise KeyboardInterrupt
-        self.losses[runner.iter] = outputs['loss'].item()
-
-
-class GivenScores(Evaluator):
-    """An evaluator whose results are known in advance."""
-
-    def __init__(self, scores: list[float]) -> None:
-        super().__init__([])
-        self.scores = iter(scores)
-
-    def evaluate(self, size: int) -> dict[str, float]:
-        return dict(score=next(self.scores))
-
-
-def make_runner(work: Path, stop: int | None = None, **options) -> Runner:
-    """A run of 4 epochs, or 16 iterations, of 4 iterations each."""
-    by_epoch = options.pop('by_epoch', True)
-    workers = options.pop('workers', 0)
-    hook = options.pop('hook', {})
-    length = dict(max_epochs=4) if by_epoch else dict(max_iters=16, val_interval=4)
-    sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
-    if 'val_evaluator' in options:
-        options['val_dataloader'] = dict(
-            batch_size=8, sampler=dict(type='DefaultSampler', shuffle=False), dataset=NoisyNumbers()
-        )
-        options['val_cfg'] = dict()
-    return Runner(
-        model=Dropping(),
-        work_dir=str(work),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            sampler=dict(type=sampler, shuffle=True),
-            dataset=NoisyNumbers(),
-        ),
-        train_cfg=dict(by_epoch=by_epoch, **length),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3, momentum=0.9)),
-        default_hooks=dict(
-            checkpoint=dict(
-                type='mmhrformer.SafeCheckpointHook',
-                **{'interval': 1 if by_epoch else 4, 'by_epoch': by_epoch, **hook},
-            ),
-            sampler_seed=dict(type='mmhrformer.ResumableSeedHook'),
-        ),
-        custom_hooks=[Losses(stop)],
-        randomness=options.pop('randomness', dict(seed=3)),
-        experiment_name=f'{work.name}{np.random.SeedSequence().entropy}',
-        **options,
-    )
-
-
-def losses(runner: Runner) -> dict[int, float]:
-    (hook,) = (hook for hook in runner.hooks if isinstance(hook, Losses))
-    return hook.losses
-
-
-def train(work: Path, stop: int | None = None, **options) -> dict[int, float]:
-    """Train to the end, or until it is stopped."""
-    runner = make_runner(work, stop, **options)
-    if stop is None:
-        runner.train()
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            runner.train()
-    return losses(runner)
-
-
-def names(folder: Path, pattern: str = '*.pth*') -> list[str]:
-    return sorted(path.name for path in folder.glob(pattern))
-
-
-def pointed(work: Path) -> str:
-    return Path((work / 'last_checkpoint').read_text()).name
-
-
-def log(work: Path) -> str:
-    return '\n'.join(path.read_text() for path in sorted(work.glob('*/*.log')))
 
 
 def full_disk(monkeypatch, fits: int = 0) -> None:
@@ -414,6 +296,129 @@ def test_other_storage_is_written_as_before(tmp_path):
     train(tmp_path, 9, hook=hook)
     assert names(tmp_path) == ['epoch_2.pth']
     assert sorted(train(tmp_path, hook=hook, resume=True))[0] == 8
+
+
+# ---------------------------------------------------------------- not only training
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_validation_and_test_alone_give_the_metrics(tmp_path, by_epoch):
+    hook = dict(save_best='score', rule='greater', max_keep_ckpts=1)
+    options = dict(
+        hook=hook,
+        by_epoch=by_epoch,
+        test_dataloader=dict(
+            batch_size=8, sampler=dict(type='DefaultSampler', shuffle=False), dataset=NoisyNumbers()
+        ),
+        test_cfg=dict(),
+        test_evaluator=GivenScores([5]),
+    )
+    runner = make_runner(tmp_path, val_evaluator=GivenScores([9, 1, 2, 3, 2, 9]), **options)
+    assert runner.val() == dict(score=9)
+    assert runner.test() == dict(score=5)
+    assert names(tmp_path) == []
+    runner.train()
+    best = 'best_score_epoch_3.pth' if by_epoch else 'best_score_iter_12.pth'
+    assert names(tmp_path, 'best*') == [best]  # not measured against the score before training
+    assert runner.val() == dict(score=9)
+
+
+def test_training_without_validation_or_schedule(tmp_path):
+    runner = make_runner(tmp_path, hook=dict(save_best='score', rule='greater'))
+    assert runner.param_schedulers is None
+    runner.train()
+    assert pointed(tmp_path) == 'epoch_4.pth'
+
+
+# ---------------------------------------------------------------- loaders of all kinds
+
+
+class NotALoader:
+    """What DALI and WebLoader have: a length, a data set, batches."""
+
+    dataset = NoisyNumbers()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        return (dict(inputs=[torch.rand(1), torch.rand(1)]) for _ in range(4))
+
+
+class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self):
+        return (NoisyNumbers()[index] for index in range(8))
+
+
+class Batches:
+    """A batch sampler that has no sampler, and counts epochs itself."""
+
+    epoch = None
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        return iter(torch.randperm(8).reshape(4, 2).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def loader_of(kind: str):
+    """A loader, and what is said of it."""
+    options = dict(collate_fn=pseudo_collate, batch_size=2)
+    if kind == 'no DataLoader':
+        return NotALoader(), 'is NotALoader, no DataLoader'
+    if kind == 'iterable':
+        return DataLoader(Stream(), num_workers=1, **options), ''
+    if kind == 'batch sampler':
+        loader = DataLoader(NoisyNumbers(), batch_sampler=Batches(), collate_fn=pseudo_collate)
+        return loader, ''
+    if kind == 'no batches':
+        return DataLoader(ConcatDataset([Batch(), Batch()]), batch_size=None, shuffle=True), ''
+    if kind == 'subset':
+        return DataLoader(Subset(NoisyNumbers(), range(4)), shuffle=True, **options), ''
+    generator = torch.Generator()
+    return DataLoader(NoisyNumbers(), shuffle=True, generator=generator, **options), 'a generator'
+
+
+class Batch(NoisyNumbers):
+    """Whole batches."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, list[torch.Tensor]]:
+        return dict(inputs=[super().__getitem__(index)['inputs']] * 2)
+
+
+@pytest.mark.parametrize(
+    'kind', ['no DataLoader', 'iterable', 'batch sampler', 'no batches', 'subset', 'generator']
+)
+def test_loaders_of_all_kinds(tmp_path, kind):
+    """They run, go on as they would have, and what would not is told once."""
+    loader, said = loader_of(kind)
+    whole = train(tmp_path / 'whole', train_dataloader=loader)
+    train(tmp_path / 'cut', len(loader) + 1, train_dataloader=loader_of(kind)[0])
+    resumed = train(tmp_path / 'cut', train_dataloader=loader_of(kind)[0], resume=True)
+    assert min(resumed) == len(loader)
+    if kind != 'generator':
+        assert resumed == {step: whole[step] for step in resumed}
+    told = log(tmp_path / 'whole').count('a resumed run may see other data')
+    assert told == bool(said)
+    assert said in log(tmp_path / 'whole')
+    if kind == 'batch sampler':
+        assert loader.batch_sampler.epoch == 3
+
+
+def test_loaders_of_all_kinds_by_iterations(tmp_path):
+    for kind in ('no DataLoader', 'subset'):
+        work = tmp_path / kind.replace(' ', '_')
+        train(work, 6, by_epoch=False, train_dataloader=loader_of(kind)[0], hook=dict(interval=2))
 
 
 # ---------------------------------------------------------------- configs

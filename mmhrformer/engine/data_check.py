@@ -1,0 +1,137 @@
+"""Whether the data of a config are there."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.registry import DATASETS
+
+# Dataset class -> its chapter in docs/datasets.md.
+CHAPTERS = {
+    'ImageNet': '#imagenet-1k',
+    'CocoDataset': '#coco-keypoints',
+    'CityscapesDataset': '#cityscapes',
+    'PascalContextDataset59': '#pascal-context',
+    'COCOStuffDataset': '#coco-stuff-10k',
+    'ADE20KDataset': '#ade20k',
+}
+FRAMEWORKS = {'mmengine', 'mmpretrain', 'mmpose', 'mmseg', 'mmdet'}
+SPLIT_IS_A_FOLDER = {'ImageNet', 'ImageNet21k'}  # for others it is a list of images, or a file
+
+
+def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
+    """List the files and folders that datasets of a config want and that do not exist.
+
+    Left alone are data sets that fetch themselves (``download=True``), that are read through
+    another backend than local files, and classes that read their files in a way of their own.
+
+    Args:
+        cfg (Mapping): The config.
+        loaders (Sequence[str]): The dataloaders to look at, such as ``'train_dataloader'``.
+
+    Returns:
+        list[str]: A line for each, with the option, the path and where to read about it.
+    """
+    lines = []
+    for loader in loaders:
+        for dataset in _innermost(cfg.get(loader)):
+            kind = dataset.get('type')
+            name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+            missing = [
+                (option, path)
+                for option, path in _paths(dataset, name)
+                if '://' not in path and not Path(path).exists()
+            ]
+            if not missing or _is_remote(dataset) or _is_left_alone(dataset, cfg):
+                continue
+            chapter = '' if dataset.get('metainfo') else CHAPTERS.get(name, '')
+            hint = f'; docs/datasets.md{chapter} tells how to get it' if chapter else ''
+            lines += [
+                f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
+            ]
+    return lines
+
+
+def _innermost(value: Any) -> Iterator[Mapping]:
+    """The datasets themselves: loaders hold them, repeated and concatenated ones wrap them."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _innermost(one)
+    elif isinstance(value, Mapping):
+        inner = value.get('datasets') or value.get('dataset')
+        if inner is not None:
+            yield from _innermost(inner)
+        else:
+            yield value
+
+
+def _paths(dataset: Mapping, name: str) -> Iterator[tuple[str, str]]:
+    """Options of a dataset that name files or folders, and the paths they mean."""
+    root = str(dataset.get('data_root') or '')
+    prefixes = dataset.get('data_prefix') or {}
+    if not isinstance(prefixes, Mapping):
+        prefixes = {'': prefixes}
+    options = {f'data_prefix.{key}'.rstrip('.'): value for key, value in prefixes.items()}
+    if 'LoadAnnotations' not in str(dataset.get('pipeline', 'LoadAnnotations')):
+        options.pop('data_prefix.seg_map_path', None)  # predictions alone need no labels
+    options['ann_file'] = dataset.get('ann_file')
+    if name in SPLIT_IS_A_FOLDER and not any(options.values()):
+        options['split'] = dataset.get('split')
+    paths = [
+        (option, str(path))
+        for option, value in options.items()
+        for path in (value if isinstance(value, (list, tuple)) else [value])
+        if path
+    ]
+    inside = [path for _, path in paths if not os.path.isabs(path) and '://' not in path]
+    there = not root or Path(root).exists()
+    if not there and (inside or not paths):
+        yield 'data_root', root  # one line instead of one for each part
+    for option, path in paths:
+        if path not in inside:
+            yield option, path
+        elif there:
+            yield option, str(Path(root, path))
+    if dataset.get('bbox_file'):
+        yield 'bbox_file', str(dataset['bbox_file'])
+
+
+def _is_remote(value: Any) -> bool:
+    """Whether a dataset, or a step of its pipeline, reads through another backend."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_remote, value))
+    if not isinstance(value, Mapping):
+        return False
+    for key in ('backend_args', 'file_client_args'):
+        args = value.get(key)
+        if isinstance(args, Mapping) and (
+            args.get('backend', 'local') not in ('local', 'disk') or 'path_mapping' in args
+        ):
+            return True
+    return any(map(_is_remote, value.values()))
+
+
+def _is_left_alone(dataset: Mapping, cfg: Mapping) -> bool:
+    """Whether a dataset fetches its files, or reads them in a way that is not known here."""
+    if dataset.get('download'):
+        return True
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        scope = cfg.get('default_scope')
+        try:
+            kind = DATASETS.get(kind if '.' in kind or not scope else f'{scope}.{kind}')
+        except (ImportError, AssertionError, KeyError):  # its framework is not installed
+            return False
+    if not isinstance(kind, type):
+        return False
+    methods = [getattr(kind, name, None) for name in ('__init__', '_join_prefix', 'load_data_list')]
+    if any(getattr(m, '__module__', '').split('.')[0] not in FRAMEWORKS for m in methods):
+        return True
+    if 'download' in dataset:
+        return False
+    starts = (inspect.signature(base.__init__).parameters for base in kind.__mro__)
+    return any('download' in names and names['download'].default is True for names in starts)

@@ -1,0 +1,211 @@
+"""Options of a config that nothing reads, and variables that were changed too late.
+
+A config is Python: a variable such as ``codec`` is copied into the options while its own file is
+read. A config that inherits it may set it anew, as may ``--cfg-options``, and nothing happens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+# What the stock tools and libraries read beside the arguments of mmengine's Runner.
+READ_ELSEWHERE = {
+    'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval',
+    'model_wrapper_cfg', 'preprocess_cfg', 'runner_type', 'strategy', 'tta_model', 'tta_pipeline',
+}  # fmt: skip
+
+# Options of the old 0.x frameworks that nothing reads any more, and what does their work.
+REPLACED = {
+    'fp16': "optim_wrapper.type='AmpOptimWrapper'",
+    'optimizer': 'optim_wrapper.optimizer',
+    'optimizer_config': 'optim_wrapper.clip_grad',
+    'lr_config': 'param_scheduler',
+    'momentum_config': 'param_scheduler',
+    'runner': 'train_cfg',
+    'total_epochs': 'train_cfg.max_epochs',
+    'data': 'train_dataloader, val_dataloader and test_dataloader',
+    'evaluation': 'val_evaluator and train_cfg.val_interval',
+    'checkpoint_config': 'default_hooks.checkpoint',
+    'log_config': 'default_hooks.logger',
+    'dist_params': 'env_cfg.dist_cfg',
+    'workflow': 'train_cfg',
+    'samples_per_gpu': 'train_dataloader.batch_size',
+    'find_unused_parameters': 'model_wrapper_cfg.find_unused_parameters',
+}
+
+
+def dead_options(cfg: Config) -> dict[str, str]:
+    """Find top-level options that nothing reads.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        dict[str, str]: What to do instead, or an empty string, by option. Variables whose value
+        stands elsewhere in the config, or did so before it was changed there, are not dead.
+    """
+    values, late = _values(cfg), late_variables(cfg)
+    places = _places(values)
+    dead = {
+        key: ''
+        for key in _variables(values)
+        if not any(_is_copy(values[key], value) for value in places.values())
+    }
+    files = _files(cfg) if dead else {}
+    for key in list(dead):
+        if key in late:
+            dead[key] = (
+                'it was copied when the file was read: set the options it was copied to, '
+                + ', '.join(late[key])
+            )
+        elif _stood_elsewhere(key, values[key], files.get(cfg.filename, {})) or any(
+            file.get(key) == values[key] for name, file in files.items() if name != cfg.filename
+        ):
+            del dead[key]
+    for key in REPLACED.keys() & values.keys():
+        # A variable may have the name, as in mmsegmentation's schedules.
+        if key in dead or not isinstance(values[key], (dict, list)):
+            dead[key] = f'use {REPLACED[key]}'
+    return dead
+
+
+def late_variables(cfg: Config) -> dict[str, list[str]]:
+    """Find variables that were changed after they had been copied.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        dict[str, list[str]]: The options that still have a former value of the variable, by its
+        name. Some others may have the new one.
+    """
+    values = _values(cfg)
+    places = _places(values)
+    late = {key: {} for key in _variables(values)}  # a dict, to keep the order of what is found
+    for file in _files(cfg).values() if late else ():
+        before = _places(file)
+        for key in late.keys() & file.keys():
+            if file[key] != values[key]:
+                late[key].update(
+                    (path, None)
+                    for path in _copies(key, file[key], values[key], before)
+                    if path in places and places[path] == before[path] != values[key]
+                )
+    return {key: list(paths) for key, paths in late.items() if paths}
+
+
+def what_counts(cfg: Config, key: str) -> list[str]:
+    """Find the options that look like what a variable is meant for.
+
+    Args:
+        cfg (Config): The config.
+        key (str): Name of the variable.
+
+    Returns:
+        list[str]: Those of the same name, or of the same keys.
+    """
+    values = _values(cfg)
+    value = values[key]
+    name = 'pipeline' if key.endswith('_pipeline') else key
+    return [
+        path
+        for path, other in _places(values).items()
+        if path.split('.')[-1] == name
+        or (isinstance(value, dict) and isinstance(other, dict) and set(value) == set(other))
+    ]
+
+
+def _values(cfg: Config) -> dict[str, Any]:
+    return _without_scopes(cfg.to_dict())
+
+
+def _without_scopes(value: Any) -> Any:
+    """Leave out what mmengine adds where a base is of another framework."""
+    if isinstance(value, dict):
+        return {key: _without_scopes(v) for key, v in value.items() if key != '_scope_'}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_without_scopes, value))
+    return value
+
+
+def _variables(cfg: Mapping) -> list[str]:
+    """Top-level names that nothing reads by itself."""
+    read = set(inspect.signature(Runner.__init__).parameters) | READ_ELSEWHERE
+    model = cfg.get('model')
+    if isinstance(model, dict) and model.get('data_preprocessor'):
+        read -= {'data_preprocessor'}  # that of the model goes first
+    return [key for key in cfg if key not in read]
+
+
+def _places(cfg: Mapping) -> dict[str, Any]:
+    """Everything that is read, by its dotted name."""
+    variables = _variables(cfg)
+    return dict(
+        place for key, value in cfg.items() if key not in variables for place in _inside(key, value)
+    )
+
+
+def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield path, value
+    if isinstance(value, dict):
+        items = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in items:
+        yield from _inside(f'{path}.{key}', inner)
+
+
+def _files(cfg: Config) -> dict[str, dict[str, Any]]:
+    """The files that a config is made of, each with all that it inherits."""
+    lines = (cfg.text or '').splitlines()  # mmengine puts the name of each file above its content
+    names = [cfg.filename, *(line for line in lines if os.path.isabs(line))]
+    return {
+        name: _values(Config.fromfile(name, import_custom_modules=False))
+        for name in dict.fromkeys(filter(None, names))
+        if os.path.isfile(name)
+    }
+
+
+def _is_copy(value: Any, other: Any) -> bool:
+    if isinstance(value, str) and isinstance(other, str):
+        return other == value or (value != '' and other.startswith(value.rstrip('/') + '/'))
+    if isinstance(value, (list, tuple)) and _are_dicts(other):
+        # One step for each, as mmsegmentation's configs make them of `img_ratios`.
+        steps = ([step.get(key) for step in other] for key in other[0])
+        return value == other or list(value) in steps
+    return type(value) is type(other) and value == other
+
+
+def _are_dicts(steps: Any) -> bool:
+    return isinstance(steps, list) and steps != [] and all(isinstance(s, dict) for s in steps)
+
+
+def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[str]:
+    """Where a variable, or what has changed inside it, was copied to.
+
+    Numbers only count under a similar name: the same ones stand for all kinds of things.
+    """
+    parts = {key: value}
+    if isinstance(value, dict) and isinstance(now, dict):
+        parts.update((name, part) for name, part in value.items() if part != now.get(name))
+    found = []
+    for path, other in places.items():
+        if any(path.startswith(f'{above}.') for above in found):
+            continue
+        for name, part in parts.items():
+            is_plain = name != key or not isinstance(part, (str, list, tuple, dict))
+            if (not is_plain or name.endswith(path.split('.')[-1])) and _is_copy(part, other):
+                found.append(path)
+                break
+    return found
+
+
+def _stood_elsewhere(key: str, value: Any, file: Mapping) -> bool:
+    """Whether a variable was in use in its file: what it was copied to was changed since then."""
+    return file.get(key) == value and bool(_copies(key, value, value, _places(file)))

@@ -1,0 +1,104 @@
+"""What ``--resume`` takes from the checkpoint, although the config says otherwise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+
+# How an optimizer works, not what it does; chosen anew for each device.
+SWITCHES = {'params', 'fused', 'foreach', 'capturable', 'differentiable'}
+
+
+def kept_by_resume(runner: Runner, checkpoint: Mapping) -> list[str]:
+    """List what resuming from a checkpoint will silently set back to what it was.
+
+    Args:
+        runner (Runner): The runner, with its optimizer and schedules built, before they are loaded.
+        checkpoint (Mapping): What it resumes from.
+
+    Returns:
+        list[str]: A line for each option whose value in the checkpoint is not that of the config.
+    """
+    several = isinstance(runner.optim_wrapper, OptimWrapperDict)
+    wrappers = dict(runner.optim_wrapper.items()) if several else {'': runner.optim_wrapper}
+    schedules, saved_schedules = runner.param_schedulers, checkpoint.get('param_schedulers')
+    differences = []
+    for name, wrapper in wrappers.items():
+        if 'optimizer' in checkpoint:
+            saved = checkpoint['optimizer']
+            differences += _of_optimizer(wrapper, saved[name] if several else saved)
+        if schedules is not None and saved_schedules is not None:
+            pair = [s[name] if isinstance(s, Mapping) else s for s in (schedules, saved_schedules)]
+            differences += _of_schedules(*pair)
+    lines = {}
+    for option, value, saved in differences:  # of several groups of parameters, the first
+        lines.setdefault(option, f'{option}: {value} in the config, {saved} in the checkpoint')
+    missing = [key for key in ('optimizer', 'param_schedulers') if key not in checkpoint]
+    if schedules is None:
+        missing = [key for key in missing if key == 'optimizer']
+    lines.update((key, f'{key}: not in the checkpoint, starts anew') for key in missing)
+    return [*lines.values(), *_of_length(runner, checkpoint)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    one, other = (tuple(value) if isinstance(value, list) else value for value in (one, other))
+    return bool(one == other)
+
+
+def _of_optimizer(wrapper: OptimWrapper, saved: Mapping) -> Iterator[tuple[str, Any, Any]]:
+    state = wrapper.state_dict()
+    for group, saved_group in zip(state['param_groups'], saved['param_groups']):
+        for key in sorted(group.keys() & saved_group.keys() - SWITCHES):
+            # Where there is a schedule, the value is that of the moment.
+            value, before = (g.get(f'initial_{key}', g[key]) for g in (group, saved_group))
+            if not key.startswith('initial_') and not _same(value, before):
+                yield f'optim_wrapper.optimizer.{key}', value, before
+    scaler, saved_scaler = (s.get('loss_scaler') or {} for s in (state, saved))
+    for key in ('growth_factor', 'backoff_factor', 'growth_interval'):
+        if key in scaler and not _same(scaler[key], saved_scaler.get(key, scaler[key])):
+            yield f'optim_wrapper.loss_scale.{key}', scaler[key], saved_scaler[key]
+
+
+def _of_schedules(built: Sequence, saved: Sequence[Mapping]) -> Iterator[tuple[str, Any, Any]]:
+    if len(built) != len(saved):
+        yield 'param_scheduler', f'{len(built)} schedules', len(saved)
+    for index, (schedule, state) in enumerate(zip(built, saved)):
+        settings = _arguments(type(schedule)) & schedule.__dict__.keys()
+        if not settings <= state.keys():
+            what = f'a {type(schedule).__name__}'
+            yield f'param_scheduler[{index}].type', what, 'a schedule of another kind'
+        for key in sorted(settings & state.keys()):
+            if not _same(getattr(schedule, key), state[key]):
+                yield f'param_scheduler[{index}].{key}', *map(_plain, (schedule, state), [key] * 2)
+
+
+def _plain(owner: Any, key: str) -> Any:
+    value = owner[key] if isinstance(owner, Mapping) else getattr(owner, key)
+    return sorted(value) if key == 'milestones' else value  # which mmengine keeps as a Counter
+
+
+def _arguments(kind: type) -> set[str]:
+    """Names of the arguments of a class, also of those that it hands on to what it inherits."""
+    names = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    return names - {'optimizer', 'last_step', 'verbose'}
+
+
+def _of_length(runner: Runner, checkpoint: Mapping) -> list[str]:
+    """Tell if the training has become longer and its schedules have not."""
+    states = checkpoint.get('param_schedulers') or ()
+    if isinstance(states, Mapping):
+        states = [state for group in states.values() for state in group]
+    before = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
+    for option, by_epoch in (('max_epochs', True), ('max_iters', False)):
+        now, was = getattr(runner, option), before.get(option)
+        ends: Iterable[int] = [s['end'] for s in states if s.get('by_epoch', True) is by_epoch]
+        if was is not None and now > was and ends and now > max(ends):
+            return [
+                f'train_cfg.{option}: {now}, {was} before; but the schedule ends at {max(ends)}, '
+                'and the rate stays what it is then'
+            ]
+    return []
