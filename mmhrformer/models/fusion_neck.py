@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .block import Bottleneck
+from .checks import check_norm_cfg
 from .ffn import DepthwiseConv2d
 
 
@@ -61,6 +62,7 @@ class HRFormerFusion(BaseModule):
                 'name the same streams: give them equal lengths'
             )
         widths = [channels * Bottleneck.expansion for channels in mid_channels]
+        check_norm_cfg(norm_cfg, (*in_channels, *mid_channels, *widths, out_channels))
         self.incre_modules = nn.ModuleList(
             nn.Sequential(Bottleneck(cin, mid, depthwise=True, norm_cfg=norm_cfg))
             for cin, mid in zip(in_channels, mid_channels)
