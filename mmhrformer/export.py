@@ -136,7 +136,8 @@ class DeployedModel(nn.Module):
 
         Returns:
             Tensor: Probabilities of shape (B, classes), heatmaps of shape (B, keypoints, H / 4,
-            W / 4), or logits of shape (B, classes, H, W).
+            W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) of a binary segmentor with
+            one channel, whose probability, their sigmoid, is compared with a threshold.
         """
         if self.with_normalization:
             image = (image - self.mean) / self.std
@@ -482,6 +483,8 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
         channel_order=channel_order(deployed.model),
         names=json.dumps(list(names)),
     )
+    if getattr(deployed.model, 'out_channels', None) == 1:  # of a segmentor
+        entries['threshold'] = json.dumps(deployed.model.decode_head.threshold)
     onnx.helper.set_model_props(graph, entries)
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 

@@ -371,3 +371,26 @@ def test_size_of_a_config_without_data():
     segmentor = dict(model=dict(decode_head=[], data_preprocessor=dict(type='A', size=(64, 96))))
     assert export.default_size(Config(segmentor)) == (64, 96)
     assert export.default_size(Config(dict(model=dict(type='A')))) == (224, 224)
+
+
+def test_binary_segmentation_with_one_channel(models, tmp_path):
+    cfg = models['segmentation'].cfg.copy()
+    head = cfg.model.decode_head[0]
+    head.update(type='FCNHead', norm_cfg=dict(type='BN'), num_classes=2, out_channels=1)
+    head.update(threshold=0.4)
+    head.pop('loss_decode')
+    cfg.model.update(type='EncoderDecoder', decode_head=head)
+    cfg.model.pop('num_stages')
+    cfg.dump(tmp_path / 'a.py')
+    model = mmhrformer.get_model(str(tmp_path / 'a.py'))
+    golden.recipe.fill_module(model)
+    (row, *_) = export_onnx(model, tmp_path / 'a.onnx', (64, 64), simplify=False)
+    assert row.good
+    run, image = session(tmp_path / 'a.onnx'), golden.image((1, 3, 64, 96))
+    (logits,) = run.run(None, {'image': image.numpy()})
+    threshold = float(run.get_modelmeta().custom_metadata_map['threshold'])
+    assert threshold == 0.4
+    labels = torch.from_numpy(logits[0]).sigmoid() > threshold
+    expected = model.predict(image)[0].pred_sem_seg.data
+    assert labels.shape == expected.shape == (1, 64, 96)
+    assert (labels == expected).float().mean() > 0.99  # some may be on the threshold
