@@ -80,7 +80,7 @@ def _hr_module(module: HRModule, xs: list[Tensor], outs: list[Tensor | None]) ->
 
 
 def _fusion(module: HRFormerFusion, xs: list[Tensor], outs: tuple[Tensor]) -> dict:
-    widths = [bottleneck[0].bn3.num_features for bottleneck in module.incre_modules]
+    widths = [bottleneck[0].conv3.out_channels for bottleneck in module.incre_modules]
     return dict(elementwise=sum(w * x[:, 0].numel() for w, x in zip(widths[1:], xs[1:])))
 
 

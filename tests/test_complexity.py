@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import golden
 import pytest
+from torch import nn
 
-from mmhrformer import HRFormer
+from mmhrformer import HRFormer, HRFormerFusion
 from mmhrformer.complexity import analyzed_macs, complexity
 
 TABLE = golden.read_json('params_flops.json')
@@ -51,3 +52,13 @@ def test_images_have_the_channels_of_the_model():
     first, other = map(complexity, by_channels)
     assert other['macs'] - first['macs'] == 3 * 9 * 64 * 112 * 112  # of the first convolution
     assert other['macs'] == analyzed_macs(by_channels[1])
+
+
+def test_other_normalizations_change_no_product():
+    arch = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1))
+    macs = set()
+    for norm_cfg in (dict(type='BN'), dict(type='GN', num_groups=2), dict(type='IN')):
+        neck = HRFormerFusion(arch['channels'], norm_cfg=norm_cfg)
+        backbone = HRFormer(arch, norm_cfg=norm_cfg)
+        macs.add(complexity(nn.Sequential(backbone, neck), (1, 3, 64, 64))['macs'])
+    assert len(macs) == 1
