@@ -80,7 +80,7 @@ def _hr_module(module: HRModule, xs: list[Tensor], outs: list[Tensor | None]) ->
 
 
 def _fusion(module: HRFormerFusion, xs: list[Tensor], outs: tuple[Tensor]) -> dict:
-    widths = [bottleneck[0].bn3.num_features for bottleneck in module.incre_modules]
+    widths = [bottleneck[0].conv3.out_channels for bottleneck in module.incre_modules]
     return dict(elementwise=sum(w * x[:, 0].numel() for w, x in zip(widths[1:], xs[1:])))
 
 
@@ -150,17 +150,34 @@ def count_operations(model: nn.Module, shape: tuple[int, ...]) -> Counter:
     return total
 
 
-def complexity(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> dict[str, int]:
+def input_shape(model: nn.Module, height: int = 224, width: int = 224) -> tuple[int, ...]:
+    """Shape of one image of a model, with the channels that its first convolution takes.
+
+    Args:
+        model (nn.Module): A model built from a config, or a backbone.
+        height (int): Height of the image. Defaults to 224.
+        width (int): Width of the image. Defaults to 224.
+
+    Returns:
+        tuple[int, ...]: (1, C, H, W).
+    """
+    modules = getattr(model, 'backbone', model).modules()
+    channels = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
+    return 1, channels, height, width
+
+
+def complexity(model: nn.Module, shape: tuple[int, ...] | None = None) -> dict[str, int]:
     """Count parameters, multiply-accumulates and FLOPs by the official rule.
 
     Args:
         model (nn.Module): A model built from a config, or a backbone.
-        shape (tuple[int, ...]): Shape (B, C, H, W) of the input. Defaults to (1, 3, 224, 224).
+        shape (tuple[int, ...], optional): Shape (B, C, H, W) of the input. Defaults to None:
+            one image of 224x224.
 
     Returns:
         dict[str, int]: ``parameters``, ``macs`` and ``flops_official``.
     """
-    counts = count_operations(model, shape)
+    counts = count_operations(model, shape or input_shape(model))
     flops = sum(counts.values())
     if not any(isinstance(module, HRFormerFusion) for module in model.modules()):
         flops -= counts['ffn_dropout']
@@ -168,7 +185,7 @@ def complexity(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> d
     return dict(parameters=parameters, macs=counts['macs'], flops_official=flops)
 
 
-def analyzed_macs(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> int:
+def analyzed_macs(model: nn.Module, shape: tuple[int, ...] | None = None) -> int:
     """Count multiply-accumulates by mmengine's analysis of the traced graph.
 
     Its own total also has normalization, pooling and resizing in it, which are no
@@ -177,13 +194,17 @@ def analyzed_macs(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -
 
     Args:
         model (nn.Module): A model built from a config, or a backbone.
-        shape (tuple[int, ...]): Shape (B, C, H, W) of the input. Defaults to (1, 3, 224, 224).
+        shape (tuple[int, ...], optional): Shape (B, C, H, W) of the input. Defaults to None:
+            one image of 224x224.
 
     Returns:
         int: Those of convolutions, linear layers and matrix products.
     """
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
-    inputs = (torch.zeros(shape), *([None] if hasattr(model, 'backbone') else []))
+    inputs = (
+        torch.zeros(shape or input_shape(model)),
+        *([None] if hasattr(model, 'backbone') else []),
+    )
     analyzer = FlopAnalyzer(model, inputs)
     analyzer.set_op_handle('aten::scaled_dot_product_attention', _fused_attention)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -38,6 +38,19 @@ OUTPUTS = {
     'pose': ('heatmaps', {2: 'heatmap_height', 3: 'heatmap_width'}),
     'segmentation': ('logits', {2: 'height', 3: 'width'}),
 }
+# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
+SIZES = {
+    'BottomupRandomAffine': ('input_size', True),
+    'BottomupResize': ('input_size', True),
+    'CenterCrop': ('crop_size', True),
+    'EfficientNetCenterCrop': ('crop_size', False),
+    'EfficientNetRandomCrop': ('scale', False),
+    'PlaceRandomly': ('size', False),
+    'RandomCrop': ('crop_size', False),
+    'RandomResizedCrop': ('scale', False),
+    'Resize': ('scale', True),
+    'TopdownAffine': ('input_size', True),
+}
 # torch 2.1 writes no later one; scaled_dot_product_attention and Trilu begin with 14.
 OPSETS = range(14, 18)
 # The exporter that reads TorchScript; torch 2.9 and later prefer one that needs another package.
@@ -122,7 +135,8 @@ class DeployedModel(nn.Module):
 
         Returns:
             Tensor: Probabilities of shape (B, classes), heatmaps of shape (B, keypoints, H / 4,
-            W / 4), or logits of shape (B, classes, H, W).
+            W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) of a binary segmentor with
+            one channel, whose probability, their sigmoid, is compared with a threshold.
         """
         if self.with_normalization:
             image = (image - self.mean) / self.std
@@ -241,17 +255,38 @@ def default_size(cfg: Config) -> tuple[int, int]:
         cfg (Config): The config.
 
     Returns:
-        tuple[int, int]: Height and width; 224x224 if it does not say.
+        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
+        one size; 224x224 if there is none.
     """
-    if 'codec' in cfg:
-        width, height = cfg.codec['input_size']
-        return height, width
-    if 'crop_size' in cfg:
-        return tuple(cfg.crop_size)
-    for step in cfg.get('train_pipeline', []):
-        if size := step.get('crop_size', step.get('scale')):
-            return (size, size) if isinstance(size, int) else tuple(size)
+    model = cfg.get('model', {})
+    steps = [
+        *_steps(cfg.get('train_dataloader')),
+        *reversed(cfg.get('train_pipeline', [])),
+        *_steps(cfg.get('test_dataloader')),
+        # Of a config without data: the codec of a pose model, the crop of a segmentor.
+        {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
+        {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
+    ]
+    for step in steps:
+        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+        option, width_first = SIZES.get(kind.split('.')[-1], ('', False))
+        size = step.get(option)
+        if size and not step.get('keep_ratio'):
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            return size[::-1] if width_first else size
     return 224, 224
+
+
+def _get(cfg: Any, name: str) -> Any:
+    return cfg.get(name) if isinstance(cfg, Mapping) else None
+
+
+def _steps(cfg: Any) -> list:
+    """The pipeline of a data loader, or of a data set in data sets; last step first."""
+    inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
+    if isinstance(inner, Sequence):
+        inner = inner[0]
+    return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]
 
 
 def export_onnx(
@@ -432,6 +467,8 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
         channel_order=channel_order(deployed.model),
         names=json.dumps(list(names)),
     )
+    if getattr(deployed.model, 'out_channels', None) == 1:  # of a segmentor
+        entries['threshold'] = json.dumps(deployed.model.decode_head.threshold)
     onnx.helper.set_model_props(graph, entries)
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 

@@ -403,7 +403,10 @@ class SegInferencer(Inferencer):
         num_classes = (head[-1] if isinstance(head, (list, tuple)) else head).num_classes
         classes, palette = find_classes(self.cfg, num_classes, told)
         classes = classes or tuple(f'class {i}' for i in range(num_classes))
-        return dict(classes=classes, palette=palette or make_palette(num_classes))
+        palette = palette or make_palette(num_classes)
+        if num_classes == 1:  # label 1; what is not of the class has label 0
+            classes, palette = ('background', *classes), [[0, 0, 0], *palette]
+        return dict(classes=classes, palette=palette)
 
     def _stock_inferencer(self, model: nn.Module) -> Any:
         from mmseg.apis import MMSegInferencer

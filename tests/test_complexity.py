@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import golden
 import pytest
+from torch import nn
 
+from mmhrformer import HRFormer, HRFormerFusion
 from mmhrformer.complexity import analyzed_macs, complexity
 
 TABLE = golden.read_json('params_flops.json')
@@ -42,3 +44,21 @@ def test_both_rules_give_the_published_numbers(arch):
     assert counts['macs'] == pytest.approx(macs * 1e9, rel=0.01)
     assert analyzed_macs(model) == pytest.approx(macs * 1e9, rel=0.01)
     assert round(counts['flops_official'] / 1e9, 2) == flops
+
+
+def test_images_have_the_channels_of_the_model():
+    arch = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1))
+    by_channels = [HRFormer(arch, in_channels=channels) for channels in (1, 4)]
+    first, other = map(complexity, by_channels)
+    assert other['macs'] - first['macs'] == 3 * 9 * 64 * 112 * 112  # of the first convolution
+    assert other['macs'] == analyzed_macs(by_channels[1])
+
+
+def test_other_normalizations_change_no_product():
+    arch = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1))
+    macs = set()
+    for norm_cfg in (dict(type='BN'), dict(type='GN', num_groups=2), dict(type='IN')):
+        neck = HRFormerFusion(arch['channels'], norm_cfg=norm_cfg)
+        backbone = HRFormer(arch, norm_cfg=norm_cfg)
+        macs.add(complexity(nn.Sequential(backbone, neck), (1, 3, 64, 64))['macs'])
+    assert len(macs) == 1

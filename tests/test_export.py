@@ -346,3 +346,61 @@ def test_configs_tell_sizes_and_names(config, size, first):
     names = export.names_of_outputs(cfg)
     assert names[0].startswith(first) if first else names == []
     assert export.names_of_outputs(cfg, dict(classes=('x', 'y'))) == ['x', 'y']
+
+
+STEPS = [
+    (dict(type='TopdownAffine', input_size=(96, 128)), (128, 96)),
+    (dict(type='RandomResizedCrop', scale=160), (160, 160)),
+    (dict(type='RandomResizedCrop', scale=(64, 96)), (64, 96)),
+    (dict(type='mmseg.RandomCrop', crop_size=(64, 96)), (64, 96)),
+    (dict(type='CenterCrop', crop_size=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(1000, 96), keep_ratio=True), (224, 224)),
+]
+
+
+@pytest.mark.parametrize(('step', 'size'), STEPS)
+def test_size_is_that_of_the_pipeline_that_is_used(step, size):
+    """Not that of variables of a base config, which a child cannot change."""
+    steps = [dict(type='Resize', scale=(1, 1)), dict(type='LoadAnnotations')] * (size[0] != 224)
+    dataset = dict(type='A', pipeline=[*steps, step, dict(type='PackInputs')])
+    for nested in (
+        dataset,
+        dict(type='RepeatDataset', dataset=dataset),
+        dict(type='ConcatDataset', datasets=[dataset]),
+    ):
+        cfg = Config(dict(crop_size=(7, 7), train_dataloader=dict(dataset=nested)))
+        assert export.default_size(cfg) == size
+        assert export.default_size(Config(dict(test_dataloader=dict(dataset=nested)))) == size
+    assert export.default_size(Config(dict(train_pipeline=[*steps, step]))) == size
+
+
+def test_size_of_a_config_without_data():
+    pose = dict(model=dict(head=dict(decoder=dict(type='UDPHeatmap', input_size=(96, 128)))))
+    assert export.default_size(Config(pose)) == (128, 96)
+    segmentor = dict(model=dict(decode_head=[], data_preprocessor=dict(type='A', size=(64, 96))))
+    assert export.default_size(Config(segmentor)) == (64, 96)
+    assert export.default_size(Config(dict(model=dict(type='A')))) == (224, 224)
+
+
+def test_binary_segmentation_with_one_channel(models, tmp_path):
+    cfg = models['segmentation'].cfg.copy()
+    head = cfg.model.decode_head[0]
+    head.update(type='FCNHead', norm_cfg=dict(type='BN'), num_classes=2, out_channels=1)
+    head.update(threshold=0.4)
+    head.pop('loss_decode')
+    cfg.model.update(type='EncoderDecoder', decode_head=head)
+    cfg.model.pop('num_stages')
+    cfg.dump(tmp_path / 'a.py')
+    model = mmhrformer.get_model(str(tmp_path / 'a.py'))
+    golden.recipe.fill_module(model)
+    (row, *_) = export_onnx(model, tmp_path / 'a.onnx', (64, 64), simplify=False)
+    assert row.good
+    run, image = session(tmp_path / 'a.onnx'), golden.image((1, 3, 64, 96))
+    (logits,) = run.run(None, {'image': image.numpy()})
+    threshold = float(run.get_modelmeta().custom_metadata_map['threshold'])
+    assert threshold == 0.4
+    labels = torch.from_numpy(logits[0]).sigmoid() > threshold
+    expected = model.predict(image)[0].pred_sem_seg.data
+    assert labels.shape == expected.shape == (1, 64, 96)
+    assert (labels == expected).float().mean() > 0.99  # some may be on the threshold

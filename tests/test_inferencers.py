@@ -814,3 +814,34 @@ def test_pictures_too_long_for_jpeg_are_written_as_png(tmp_path):
 def test_box_arrays():
     assert check_box_array([], 'boxes').shape == (0, 4)
     assert check_box_array(((0, 1, 2, 3),), 'boxes').tolist() == [[0, 1, 2, 3]]
+
+
+@needs('mmseg')
+@pytest.mark.parametrize('num_classes', [1, 2])
+def test_binary_segmentation_with_one_channel(num_classes, tmp_path):
+    """As stock heads have it: ``num_classes=1``, or 2 with ``out_channels=1``."""
+    cfg = read_config(find_config(CONFIGS['seg']))
+    head = cfg.model.decode_head[0]
+    head.update(type='FCNHead', norm_cfg=dict(type='BN'), threshold=0.5)
+    head.update(num_classes=num_classes, out_channels=1)
+    head.pop('loss_decode')
+    cfg.model.update(type='EncoderDecoder', decode_head=head)
+    cfg.model.pop('num_stages')
+    names, colours = ['sky', 'sea'], [[0, 0, 0], [255, 0, 0]]
+    metainfo = dict(classes=names[-num_classes:], palette=colours[-num_classes:])
+    cfg.test_dataloader.dataset.metainfo = metainfo
+    cfg.dump(tmp_path / 'binary.py')
+    torch.manual_seed(0)
+    segment = mmhrformer.SegInferencer(tmp_path / 'binary.py', False, device='cpu')
+    image = make_image(64, 64)
+    (item,) = segment.prepare(next(iter(media.open_media(image))))
+    probability = segment.forward([item])[0].seg_logits.data[0]
+    segment.model.decode_head.threshold = probability.median().item()
+    result = segment(image, return_vis=True, min_side=128, out_dir=tmp_path)
+    (prediction,), (drawn,) = result['predictions'], result['visualization']
+    check('seg', prediction)
+    labels = segment.label_map(prediction)
+    assert np.array_equal(labels, probability.numpy() > segment.model.decode_head.threshold)
+    assert list(prediction['areas']) == ['sea', 'sky' if num_classes == 2 else 'background']
+    foreground = labels.repeat(2, 0).repeat(2, 1) == 1
+    assert drawn[foreground][:, 0].mean() > drawn[~foreground][:, 0].mean() + 50

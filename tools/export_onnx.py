@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--out', metavar='FILE', help='file to write (CONFIG.onnx)')
     parser.add_argument(
-        '--size', type=int, nargs=2, metavar=('H', 'W'), help="the images (the config's)"
+        '--size', type=int, nargs='+', metavar='N', help="H W, or one side for both (the config's)"
     )
     parser.add_argument(
         '--dynamic-size',
@@ -93,11 +93,13 @@ def run(args: argparse.Namespace) -> None:
     path = find_config(args.config)
     refuse_tta(read_config(path))
     model = get_model(str(path), args.checkpoint, cfg_options=args.cfg_options)
+    size = args.size or default_size(model.cfg)
+    size = size * 2 if len(size) == 1 else size
     file = Path(args.out or f'{path.stem}.onnx')
     rows = export_onnx(
         model,
         file,
-        size=args.size or default_size(model.cfg),
+        size=size,
         batch=args.batch,
         dynamic_size=args.dynamic_size,
         opset=args.opset,

@@ -1,4 +1,4 @@
-"""Count parameters and operations of a config's model, at any size of the image.
+"""Count parameters and operations of a config's model, at the size that it trains with or another.
 
 Example:
   python tools/get_flops.py hrformer-tiny_8xb128_in1k --shape 256 192
@@ -17,33 +17,40 @@ from collections.abc import Sequence
 
 from mmengine.registry import MODELS, DefaultScope
 
-from mmhrformer.complexity import analyzed_macs, complexity
+from mmhrformer.complexity import analyzed_macs, complexity, input_shape
+from mmhrformer.export import default_size
 from mmhrformer.launch import find_config, read_config
 
 
-def count(config: str, shape: Sequence[int]) -> dict[str, int]:
+def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
     """Build the model of a config and count.
 
     Args:
         config (str): Path of a config, or name of one of ours.
-        shape (Sequence[int]): Height and width of the image in pixels.
+        shape (Sequence[int], optional): Height and width of the image in pixels, or the side of a
+            square. Defaults to None: as the config trains with.
 
     Returns:
-        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it, and ``analyzed``,
-        the multiply-accumulates by mmengine's analysis.
+        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it; ``analyzed``, the
+        multiply-accumulates by mmengine's analysis; ``height`` and ``width``.
 
     Raises:
         ValueError: If the config has no model, or the image is too small for it.
     """
-    if min(shape) < 1:
-        raise ValueError(f'--shape {shape[0]} {shape[1]}: give height and width in pixels')
+    if shape and (len(shape) > 2 or min(shape) < 1):
+        told = ' '.join(map(str, shape))
+        raise ValueError(f'--shape {told}: give height and width in pixels, or one number for both')
     cfg = read_config(find_config(config))
     if 'model' not in cfg:
         raise ValueError(f'the config {config!r} has no model: give a config that can be trained')
+    height, width = (shape[0], shape[-1]) if shape else default_size(cfg)
+    # Nothing is normalized here, and stock ones assert that images have one or three channels.
+    options = {k: v for k, v in cfg.model.items() if k != 'data_preprocessor'}
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        model = MODELS.build(cfg.model)
-    size = (1, 3, *shape)
-    return {**complexity(model, size), 'analyzed': analyzed_macs(model, size)}
+        model = MODELS.build(options)
+    size = input_shape(model, height, width)
+    counts = dict(complexity(model, size), analyzed=analyzed_macs(model, size))
+    return dict(counts, height=height, width=width)
 
 
 def main() -> None:
@@ -53,15 +60,17 @@ def main() -> None:
     )
     parser.add_argument('config', help='path of a config, or name of one of ours')
     parser.add_argument(
-        '--shape', type=int, nargs=2, default=(224, 224), help='height and width in pixels'
+        '--shape',
+        type=int,
+        nargs='+',
+        help="height and width, or one number for both (the config's)",
     )
     args = parser.parse_args()
     try:
         counts = count(args.config, args.shape)
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as err:
         sys.exit(f'get_flops.py: {err}')
-    height, width = args.shape
-    print(f'\n{args.config} at {height}x{width}')
+    print(f'\n{args.config} at {counts["height"]}x{counts["width"]}')
     print(f'  parameters                          {counts["parameters"]:>13,}')
     print(f"  MACs by mmengine's analysis         {counts['analyzed'] / 1e9:>13.4f} G")
     print(f'  MACs, counted module by module      {counts["macs"] / 1e9:>13.4f} G')

@@ -62,7 +62,7 @@ class HRFormerFusion(BaseModule):
                 'name the same streams: give them equal lengths'
             )
         widths = [channels * Bottleneck.expansion for channels in mid_channels]
-        check_norm_cfg(norm_cfg, (*mid_channels, out_channels))
+        check_norm_cfg(norm_cfg, (*in_channels, *mid_channels, *widths, out_channels))
         self.incre_modules = nn.ModuleList(
             nn.Sequential(Bottleneck(cin, mid, depthwise=True, norm_cfg=norm_cfg))
             for cin, mid in zip(in_channels, mid_channels)

@@ -18,7 +18,7 @@ from ..checkpoints.dialects import adapt_backbone_keys
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
-from .checks import check_norm_cfg
+from .checks import as_indices, check_norm_cfg
 from .hr_module import HRModule
 
 NUM_STREAMS = 4
@@ -154,8 +154,9 @@ class HRFormer(BaseModule):
         upsample (str): How coarse streams are enlarged in the exchange: ``'nearest'`` as in the
             official classification and segmentation codes, ``'bilinear'`` as in pose.
             Defaults to ``'nearest'``.
-        out_indices (Sequence[int]): Streams to return, 0 is the finest. What only the others
-            would need is neither computed nor stored. Defaults to (0, 1, 2, 3).
+        out_indices (int | Sequence[int]): Streams to return, 0 is the finest, -1 the coarsest.
+            What only the others would need is neither computed nor stored. Defaults to
+            (0, 1, 2, 3).
         frozen_stages (int): Stages to freeze, their statistics included: -1 none, 0 the stem,
             1 also layer1 and transition1, up to 4. Defaults to -1.
         norm_eval (bool): Whether batch normalization keeps its running statistics in training.
@@ -185,7 +186,7 @@ class HRFormer(BaseModule):
         with_rpe: bool = True,
         pad_mask: bool = False,
         upsample: str = 'nearest',
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -196,9 +197,11 @@ class HRFormer(BaseModule):
         self.arch = parse_arch(arch)
         self.in_channels = in_channels
         self.window_sizes = self._per_stream(window_size)
-        if not isinstance(out_indices, Sequence):
-            raise ValueError(f'out_indices={out_indices!r}: give a list, such as (0,)')
-        self.out_indices = tuple(out_indices)
+        # Counted from the end where negative, as everywhere in Python.
+        self.out_indices = tuple(
+            index + NUM_STREAMS if is_whole(index, -NUM_STREAMS, -1) else index
+            for index in as_indices(out_indices)
+        )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_rpe = with_rpe
@@ -245,7 +248,8 @@ class HRFormer(BaseModule):
                 f'in_channels={self.in_channels!r}: give a whole number, an image has at least 1 '
                 'channel'
             )
-        check_norm_cfg(self.norm_cfg, (STEM_CHANNELS, *self.arch['channels']))
+        widths = (STEM_CHANNELS, STEM_CHANNELS * Bottleneck.expansion, *self.arch['channels'])
+        check_norm_cfg(self.norm_cfg, widths)
 
     def _build_stem(self) -> None:
         width = STEM_CHANNELS

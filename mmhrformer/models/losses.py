@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from mmengine import fileio
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..registry import MODELS
+
+REDUCTIONS = ('none', 'mean', 'sum')
 
 
 def is_weight(value: Any) -> bool:
@@ -20,21 +26,57 @@ def is_weight(value: Any) -> bool:
     return isinstance(value, Real) and 0 <= value < math.inf
 
 
+def read_class_weight(value: Any) -> list[float] | None:
+    """Bring class weights of any form to a list.
+
+    Args:
+        value (Sequence[float] | np.ndarray | Tensor | str | Path, optional): The weights, or a
+            file of them as mmseg reads it: ``.npy``, ``.json``, ``.yml`` or ``.pkl``.
+
+    Returns:
+        list[float], optional: The weight of each class.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not hold a number from 0 on for each class.
+    """
+    weights = value
+    if isinstance(value, str | Path):
+        suffix = Path(value).suffix
+        if suffix == '.npy':
+            weights = np.load(BytesIO(fileio.get(value)))
+        elif suffix in ('.json', '.yml', '.yaml', '.pkl', '.pickle'):
+            weights = fileio.load(value)
+    weights = weights.tolist() if hasattr(weights, 'tolist') else weights
+    if weights is None or (isinstance(weights, Sequence) and all(map(is_weight, weights))):
+        return weights
+    read = '' if weights is value else f', read as {weights!r}'
+    raise ValueError(
+        f'class_weight={value!r}{read}: give a number from 0 on for each class, a file of them '
+        '(.npy, .json, .yml), or None'
+    )
+
+
 @MODELS.register_module()
 class WeightedCrossEntropyLoss(nn.Module):
     """Cross entropy, averaged over the labelled pixels by their class weights.
 
     mmseg's own loss cannot be used with class weights when a label is ignored: it looks the
-    weight of class 255 up.
+    weight of class 255 up. This one is called as that one is.
 
     Args:
-        class_weight (Sequence[float], optional): Weight of each class. Defaults to None: 1.
+        class_weight (Sequence[float] | np.ndarray | Tensor | str | Path, optional): Weight of each
+            class, or a file of them: ``.npy``, ``.json``, ``.yml``. Defaults to None: 1.
         loss_weight (float): Weight of the loss. Defaults to 1.
         loss_name (str): Name in the log; only names that begin with ``loss_`` are optimized.
             Defaults to ``'loss_ce'``.
+        reduction (str): ``'mean'``, ``'sum'``, or ``'none'`` for the loss of each pixel.
+            Defaults to ``'mean'``.
+        avg_non_ignore (bool): Whether the mean leaves ignored pixels out; else they count as
+            pixels of loss 0 and weight 1, as by default in mmseg. Defaults to True (official).
 
     Raises:
-        ValueError: If a weight is not possible.
+        ValueError: If an argument is not possible.
 
     Examples:
         >>> loss = WeightedCrossEntropyLoss(class_weight=[1., 2.])
@@ -45,75 +87,119 @@ class WeightedCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        class_weight: Sequence[float] | None = None,
+        class_weight: Sequence[float] | np.ndarray | Tensor | str | Path | None = None,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_ce',
+        reduction: str = 'mean',
+        avg_non_ignore: bool = True,
     ) -> None:
         super().__init__()
         if not is_weight(loss_weight):
             raise ValueError(f'loss_weight={loss_weight!r}: give a number from 0 on')
-        if not isinstance(class_weight, Sequence | None) or not all(
-            map(is_weight, class_weight or ())
-        ):
-            raise ValueError(
-                f'class_weight={class_weight!r}: give a number from 0 on for each class, or None'
-            )
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction={reduction!r}: choose one of {REDUCTIONS}')
         self.loss_weight = loss_weight
         self.loss_name = loss_name
-        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float)
-        self.register_buffer('class_weight', weight, persistent=False)
+        self.reduction = reduction
+        self.avg_non_ignore = avg_non_ignore
+        weights = read_class_weight(class_weight)
+        weights = None if weights is None else torch.tensor(weights, dtype=torch.float)
+        self.register_buffer('class_weight', weights, persistent=False)
         self._told_all_ignored = False
 
     def forward(
         self,
-        logits: Tensor,
+        cls_score: Tensor,
         label: Tensor,
         weight: Tensor | None = None,
-        ignore_index: int = 255,
+        avg_factor: float | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int | None = 255,
     ) -> Tensor:
         """Compute the loss.
 
         Args:
-            logits (Tensor): Class scores of shape (B, classes, H, W).
+            cls_score (Tensor): Class scores of shape (B, classes, H, W).
             label (Tensor): Class indices of shape (B, H, W), int64.
-            weight (Tensor, optional): Must be None; the place where mmseg passes the result of
-                a pixel sampler.
-            ignore_index (int): Label of pixels that do not count. Defaults to 255.
+            weight (Tensor, optional): Factors of the losses of the pixels, of shape (B, H, W),
+                such as a pixel sampler gives. Defaults to None: 1.
+            avg_factor (float, optional): What the mean divides by. Defaults to None: the number
+                of pixels that count, or the sum of their class weights.
+            reduction_override (str, optional): ``reduction`` of this call.
+            ignore_index (int, optional): Label of pixels that do not count; None for none.
+                Defaults to 255.
 
         Returns:
-            Tensor: The loss, a scalar; 0 if every pixel is ignored.
+            Tensor: The loss, a scalar, or of shape (B, H, W) without reduction; 0 if every pixel
+            is ignored.
 
         Raises:
-            ValueError: If a pixel sampler is used, the class weights are not as many as the
-                classes, or labels are not of the shape of the logits, not int64, or no class.
+            ValueError: If an argument is not possible, the class weights are not as many as the
+                classes, or labels are not of the shape of the scores, not int64, or no class.
         """
-        name = type(self).__name__
-        if weight is not None:
-            raise ValueError(f"{name} takes no pixel weights: remove the decode head's sampler")
-        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
+        name, reduction = type(self).__name__, reduction_override or self.reduction
+        # As in torch, where no label has to be ignored, -100 is.
+        ignored = -100 if ignore_index is None else ignore_index
+        self._check_call(cls_score, label, weight, avg_factor, reduction)
+        if self._check_labels(cls_score, label, ignored):
+            losses, number = self._losses(cls_score, label, ignored)
+        else:
+            losses, number = cls_score.sum(1) * 0, cls_score.new_ones(())
+            if not self._told_all_ignored:
+                self._told_all_ignored = True
+                print_log(
+                    f'{name}: every pixel of a batch is ignored (label {ignored}), its loss is 0. '
+                    'Check the labels if this happens often; it is said only once.',
+                    'current',
+                )
+        losses = self.loss_weight * (losses if weight is None else losses * weight)
+        if reduction == 'none':
+            return losses
+        if reduction == 'mean':
+            smallest = torch.finfo(torch.float32).eps  # as in mmseg, against a division by 0
+            number = number.clamp(min=smallest) if avg_factor is None else avg_factor + smallest
+            return losses.sum() / number
+        return losses.sum()
+
+    def _check_call(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        weight: Tensor | None,
+        avg_factor: float | None,
+        reduction: str,
+    ) -> None:
+        """Refuse arguments that do not go together."""
+        name, classes = type(self).__name__, cls_score.shape[1]
+        if classes == 1:
+            raise ValueError(
+                f'{name} got scores of one channel, of which the softmax is always 1: use '
+                'num_classes=2 without out_channels, or for out_channels=1 '
+                "dict(type='mmseg.CrossEntropyLoss', use_sigmoid=True)"
+            )
+        if self.class_weight is not None and len(self.class_weight) != classes:
             raise ValueError(
                 f'{name}: class_weight has {len(self.class_weight)} numbers, the head '
-                f'{logits.shape[1]} classes'
+                f'{classes} classes'
             )
-        if self._check_labels(logits, label, ignore_index):
-            return self.loss_weight * self._loss(logits, label, ignore_index)
-        if not self._told_all_ignored:
-            self._told_all_ignored = True
-            print_log(
-                f'{name}: every pixel of a batch is ignored (label {ignore_index}), its loss '
-                'is 0. Check the labels if this happens often; it is said only once.',
-                'current',
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction_override={reduction!r}: choose one of {REDUCTIONS}')
+        if avg_factor is not None and reduction == 'sum':
+            raise ValueError(f"avg_factor={avg_factor!r}: leave it out for the reduction 'sum'")
+        if weight is not None and weight.shape != label.shape:
+            raise ValueError(
+                f'{name} got weights of shape {tuple(weight.shape)}: give one for each label, '
+                f'{tuple(label.shape)}'
             )
-        return logits.sum() * 0
 
-    def _check_labels(self, logits: Tensor, label: Tensor, ignore_index: int) -> bool:
+    def _check_labels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> bool:
         """Refuse labels that are none; return whether any pixel counts."""
-        name, classes = type(self).__name__, logits.shape[1]
-        shape = (len(logits), *logits.shape[2:])
+        name, classes = type(self).__name__, cls_score.shape[1]
+        shape = (len(cls_score), *cls_score.shape[2:])
         if label.shape != shape or label.dtype != torch.long:
             raise ValueError(
-                f'{name} got labels of shape {tuple(label.shape)} and {label.dtype} for logits of '
-                f'shape {tuple(logits.shape)}: give class indices of shape {tuple(shape)}, '
+                f'{name} got labels of shape {tuple(label.shape)} and {label.dtype} for scores of '
+                f'shape {tuple(cls_score.shape)}: give class indices of shape {tuple(shape)}, '
                 'torch.int64'
             )
         counts = label != ignore_index
@@ -130,12 +216,22 @@ class WeightedCrossEntropyLoss(nn.Module):
             )
         return any_counts
 
-    def _class_weight(self, logits: Tensor) -> Tensor | None:
-        return None if self.class_weight is None else self.class_weight.to(logits)
+    def _losses(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Losses of the pixels, (B, H, W), and the number that their mean divides by."""
+        losses = self._cross_entropy(cls_score, label, ignore_index)
+        weights = torch.ones_like(losses)
+        if self.class_weight is not None:
+            known = label.clamp(0, cls_score.shape[1] - 1)
+            weights = torch.where(label == known, self.class_weight.to(losses)[known], weights)
+        if self.avg_non_ignore:
+            weights = weights * (label != ignore_index)
+        return losses, weights.sum()
 
-    def _loss(self, logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
-        class_weight = self._class_weight(logits)
-        return F.cross_entropy(logits, label, class_weight, ignore_index=ignore_index)
+    def _cross_entropy(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> Tensor:
+        class_weight = None if self.class_weight is None else self.class_weight.to(cls_score)
+        return F.cross_entropy(
+            cls_score, label, class_weight, ignore_index=ignore_index, reduction='none'
+        )
 
 
 @MODELS.register_module()
@@ -151,9 +247,11 @@ class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
         thresh (float): Probability below which a pixel counts. Defaults to 0.9 (official
             scripts).
         min_kept (int): Pixels that count at least. Defaults to 100000 (official scripts).
-        class_weight (Sequence[float], optional): Weight of each class. Defaults to None: 1.
+        class_weight (Sequence[float], optional): As in :class:`WeightedCrossEntropyLoss`.
         loss_weight (float): Weight of the loss. Defaults to 1.
         loss_name (str): Name in the log. Defaults to ``'loss_ohem'``.
+        reduction (str): ``'mean'`` or ``'sum'`` of the pixels that count, or ``'none'``, where
+            the others have the loss 0. Defaults to ``'mean'``.
 
     Raises:
         ValueError: If ``thresh`` is not in (0, 1] or ``min_kept`` < 1.
@@ -163,11 +261,12 @@ class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
         self,
         thresh: float = 0.9,
         min_kept: int = 100000,
-        class_weight: Sequence[float] | None = None,
+        class_weight: Sequence[float] | np.ndarray | Tensor | str | Path | None = None,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_ohem',
+        reduction: str = 'mean',
     ) -> None:
-        super().__init__(class_weight, loss_weight, loss_name)
+        super().__init__(class_weight, loss_weight, loss_name, reduction)
         if not 0 < thresh <= 1:
             raise ValueError(f'thresh={thresh}: choose a probability in (0, 1]')
         if min_kept < 1:
@@ -175,22 +274,19 @@ class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
         self.thresh = thresh
         self.min_kept = min_kept
 
-    def _loss(self, logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
-        class_weight = self._class_weight(logits)
-        losses = F.cross_entropy(
-            logits, label, class_weight, ignore_index=ignore_index, reduction='none'
-        )
+    def _losses(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        losses = self._cross_entropy(cls_score, label, ignore_index)
         with torch.no_grad():
-            counts = self._hard_pixels(logits, label, ignore_index)
-        return (losses * counts).sum() / counts.sum().clamp(min=1)
+            counts = self._hard_pixels(cls_score, label, ignore_index)
+        return losses * counts, counts.sum()
 
-    def _hard_pixels(self, logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
+    def _hard_pixels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> Tensor:
         """Booleans of shape (B, H, W): the pixels whose losses are averaged."""
         valid = label != ignore_index
         true_class = label.masked_fill(~valid, 0).unsqueeze(1)
-        probability = logits.softmax(1).gather(1, true_class).squeeze(1)  # (B, H, W)
+        probability = cls_score.softmax(1).gather(1, true_class).squeeze(1)  # (B, H, W)
         # The official code always ranks the first pixel of the batch, even an ignored one.
-        valid.view(-1)[0] = True
+        valid[(0,) * valid.dim()] = True
         ranked = probability[valid]
         bound = ranked.kthvalue(min(self.min_kept + 1, len(ranked))).values
         return valid & (probability < bound.clamp(min=self.thresh))

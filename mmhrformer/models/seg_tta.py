@@ -15,7 +15,8 @@ class SumLogitsTTAModel(SegTTAModel):
     """Adds the logits of all scales and flips, as the official code does.
 
     mmseg's own averages their probabilities. The results with several scales that the paper
-    reports come from sums of logits.
+    reports come from sums of logits. Of models with one channel (``out_channels=1``), whose
+    predictions hold its probability, the mean of the logits is compared with their threshold.
 
     Args:
         module (dict | nn.Module): The segmentor; the stock test tool puts the model of the config
@@ -35,9 +36,16 @@ class SumLogitsTTAModel(SegTTAModel):
         """
         merged = []
         for samples in data_samples_list:
-            logits = torch.stack([sample.seg_logits.data for sample in samples]).sum(0)
+            scores = torch.stack([sample.seg_logits.data for sample in samples])
+            if scores.shape[1] == 1:
+                # Probabilities of 0 and 1 have logits again, as far as the numbers tell.
+                scores = scores.logit(eps=torch.finfo(scores.dtype).eps).mean(0).sigmoid()
+                labels = (scores > self.module.decode_head.threshold).to(scores)
+            else:
+                scores = scores.sum(0)
+                labels = scores.argmax(dim=0, keepdim=True)
             sample = samples[0]
-            sample.seg_logits = PixelData(data=logits)
-            sample.pred_sem_seg = PixelData(data=logits.argmax(dim=0, keepdim=True))
+            sample.seg_logits = PixelData(data=scores)
+            sample.pred_sem_seg = PixelData(data=labels)
             merged.append(sample)
         return merged

@@ -66,6 +66,9 @@ def test_parameters_are_as_many_as_the_official_ones(arch):
 def test_normalization_can_be_chosen():
     neck = HRFormerFusion(CHANNELS, norm_cfg=dict(type='GN', num_groups=2))
     assert not [m for m in neck.modules() if isinstance(m, nn.BatchNorm2d)]
+    for wrong in (None, 'BN', dict(type='LN'), dict(type='BN1d'), dict(type='GN', num_groups=7)):
+        with pytest.raises(ValueError, match=r"norm_cfg=.*[gG]ive .*dict\(type='BN'\)"):
+            HRFormerFusion(CHANNELS, norm_cfg=wrong)
 
 
 def test_normalization_that_does_not_fit_is_named():

@@ -8,6 +8,7 @@ import pickle
 from functools import cache
 
 import golden
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,27 @@ def test_out_indices_select_streams_of_the_same_model(out_indices):
     x = image(65, 97)
     outs = run(full, x)
     assert_same(run(part, x), tuple(outs[i] for i in out_indices))
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        (3, (3,)),
+        (-1, (3,)),
+        (np.int64(2), (2,)),
+        ((-1,), (3,)),
+        ([-4, -1], (0, 3)),
+        (range(2), (0, 1)),
+        (np.arange(4), (0, 1, 2, 3)),
+        (torch.tensor([1, 2]), (1, 2)),
+    ],
+    ids=str,
+)
+def test_out_indices_may_be_given_as_in_stock_backbones(given, expected):
+    model = make_model(out_indices=given)
+    assert model.out_indices == expected
+    assert all(type(index) is int for index in model.out_indices)
+    assert_same(run(model, image()), run(make_model(out_indices=expected), image()))
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (2,), (1, 3), (0, 1, 2, 3)])
@@ -526,7 +548,7 @@ def arch(**fields) -> dict:
         (dict(upsample='cubic'), ['upsample', "'cubic'", "'nearest'", "'bilinear'"]),
         (dict(out_indices=()), ['out_indices', '()', '(0, 1, 2, 3)']),
         (dict(out_indices=(0, 4)), ['out_indices', '(0, 4)', '(0, 1, 2, 3)']),
-        (dict(out_indices=(-1,)), ['out_indices', '(-1,)', '(0, 1, 2, 3)']),
+        (dict(out_indices=(-5,)), ['out_indices', '(-5,)', '(0, 1, 2, 3)']),
         (dict(out_indices=(1, 1)), ['out_indices', '(1, 1)', '(0, 1, 2, 3)']),
         (dict(frozen_stages=5), ['frozen_stages', '5', '-1 to 4']),
         (dict(frozen_stages=-2), ['frozen_stages', '-2', '-1 to 4']),
@@ -572,7 +594,8 @@ def test_impossible_images_are_named_with_a_remedy(shape, words):
     [
         (dict(arch=None), 'arch=None'),
         (dict(arch=dict(channels=32, num_heads=(1, 2, 4, 8), num_modules=(1, 1, 1))), 'channels'),
-        (dict(out_indices=0), 'out_indices=0'),
+        (dict(out_indices='0'), 'out_indices=.*0'),
+        (dict(out_indices=None), 'out_indices=.*None'),
     ],
 )
 def test_wrong_types_are_refused_by_name(options, message):

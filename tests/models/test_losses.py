@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import golden
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,10 +161,137 @@ def test_class_weights_must_be_as_many_as_classes(kind):
         kind(class_weight=[1.0, 2.0])(torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2).long())
 
 
+def scene() -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of 3 classes and labels, some of them ignored."""
+    torch.manual_seed(0)
+    scores, label = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    label[:, 1] = 255
+    return scores, label
+
+
+STOCK_CALLS = [
+    dict(),
+    dict(reduction_override='none'),
+    dict(reduction_override='sum'),
+    dict(avg_factor=7),
+    dict(avg_factor=torch.tensor(3.5)),
+    dict(avg_factor=7, reduction_override='none'),
+    dict(weight=torch.rand(2, 4, 5)),
+    dict(weight=torch.rand(2, 4, 5), avg_factor=0.5),
+    dict(ignore_index=2),
+]
+
+
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore``')
+@pytest.mark.parametrize('options', STOCK_CALLS, ids=lambda o: ' '.join(o) or 'plain')
+@pytest.mark.parametrize('avg_non_ignore', [True, False])
+def test_calls_are_those_of_the_stock_loss(options, avg_non_ignore):
+    stock = pytest.importorskip('mmseg.models.losses').CrossEntropyLoss
+    scores, label = scene()
+    label[label == 255] = options.get('ignore_index', 255)
+    made = dict(avg_non_ignore=avg_non_ignore, loss_weight=0.3)
+    call = dict(ignore_index=255) | options
+    expected = stock(**made)(scores, label, **call)
+    torch.testing.assert_close(WeightedCrossEntropyLoss(**made)(scores, label, **call), expected)
+    order = ('weight', 'avg_factor', 'reduction_override', 'ignore_index')
+    by_position = WeightedCrossEntropyLoss(**made)(scores, label, *map(call.get, order))
+    torch.testing.assert_close(by_position, expected)
+    # With class weights the stock loss needs labels that are all classes.
+    made['class_weight'] = [1.0, 0.5, 2.0]
+    label = label.masked_fill(label > 2, 0)
+    expected = stock(**made)(scores, label, **options)
+    torch.testing.assert_close(WeightedCrossEntropyLoss(**made)(scores, label, **options), expected)
+
+
+def test_ohem_reduces_the_pixels_that_it_keeps():
+    scores, label = scene()
+    loss = OHEMCrossEntropyLoss(thresh=0.2, min_kept=5)
+    pixels = loss(scores, label, reduction_override='none')
+    assert pixels.shape == label.shape
+    kept = pixels[pixels > 0]
+    assert 5 <= len(kept) < (label != 255).sum()
+    torch.testing.assert_close(loss(scores, label), kept.mean())
+    torch.testing.assert_close(loss(scores, label, reduction_override='sum'), kept.sum())
+    torch.testing.assert_close(loss(scores, label, avg_factor=10), kept.sum() / 10)
+    doubled = loss(scores, label, weight=torch.full(label.shape, 2.0))
+    torch.testing.assert_close(doubled, 2 * kept.mean())
+
+
+def test_pixel_sampler_of_mmseg_finds_the_hardest_pixels():
+    """It asks the loss for the losses of single pixels, then hands weights."""
+    sampling = pytest.importorskip('mmseg.structures.sampler')
+    scores, label = scene()
+    loss = WeightedCrossEntropyLoss([1.0, 3.0, 1.0])
+    context = torch.nn.Module()
+    context.loss_decode, context.ignore_index = loss, 255
+    weight = sampling.OHEMPixelSampler(context, min_kept=4).sample(scores, label[:, None])
+    hardest = loss(scores, label, reduction_override='none').flatten().topk(8).values
+    value = loss(scores, label, weight=weight, reduction_override='sum')
+    torch.testing.assert_close(value, hardest.sum())
+
+
 @pytest.mark.parametrize('kind', LOSSES)
-def test_pixel_samplers_are_refused(kind):
-    with pytest.raises(ValueError, match="remove the decode head's sampler"):
-        kind()(torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), weight=torch.ones(1, 2, 2))
+def test_nothing_is_ignored_without_an_ignore_index(kind):
+    scores, label = scene()
+    label = label.masked_fill(label == 255, 1)
+    loss = kind()
+    assert loss(scores, label, ignore_index=None) == loss(scores, label)
+    label[0, 0, 0] = 255
+    with pytest.raises(ValueError, match=r'labels \[255\]'):
+        loss(scores, label, ignore_index=None)
+
+
+WEIGHTS = [1.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize('kind', LOSSES)
+def test_class_weights_of_any_form(kind, tmp_path):
+    np.save(tmp_path / 'a.npy', np.array(WEIGHTS))
+    (tmp_path / 'a.json').write_text(str(WEIGHTS))
+    (tmp_path / 'a.yml').write_text(str(WEIGHTS))
+    scores, label = scene()
+    expected = kind(class_weight=WEIGHTS)(scores, label)
+    files = [tmp_path / 'a.npy', str(tmp_path / 'a.json'), str(tmp_path / 'a.yml')]
+    arrays = [np.array(WEIGHTS), np.array(WEIGHTS, np.float32), torch.tensor(WEIGHTS)]
+    for form in (tuple(WEIGHTS), *arrays, *files):
+        assert kind(class_weight=form)(scores, label) == expected
+
+
+def test_class_weights_that_are_none_are_named(tmp_path):
+    (tmp_path / 'a.json').write_text('{"road": 1}')
+    for form, words in (
+        (tmp_path / 'a.json', r"a\.json'.*read as \{'road': 1\}: give a number"),
+        (np.array([[1.0, 2.0]]), 'class_weight=array'),
+        (torch.tensor([1.0, float('nan')]), 'class_weight=tensor'),
+        (tmp_path / 'a.txt', r'a\.txt.*\.npy'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            WeightedCrossEntropyLoss(form)
+    with pytest.raises(FileNotFoundError, match=r'b\.npy'):
+        WeightedCrossEntropyLoss(tmp_path / 'b.npy')
+
+
+@pytest.mark.parametrize('kind', LOSSES)
+def test_calls_that_cannot_be_are_named_with_a_remedy(kind):
+    scores, label = scene()
+    for message, options in (
+        ('reduction_override=.max.: choose', dict(reduction_override='max')),
+        ('avg_factor=3: leave it out', dict(avg_factor=3, reduction_override='sum')),
+        (r'weights of shape \(2, 1, 4, 5\)', dict(weight=torch.ones(2, 1, 4, 5))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind()(scores, label, **options)
+    with pytest.raises(ValueError, match=r'one channel.*num_classes=2.*use_sigmoid=True'):
+        kind()(scores[:, :1], label.clamp(max=0))
+    with pytest.raises(ValueError, match=r'reduction=.max.: choose'):
+        kind(reduction='max')
+
+
+def test_labels_may_be_transposed():
+    scores, label = scene()
+    turned = label.transpose(1, 2).contiguous().transpose(1, 2)
+    loss = OHEMCrossEntropyLoss(thresh=0.3, min_kept=5)
+    assert loss(scores, turned) == loss(scores, label)
 
 
 @pytest.mark.parametrize(

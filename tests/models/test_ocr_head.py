@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
+import weakref
 
 import golden
+import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
@@ -224,3 +228,196 @@ def test_model_can_be_copied_after_a_training_step():
     model = make_model().train()
     model.loss(*batch())
     copy.deepcopy(model)
+
+
+def train_alone(steps: int, call) -> nn.Module:
+    """Train an auxiliary head on the same features in each step."""
+    head = make_head(OCRAuxHead).train()
+    optimizer = torch.optim.SGD(head.parameters(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        call(head)
+        optimizer.step()
+    return head
+
+
+def test_auxiliary_head_is_an_ordinary_head_outside_the_cascade():
+    """Loss, logits, or one after the other: each with a graph and an update of its own."""
+    xs, (_, samples) = streams(), batch()
+
+    def loss(head):
+        head.losses = head.loss(xs, samples, {})  # held until the next step
+        total(head.losses).backward()
+
+    def logits(head):
+        head.loss_by_feat(head(xs), samples)['loss_ce'].backward()
+
+    def both(head):
+        loss(head)
+        head(xs).sum().backward()
+
+    assert counters(train_alone(3, loss)) == counters(train_alone(3, logits)) == {3}
+    assert counters(train_alone(3, both)) == {6}
+    by_loss, by_logits = (dict(train_alone(3, f).named_parameters()) for f in (loss, logits))
+    for name, parameter in by_loss.items():
+        torch.testing.assert_close(parameter, by_logits[name])
+
+
+@torch.no_grad()
+def zero(head, xs):
+    head.conv_seg.weight.zero_()
+
+
+@torch.no_grad()
+def load(head, xs):
+    head.load_state_dict({k: v + 1 for k, v in head.state_dict().items()})
+
+
+def replace(head, xs):
+    head.conv_seg = copy.deepcopy(head.conv_seg)
+
+
+@torch.no_grad()
+def scale_features(head, xs):
+    xs[2].mul_(2)
+
+
+@pytest.mark.parametrize('change', [zero, load, replace, scale_features])
+def test_logits_of_a_loss_that_is_held_are_those_of_now(change):
+    head, (_, samples) = make_head(OCRAuxHead).train(), batch()
+    xs = tuple(x.clone() for x in streams())
+    losses = head.loss(xs, samples, {})
+    change(head, xs)
+    assert torch.equal(head(xs), copy.deepcopy(head)(xs))
+    assert losses['loss_ce'].requires_grad
+
+
+def test_logits_of_a_loss_are_of_its_features_and_modes():
+    head, xs, (_, samples) = make_head(OCRAuxHead).train(), streams(), batch()
+    losses = head.loss(xs, samples, {})
+    with torch.no_grad():
+        assert not head(xs).requires_grad
+    losses = head.loss(xs, samples, {})
+    with torch.autocast('cpu', torch.bfloat16):
+        assert head(xs).dtype == torch.bfloat16
+    with torch.no_grad():
+        losses = head.loss(tuple(x.clone() for x in xs), samples, {})
+        for seed in range(20):  # new tensors get the places in memory of old ones
+            others = streams(seed=seed)
+            assert torch.equal(head(others), copy.deepcopy(head)(others))
+    assert losses
+
+
+def test_nothing_is_kept_of_a_step():
+    head, xs, (_, samples) = make_head(OCRAuxHead).train(), streams(), batch()
+    before = set(vars(head))
+    losses = head.loss(xs, samples, {})
+    logits = weakref.ref(losses.logits)
+    assert set(vars(head)) == before
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(twin(xs), losses.logits)
+    del losses
+    assert logits() is None
+    losses = head.loss(xs, samples, {})
+    total(losses).backward()
+    assert losses.logits is None
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_statistics_are_updated_once_in_every_mode(grad):
+    model = make_model().train()
+    inputs, samples = batch()
+    with torch.set_grad_enabled(grad):
+        model(inputs, samples, mode='loss')
+        assert counters(model) == {1}
+        model(inputs, samples, mode='tensor')
+        assert counters(model) == {2}
+
+
+def test_statistics_are_updated_once_when_compiled():
+    model = make_model().train()
+    compiled = torch.compile(model._decode_head_forward_train, backend='eager')
+    compiled(streams(), batch()[1])
+    assert counters(model.decode_head) == {1}
+
+
+HEADS = {OCRAuxHead: {}, OCRHead: dict(ocr_channels=8)}
+
+
+def run_heads(**options) -> list[nn.Module]:
+    """Both heads with some options, after a step of training."""
+    heads = [kind(**{**HEAD, **own, **options}).train() for kind, own in HEADS.items()]
+    aux, ocr = heads
+    xs = streams()
+    ocr(xs, aux(xs)).sum().backward()
+    return heads
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(norm_cfg=None),
+        dict(act_cfg=None),
+        dict(norm_cfg=None, act_cfg=None),
+        dict(act_cfg=dict(type='PReLU')),
+        dict(conv_cfg=dict(type='ConvWS')),
+        dict(norm_cfg=dict(type='GN', num_groups=2)),
+        dict(norm_cfg=dict(type='IN')),
+        dict(norm_cfg=dict(type='BN', requires_grad=False)),
+    ],
+    ids=str,
+)
+def test_layers_are_those_that_stock_heads_take(options):
+    for head in run_heads(**options):
+        names = [type(m).__name__ for m in head.modules()]
+        assert ('BatchNorm2d' in names) is (options.get('norm_cfg', dict(type='BN')) or {}).get(
+            'type', ''
+        ).startswith('BN')
+        assert ('ReLU' in names) is ('act_cfg' not in options)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(norm_cfg=dict(type='LN')), r"'LN'.* gives no normalization of maps"),
+        (dict(norm_cfg=dict(type='GN', num_groups=5)), 'num_groups=.*divides all channels'),
+        (dict(norm_cfg='BN'), r"norm_cfg='BN': give .*dict\(type='BN'\)"),
+        (dict(act_cfg='ReLU'), "act_cfg='ReLU': give a config"),
+        (dict(conv_cfg={}), 'conv_cfg={}: give a config'),
+        (dict(num_classes=1), 'use num_classes=2'),
+        (dict(num_classes=2, out_channels=1, threshold=0.3), 'use num_classes=2'),
+        (dict(in_index=3), 'in_index=3: .*lists of equal lengths'),
+        (dict(in_index=(0, 1)), r'in_index=\(0, 1\): .*lists of equal lengths'),
+        (dict(input_transform=None), 'without input_transform one number each'),
+        (dict(input_transform='multiple_select'), "'multiple_select': choose 'resize_concat'"),
+    ],
+)
+def test_impossible_options_are_named_with_a_remedy(options, message):
+    for kind, own in HEADS.items():
+        with pytest.raises(ValueError, match=message):
+            kind(**{**HEAD, **own, **options})
+
+
+def test_two_classes_take_two_channels_without_advice_of_mmseg():
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'For binary segmentation')
+        for options in (dict(num_classes=2), dict(num_classes=2, out_channels=None)):
+            assert [head.out_channels for head in run_heads(**options)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(in_index=range(4)),
+        dict(in_index=np.arange(4), in_channels=np.array(TINY['channels'])),
+        dict(in_index=[-4, -3, np.int64(-2), -1]),
+        dict(in_index=(-1,), in_channels=[32]),
+        dict(in_index=-1, in_channels=32, input_transform=None),
+        dict(in_index=np.int64(3), in_channels=np.int64(32), input_transform=None),
+    ],
+    ids=str,
+)
+def test_streams_are_chosen_by_indices_of_any_form(options):
+    for head in run_heads(**options):
+        with pytest.raises(ValueError, match='got 0 streams, in_index is'):
+            head(*[()] * (1 + isinstance(head, OCRHead)))

@@ -63,3 +63,19 @@ def test_a_confident_prediction_outweighs_more_hesitant_ones():
     samples = [[sample(sure), sample(hesitant), sample(hesitant)]]
     (stock,) = SegTTAModel.merge_preds(ours, samples)
     assert stock.pred_sem_seg.data.item() == 1
+
+
+@pytest.mark.parametrize('threshold', [0.3, 0.5])
+def test_models_with_one_channel_are_asked_for_their_threshold(threshold):
+    """Their predictions hold probabilities, 0 and 1 among them; the labels are floats in mmseg."""
+    model = build()
+    model.module.decode_head = torch.nn.Module()
+    model.module.decode_head.threshold = threshold
+    logits = [torch.tensor(x).view(1, 1, -1) for x in ([-99.0, -1.0, 0.2, 99.0], [-3.0, 0.5, 0, 0])]
+    (alone,) = model.merge_preds([[sample(logits[0].sigmoid())]])
+    torch.testing.assert_close(alone.seg_logits.data, logits[0].sigmoid(), atol=1e-6, rtol=0)
+    assert torch.equal(alone.pred_sem_seg.data, (logits[0].sigmoid() > threshold).float())
+    (merged,) = model.merge_preds([[sample(x.sigmoid()) for x in logits]])
+    expected = (sum(logits) / 2).sigmoid()
+    torch.testing.assert_close(merged.seg_logits.data, expected, atol=1e-3, rtol=0)
+    assert torch.equal(merged.pred_sem_seg.data, (expected > threshold).float())

@@ -15,6 +15,8 @@ import cv2
 import pytest
 from needs import needs
 
+from mmhrformer.launch import find_config
+
 TOOLS = Path(__file__).parents[2] / 'tools'
 ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own
 COMMANDS = sorted(
@@ -107,6 +109,40 @@ class TestGetFlops:
     def test_a_size_that_cannot_be(self, tool):
         with pytest.raises(SystemExit, match='--shape 0 192'):
             tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '0', '192')
+        with pytest.raises(SystemExit, match='--shape 64 64 3: give height and width'):
+            tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '64', '64', '3')
+
+    @pytest.mark.parametrize(
+        ('name', 'size'),
+        [
+            ('digits', '32x32'),
+            pytest.param('figures', '128x96', marks=needs('mmpose')),
+            pytest.param('scenes', '96x96', marks=needs('mmseg')),
+        ],
+    )
+    def test_the_size_is_that_of_the_config(self, tool, name, size):
+        assert f'{DEMOS[name]} at {size}\n' in tool('get_flops', DEMOS[name])
+
+    @pytest.mark.parametrize(
+        ('name', 'channels'),
+        [
+            ('digits', 1),
+            pytest.param('figures', 4, marks=needs('mmpose')),
+            pytest.param('scenes', 2, marks=needs('mmseg')),
+        ],
+    )
+    def test_images_of_other_channels(self, tool, tmp_path, name, channels):
+        """Which some stock data preprocessors refuse."""
+        means = dict(mean=[0.0] * channels, std=[1.0] * channels)
+        changed = dict(backbone=dict(in_channels=channels), data_preprocessor=means)
+        file = tmp_path / 'a.py'
+        file.write_text(f'_base_ = {str(find_config(DEMOS[name]))!r}\nmodel = {changed!r}\n')
+        counts = []
+        for config in (DEMOS[name], file):
+            said = tool('get_flops', config, '--shape', '64')
+            assert ' at 64x64\n' in said
+            counts.append(int(re.search(r'parameters +([\d,]+)', said)[1].replace(',', '')))
+        assert counts[1] - counts[0] == (channels - 3) * 64 * 9  # of the first convolution
 
 
 class TestPrintConfig:
