@@ -71,7 +71,7 @@ def _attention(module: LocalWindowSelfAttention, x: Tensor, out: Tensor) -> dict
 
 
 def _ffn(module: DWConvFFN, x: Tensor, out: Tensor) -> dict:
-    return dict(ffn_dropout=out.numel() + out.numel() // x.shape[-1] * module.fc1.out_channels)
+    return dict(ffn_dropout=out.numel() + out.numel() // x.shape[-1] * module.feedforward_channels)
 
 
 def _hr_module(module: HRModule, xs: list[Tensor], outs: list[Tensor | None]) -> dict:

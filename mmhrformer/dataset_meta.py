@@ -37,9 +37,12 @@ def meta_of_dataset(cfg: Config) -> dict:
         cfg (Config): The config.
 
     Returns:
-        dict: Its options, over those of its class; empty if the config has none.
+        dict: Its options, over those of its class; empty if the config has none. Of data sets that
+        wrap others, those of the first one inside.
     """
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while not dataset.get('metainfo') and (dataset.get('datasets') or dataset.get('dataset')):
+        dataset = dataset['datasets'][0] if dataset.get('datasets') else dataset['dataset']
     kind = dataset.get('type')
     if isinstance(kind, str):
         kind = DATASETS.get(kind if '.' in kind else f'{cfg.default_scope}.{kind}')

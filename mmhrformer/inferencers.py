@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -97,8 +98,6 @@ class Inferencer:
             built = fuse_for_inference(built) if fuse else built
             self.stock = self._stock_inferencer(built.to(self.device))
         self.model = self.stock.model
-        if self.autocast is not None:
-            self._compute_features_in(self.autocast)
         self.draw_options = self.stock.visualize_kwargs - DONE_HERE - NOT_OFFERED
 
     def __call__(
@@ -232,7 +231,8 @@ class Inferencer:
         Returns:
             list: A data sample for each, on the CPU.
         """
-        with DefaultScope.overwrite_default_scope(self.scope):
+        scope = DefaultScope.overwrite_default_scope(self.scope)
+        with scope, features_in(self.model, self.device, self.autocast):
             samples = self.model.test_step(self._collate(list(items)))
         return [sample.cpu() for sample in samples]
 
@@ -278,22 +278,6 @@ class Inferencer:
                 for i, sample in zip(part, found):
                     samples[i] = sample
         return samples
-
-    def _compute_features_in(self, dtype: torch.dtype) -> None:
-        """Let backbone and neck compute under autocast, and hand float32 to the heads.
-
-        Heads end in NumPy, which has no bfloat16, and decide about coordinates and classes.
-        """
-        extract = self.model.extract_feat
-
-        def extract_feat(*args, **kwargs):
-            with torch.autocast(self.device.type, dtype):
-                features = extract(*args, **kwargs)
-            if isinstance(features, torch.Tensor):
-                return features.float()
-            return type(features)(feature.float() for feature in features)
-
-        self.model.extract_feat = extract_feat
 
     def _with_model(self, stock: type, model: nn.Module, **kwargs: Any) -> Any:
         """Build a stock inferencer around the model and pipeline that are built already."""
@@ -721,6 +705,38 @@ def find_weights(cfg: Config, checkpoint: bool | str | Path) -> Path | None:
             'for it; give the path of your checkpoint'
         )
     return locate(name, whole=True)
+
+
+@contextmanager
+def features_in(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None
+) -> Iterator[None]:
+    """Let backbone and neck compute under autocast, and hand float32 to the heads.
+
+    Heads end in NumPy, which has no bfloat16, and decide about coordinates and classes.
+
+    Args:
+        model (nn.Module): The model; it is as before afterwards.
+        device (torch.device): Where it is.
+        dtype (torch.dtype, optional): What to compute in; None leaves float32.
+    """
+    if dtype is None:
+        yield
+        return
+    extract = model.extract_feat
+
+    def extract_feat(*args, **kwargs):
+        with torch.autocast(device.type, dtype):
+            features = extract(*args, **kwargs)
+        if isinstance(features, torch.Tensor):
+            return features.float()
+        return type(features)(feature.float() for feature in features)
+
+    model.extract_feat = extract_feat
+    try:
+        yield
+    finally:
+        del model.extract_feat
 
 
 def prepare_config(cfg: Config) -> Config:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ..dataset_meta import meta_of_checkpoint
 from ..launch import did_you_mean
 from .contents import SWAPPED, Contents, find_weights, plain_name, told_of_others, unwrap
 from .dialects import BIAS_TABLE, Report, check_finite, convert
@@ -169,7 +172,10 @@ def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collectio
         return
     remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
     if all(map(_of_head, wrong)):
-        remedy = 'set num_classes to that of the checkpoint, or load with new_classes=True'
+        remedy = (
+            'set num_classes (out_channels of a pose head) to that of the checkpoint, or load with '
+            'new_classes=True'
+        )
     lines = [
         f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
         f'{tuple(own[key].shape)} in the model'
@@ -250,7 +256,8 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
 
     Returns:
         dict: The tensors by name, under ``'state_dict'``, and those of mmengine's EMAHook under
-        ``'ema_state_dict'``; ``'meta'``, which mmseg wants, is empty.
+        ``'ema_state_dict'``. ``'meta'`` has ``dataset_meta``, the classes of the training, where
+        the file tells them in plain words and numbers.
 
     Raises:
         DownloadError: As :func:`read`.
@@ -266,10 +273,21 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
     lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
     lines += told_of_others(contents.key, contents.others)
     print_log('\n'.join(lines), logger)
-    content = dict(meta={}, state_dict=state_dict)
+    told = meta_of_checkpoint(saved)
+    meta = dict(dataset_meta=told) if told and _is_plain(told) else {}
+    content = dict(meta=meta, state_dict=state_dict)
     if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
         unaveraged, _ = convert(unwrap(saved, 'ema_state_dict'))
         content['ema_state_dict'] = {
             f'module.{name}' if '.' in name else name: v for name, v in unaveraged.items()
         }
     return content
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a stored value is made of words, numbers and plain containers, nothing inert."""
+    if isinstance(value, Mapping):
+        return type(value) in (dict, OrderedDict) and _is_plain([*value, *value.values()])
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bytes, bool, int, float))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 
 import torch
@@ -62,10 +62,17 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
             models of all three frameworks, by the depths that ``backbone.get_layer_depth`` tells.
 
     Raises:
-        ValueError: If ``paramwise_cfg`` says anything else, or the backbone knows no depths.
+        TypeError: If ``paramwise_cfg`` is no dict.
+        ValueError: If it says anything else, the backbone knows no depths, or nothing is to be
+            trained.
     """
 
     def _validate_cfg(self) -> None:
+        if not isinstance(self.paramwise_cfg, Mapping):
+            raise TypeError(
+                f'paramwise_cfg={self.paramwise_cfg!r}: give a dict, such as '
+                "dict(no_decay=['vectors'])"
+            )
         unknown = set(self.paramwise_cfg) - {'no_decay', 'layer_decay_rate'}
         if unknown:
             raise ValueError(
@@ -73,7 +80,8 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
                 'only no_decay and layer_decay_rate. For rates of single parts leave '
                 "optim_wrapper.constructor to mmengine's DefaultOptimWrapperConstructor"
             )
-        self.no_decay = list(self.paramwise_cfg.get('no_decay', ()))
+        rules = self.paramwise_cfg.get('no_decay', ())
+        self.no_decay = [rules] if isinstance(rules, str) else list(rules)
         for rule in self.no_decay:
             if rule not in NO_DECAY:
                 raise ValueError(
@@ -91,6 +99,11 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         """Build the optimizer wrapper for the parameters of a model that are to be trained."""
         model = getattr(model, 'module', model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(
+                f'{type(model).__name__} has no parameter that is to be trained: check '
+                'frozen_stages, and what else sets requires_grad=False'
+            )
         get_depth = depths_of(model) if self.rate != 1 else None
         groups = {}  # by depth from the last layer, and by whether they are spared
         for name, parameter in named:
@@ -100,16 +113,20 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
                 depth, layers = get_depth(name)
                 above = layers - 1 - depth
             groups.setdefault((above, spared), []).append(parameter)
-        options = dict(self.optimizer_cfg, params=[])
+        kind = self.optimizer_cfg['type']
+        kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        arguments = list(inspect.signature(kind).parameters) if kind else ['params']
+        param_groups = []
         for (above, spared), parameters in sorted(groups.items(), key=lambda item: item[0]):
             group = dict(params=parameters)
             if spared:
                 group['weight_decay'] = 0.0
             if above:
                 group['lr'] = self.base_lr * self.rate**above
-            options['params'].append(group)
+            param_groups.append(group)
+        options = {**self.optimizer_cfg, arguments[0]: param_groups}
         on_cuda = all(parameter.is_cuda for _, parameter in named)
-        if on_cuda and self._can_be_fused():
+        if on_cuda and 'fused' in arguments and not {'fused', 'foreach'} & set(options):
             options['fused'] = True
         wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
         optimizer = OPTIMIZERS.build(options)
@@ -118,10 +135,3 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         # code for each of a thousand tensors, with which the compiler does not come to an end.
         built.update_params = torch.compiler.disable(built.update_params)
         return built
-
-    def _can_be_fused(self) -> bool:
-        if {'fused', 'foreach'} & set(self.optimizer_cfg):
-            return False
-        kind = self.optimizer_cfg['type']
-        kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
-        return kind is not None and 'fused' in inspect.signature(kind).parameters

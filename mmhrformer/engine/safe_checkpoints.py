@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import locale
 import os
 import random
 import re
@@ -195,7 +196,7 @@ class SafeCheckpointHook(CheckpointHook):
             return ''
         if not pointer.is_file() or pointer.read_text(errors='replace') != str(newest):
             runner.logger.warning(f'The newest whole checkpoint is {newest}: resuming from it.')
-            write_atomically(pointer, str(newest).encode())
+            write_atomically(pointer, _as_mmengine_reads(str(newest)))
         return ''
 
     def _folder(self, runner: Runner) -> Path:
@@ -265,7 +266,7 @@ class SafeCheckpointHook(CheckpointHook):
                 **self.args,
             )
             if is_main_process():
-                write_atomically(Path(runner.work_dir, POINTER), self.last_ckpt.encode())
+                write_atomically(Path(runner.work_dir, POINTER), _as_mmengine_reads(self.last_ckpt))
         self._remove_outdated(runner, kept)
 
     def _remove_outdated(self, runner: Runner, kept: list[int]) -> None:
@@ -290,6 +291,11 @@ class SafeCheckpointHook(CheckpointHook):
         self.file_backend.remove_outdated()
 
 
+def _as_mmengine_reads(text: str) -> bytes:
+    """Encode a text for a file that is opened without an encoding, as on Windows not in UTF-8."""
+    return text.encode(locale.getpreferredencoding(False), 'surrogateescape')
+
+
 @contextlib.contextmanager
 def _explained(runner: Runner, what: str) -> Iterator[None]:
     """Tell what is left when a checkpoint cannot be written."""
@@ -299,7 +305,7 @@ def _explained(runner: Runner, what: str) -> Iterator[None]:
         raise
     except OSError as err:
         pointer = Path(runner.work_dir, POINTER)
-        last = pointer.read_text() if pointer.is_file() else ''
+        last = pointer.read_text(errors='replace') if pointer.is_file() else ''
         left = f'The last good checkpoint, {last}, is intact: remove the cause and go on with'
         start = 'There is no earlier checkpoint: remove the cause and start again, with or without'
         raise CheckpointError(

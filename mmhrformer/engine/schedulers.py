@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
@@ -34,8 +35,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         **kwargs: ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
 
     Raises:
-        ValueError: If ``begin`` is negative, there is no ``end``, or ``warmup`` is not between 0
-            and ``end - begin``.
+        ValueError: If ``begin`` is negative, there is no ``end``, ``warmup`` is not between 0 and
+            ``end - begin``, or a factor is not between 0 and 1.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             raise ValueError(
                 f'warmup={warmup}: choose a length from 0 to less than end={end}{since}'
             )
+        for name, factor in dict(start_factor=start_factor, end_factor=end_factor).items():
+            if not (isinstance(factor, Real) and 0 <= factor <= 1):
+                raise ValueError(
+                    f"{name}={factor!r}: choose a number from 0 to 1, times the optimizer's lr"
+                )
         self.warmup = warmup
         self.start_factor = start_factor
         self.end_factor = end_factor

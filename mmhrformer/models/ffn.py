@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..registry import MODELS
+from .checks import check_norm_cfg
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -40,6 +41,9 @@ class DWConvFFN(BaseModule):
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         init_cfg (dict, optional): Initialization config of mmengine.
 
+    Raises:
+        ValueError: If the normalization does not fit maps of these channels.
+
     Examples:
         >>> ffn = DWConvFFN(embed_dims=32, feedforward_channels=128)
         >>> ffn(torch.rand(2, 16, 12, 32)).shape
@@ -54,6 +58,8 @@ class DWConvFFN(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_norm_cfg(norm_cfg, (embed_dims, feedforward_channels))
+        self.feedforward_channels = feedforward_channels
         self.fc1 = nn.Conv2d(embed_dims, feedforward_channels, 1)
         self.norm1 = build_norm_layer(norm_cfg, feedforward_channels)[1]
         self.dw3x3 = DepthwiseConv2d(feedforward_channels)
@@ -86,6 +92,9 @@ class FFN(BaseModule):
             :class:`DWConvFFN`. Defaults to True.
         init_cfg (dict, optional): Initialization config of mmengine.
 
+    Raises:
+        ValueError: If the normalization does not fit maps of these channels.
+
     Examples:
         >>> ffn = FFN(embed_dims=32, feedforward_channels=128)
         >>> ffn(torch.rand(2, 16, 12, 32)).shape
@@ -101,6 +110,8 @@ class FFN(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if with_norm:
+            check_norm_cfg(norm_cfg, (embed_dims, feedforward_channels))
         self.with_norm = with_norm
         self.fc1 = nn.Conv2d(embed_dims, feedforward_channels, 1)
         self.norm1 = nn.Identity()

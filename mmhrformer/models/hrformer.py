@@ -353,7 +353,7 @@ class HRFormer(BaseModule):
                 f'HRFormer got {type(x).__name__} as input: give a tensor of images, '
                 f'(B, {self.in_channels}, H, W)'
             )
-        dtype = self.conv1.weight.dtype
+        dtype = next(self.parameters()).dtype
         # Autocast brings floating point numbers to the type it wants; a compiler need not look.
         casts = is_compiling() or (x.is_floating_point() and autocast_dtype(x))
         if x.dtype != dtype and not casts:

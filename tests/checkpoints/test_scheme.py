@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import golden
+import numpy as np
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 from mmengine.runner import load_checkpoint as mmengine_load
 
 import mmhrformer
@@ -57,3 +59,17 @@ def test_missing_and_foreign_files_are_errors(tmp_path):
     torch.save({'fc.weight': torch.zeros(2, 2)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
         mmengine_load(model, f'mmhrformer://{tmp_path}/other.pth')
+
+
+def test_what_is_told_of_the_data_comes_along_if_it_is_plain(tmp_path):
+    """mmseg's ``init_model`` asks for the classes."""
+    tensors = {f'backbone.{name}': tensor for name, tensor in HRFormer('tiny').state_dict().items()}
+    meta = dict(classes=('road', 'sky'), palette=[[0, 0, 0], [1, 2, 3]])
+    for told, expected in (
+        (meta, dict(dataset_meta=meta)),
+        (dict(meta, sigmas=np.ones(2)), {}),  # an array is not built from a file
+        ({}, {}),
+    ):
+        torch.save(dict(meta=dict(dataset_meta=told), state_dict=tensors), tmp_path / 'a.pth')
+        content = CheckpointLoader.load_checkpoint(f'mmhrformer://{tmp_path / "a.pth"}')
+        assert content['meta'] == expected

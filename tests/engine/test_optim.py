@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from importlib import import_module
 
 import pytest
 import torch
 from graphs import Graphs
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, OPTIMIZERS, DefaultScope
 from needs import needs
 from torch import nn
 
@@ -198,15 +199,31 @@ def test_impossible_rates_of_layers_are_refused(rate):
         build(nn.Linear(2, 2), dict(layer_decay_rate=rate))
 
 
-def test_fused_only_where_it_can_be():
-    def can_be_fused(**optimizer):
-        return DecayGroupsConstructor(dict(optimizer=optimizer))._can_be_fused()
-
-    assert can_be_fused(type='AdamW', lr=1e-3)
-    assert can_be_fused(type=torch.optim.AdamW, lr=1e-3)
-    assert not can_be_fused(type='AdamW', lr=1e-3, fused=False)
-    assert not can_be_fused(type='AdamW', lr=1e-3, foreach=True)
-    assert not can_be_fused(type='LBFGS')
+@pytest.mark.parametrize(
+    ('optimizer', 'fused'),
+    [
+        (dict(type='AdamW'), True),
+        (dict(type=torch.optim.AdamW), True),
+        (dict(type='AdamW', fused=False), False),
+        (dict(type='AdamW', foreach=True), False),
+        (
+            dict(type='Adagrad', lr_decay=0),
+            'fused' in inspect.signature(torch.optim.Adagrad).parameters,
+        ),
+        (dict(type='Rprop'), False),
+    ],
+    ids=str,
+)
+def test_fused_on_gpus_where_it_can_be(optimizer, fused, monkeypatch):
+    monkeypatch.setattr(torch.nn.Parameter, 'is_cuda', True)
+    given = {}
+    monkeypatch.setattr(
+        OPTIMIZERS,
+        'build',
+        lambda cfg: given.update(cfg) or OPTIMIZERS.get('SGD')(cfg['params'], 1.0),
+    )
+    DecayGroupsConstructor(dict(optimizer=dict(optimizer, lr=1e-3)))(nn.Linear(2, 2))
+    assert given.get('fused', False) is fused
 
 
 def test_compiled_steps_leave_the_optimizer_out():
@@ -220,3 +237,26 @@ def test_compiled_steps_leave_the_optimizer_out():
     operators = [n for graph in graphs for n in graph.graph.nodes if n.op.startswith('call')]
     assert 0 < len(operators) < 4
     assert not torch.equal(model.weight, before)
+
+
+@OPTIMIZERS.register_module()
+class NamedOtherwise(torch.optim.SGD):
+    """An optimizer whose first argument has a name of its own."""
+
+    def __init__(self, model_params: list, lr: float) -> None:
+        super().__init__(model_params, lr=lr)
+
+
+def test_the_first_argument_of_an_optimizer_may_have_any_name():
+    cfg = dict(optimizer=dict(type='NamedOtherwise', lr=0.1))
+    wrapper = DecayGroupsConstructor(cfg, dict(no_decay='vectors'))(nn.Linear(2, 3))
+    assert [group['weight_decay'] for group in wrapper.optimizer.param_groups] == [0, 0]
+    assert [group['lr'] for group in wrapper.optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_other_than_dicts_and_models_without_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"paramwise_cfg=\['error'\]: give a dict"):
+        DecayGroupsConstructor(dict(optimizer=OPTIMIZER), ['error'])
+    build = DecayGroupsConstructor(dict(optimizer=OPTIMIZER), dict(no_decay=['vectors']))
+    with pytest.raises(ValueError, match='Linear has no parameter that is to be trained'):
+        build(nn.Linear(2, 3).requires_grad_(False))

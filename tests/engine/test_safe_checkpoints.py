@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import re
 from pathlib import Path
@@ -193,6 +194,14 @@ def test_a_checkpoint_that_was_named_is_not_replaced_by_another(tmp_path, damage
 def test_a_checkpoint_that_was_named_is_used(tmp_path):
     train(tmp_path, 14)
     assert sorted(train(tmp_path, resume=True, load_from=str(tmp_path / 'epoch_1.pth')))[0] == 4
+
+
+def test_last_checkpoint_is_written_as_mmengine_reads_it(tmp_path, monkeypatch):
+    """In the encoding of the locale, which on Windows is not UTF-8."""
+    monkeypatch.setattr(locale, 'getpreferredencoding', lambda *args: 'iso-8859-1')
+    train(tmp_path / 'dé')
+    pointer = tmp_path / 'dé' / 'last_checkpoint'
+    assert Path(pointer.read_text(encoding='iso-8859-1')).is_file()
 
 
 def test_another_folder_for_the_checkpoints(tmp_path):

@@ -183,3 +183,14 @@ def test_begin_and_end_must_leave_room(options, message):
 def test_conversion_to_iterations_needs_epochs(options):
     with pytest.raises(ValueError, match='convert_to_iter_based'):
         WarmupCosineLR.build_iter_from_epoch(make_optimizer(1.0), **IMAGENET, **options)
+
+
+@pytest.mark.parametrize(
+    'factors',
+    [dict(start_factor=-1), dict(start_factor=10), dict(start_factor='x'), dict(end_factor=2)],
+    ids=str,
+)
+def test_factors_that_are_none_are_refused(factors):
+    name, value = next(iter(factors.items()))
+    with pytest.raises(ValueError, match=rf'{name}={value!r}: choose a number from 0 to 1'):
+        WarmupCosineLR(make_optimizer(1.0), **{**IMAGENET, **factors})

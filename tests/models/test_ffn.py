@@ -108,3 +108,11 @@ def test_depthwise_convolution_is_the_plain_one_in_every_layout(stride, bias, gr
         (plain,) = torch.autograd.grad(expected.square().sum(), conv.weight)
         torch.testing.assert_close(ours, plain)
     assert conv.weight.shape == (6, 1, 3, 3)
+
+
+@pytest.mark.parametrize('kind', ['DWConvFFN', 'FFN'])
+@pytest.mark.parametrize('norm_cfg', [None, dict(type='LN'), dict(type='GN', num_groups=4)])
+def test_normalizations_that_do_not_fit_are_refused(kind, norm_cfg):
+    cfg = dict(type=f'mmhrformer.{kind}', embed_dims=6, feedforward_channels=24, norm_cfg=norm_cfg)
+    with pytest.raises(ValueError, match=r'norm_cfg=.*[Gg]ive'):
+        MODELS.build(cfg)

@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from mmhrformer import HRFormer, HRFormerFusion, compile_blocks, fuse_for_inference, ops
+from mmhrformer.complexity import complexity
 from mmhrformer.models.fused import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 
 ARCH = dict(channels=(8, 8, 8, 16), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
@@ -236,6 +237,19 @@ def test_folding_leaves_alone_what_it_does_not_know(kind):
     assert kind in ('Identity', 'layer norm') or any(type(m) is part for m in folded.modules())
     folds = [m for m in folded.modules() if isinstance(m, (FusedWindowAttention, FusedDWConvFFN))]
     assert len(folds) in (2 * 9 - 1, 2 * 9)
+
+
+def test_any_layer_can_be_replaced_and_counted():
+    """The first convolution, too, by whose weights the type of images is checked."""
+    model, x = make_model(), make_images()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            parent, _, child = name.rpartition('.')
+            setattr(model.get_submodule(parent), child, LowRank(module))
+    outputs(model, x, with_grad=True)
+    assert (
+        complexity(model, (1, 3, 64, 64))['macs'] > complexity(make_model(), (1, 3, 64, 64))['macs']
+    )
 
 
 def test_folded_parts_can_be_replaced():
