@@ -33,10 +33,21 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     return (yield from skip_without_framework())
 
 
-@pytest.fixture(autouse=True)
-def no_scope_is_left() -> Iterator[None]:
-    """Forget the scope of a runner that a test has built: others would look names up there."""
+def forget_scopes() -> Iterator[None]:
+    """Forget the scope of a runner that was built: others would look names up there."""
     before = dict(DefaultScope._instance_dict)
     yield
     DefaultScope._instance_dict.clear()
     DefaultScope._instance_dict.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_scope_of_a_test_is_left() -> Iterator[None]:
+    """See :func:`forget_scopes`."""
+    yield from forget_scopes()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_scope_of_a_fixture_is_left() -> Iterator[None]:
+    """See :func:`forget_scopes`; fixtures of a whole module build runners, too."""
+    yield from forget_scopes()

@@ -85,6 +85,7 @@ class HRFormerBlock(BaseModule):
         ValueError: If an argument is not possible, or stands in ``attn_cfg`` or ``ffn_cfg``, too.
 
     Examples:
+        >>> import torch
         >>> block = HRFormerBlock(embed_dims=32, num_heads=1)
         >>> block(torch.rand(2, 16, 12, 32)).shape
         torch.Size([2, 16, 12, 32])

@@ -34,8 +34,9 @@ def check_norm_cfg(norm_cfg: dict, channels: Iterable[int]) -> None:
             raise ValueError(
                 f'norm_cfg={dict(norm_cfg)!r} gives no normalization of maps (B, {count}, H, W): '
                 f"{reason}. Give one, such as dict(type='BN'), dict(type='SyncBN'), "
-                "dict(type='GN', num_groups=...) with a number that divides all channels, or one "
-                'of a framework by its full name, such as mmpretrain.LN2d'
+                "dict(type='GN', num_groups=...) with a number that divides all channels, "
+                f'{sorted(set(channels))}, or one of a framework by its full name, such as '
+                'mmpretrain.LN2d'
             ) from err
 
 

@@ -45,6 +45,7 @@ class DWConvFFN(BaseModule):
         ValueError: If the normalization does not fit maps of these channels.
 
     Examples:
+        >>> import torch
         >>> ffn = DWConvFFN(embed_dims=32, feedforward_channels=128)
         >>> ffn(torch.rand(2, 16, 12, 32)).shape
         torch.Size([2, 16, 12, 32])
@@ -96,6 +97,7 @@ class FFN(BaseModule):
         ValueError: If the normalization does not fit maps of these channels.
 
     Examples:
+        >>> import torch
         >>> ffn = FFN(embed_dims=32, feedforward_channels=128)
         >>> ffn(torch.rand(2, 16, 12, 32)).shape
         torch.Size([2, 16, 12, 32])

@@ -558,7 +558,11 @@ def arch(**fields) -> dict:
         (dict(norm_cfg='BN'), ["norm_cfg='BN'", "dict(type='BN')"]),
         (
             dict(norm_cfg=dict(type='GN', num_groups=32)),
-            ["norm_cfg={'type': 'GN', 'num_groups': 32}", '8 channels', '[8, 16, 24, 32, 64]'],
+            [
+                "norm_cfg={'type': 'GN', 'num_groups': 32}",
+                '(B, 8, H, W)',
+                '[8, 16, 24, 32, 64, 256]',
+            ],
         ),
         (dict(norm_cfg=dict(type='GN')), ["norm_cfg={'type': 'GN'}", 'num_groups']),
         (dict(norm_cfg=dict(type='BatchNorm')), ["'BatchNorm'", "dict(type='BN')"]),
