@@ -2,8 +2,4 @@
 _base_ = ['../hrformer_seg/ocrnet_hrformer-base-w15_8xb2-60k_coco-stuff10k-520x520.py']
 
 # As many groups as divide the 1,170 channels of the streams and the 512 of the head.
-aux_head, ocr_head = _base_.model.decode_head
-for head in (aux_head, ocr_head):
-    head.update(kernel_size=7, groups=2)
-model = dict(decode_head=[aux_head, ocr_head])
-del head, aux_head, ocr_head
+model = dict(decode_head=[dict(head, kernel_size=7, groups=2) for head in _base_.model.decode_head])

@@ -1,13 +1,10 @@
 # HRFormer-T on PASCAL-Context, what Tables 7, 9 and 11 compare with; the recipe is that of HRFormer-S.
 _base_ = ['../hrformer_seg/ocrnet_hrformer-small_8xb2-60k_pascal-context-59-520x520.py']
 
-aux_head, ocr_head = _base_.model.decode_head
-aux_head.in_channels = ocr_head.in_channels = (18, 36, 72, 144)
 model = dict(
     backbone=dict(
         arch='tiny',
         init_cfg=dict(checkpoint='mmhrformer://hrformer-tiny_8xb128_in1k'),
     ),
-    decode_head=[aux_head, ocr_head],
+    decode_head=[dict(head, in_channels=(18, 36, 72, 144)) for head in _base_.model.decode_head],
 )
-del aux_head, ocr_head

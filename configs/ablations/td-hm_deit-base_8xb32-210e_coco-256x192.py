@@ -1,26 +1,14 @@
-# Table 10: DeiT-B with the deconvolutions of SimpleBaseline, 2 of them to come from 1/16 of the
-# image to heatmaps at 1/4. Pre-trained on ImageNet-1K, distilled, at 384x384.
-_base_ = ['../hrformer_pose/td-hm_hrformer-base_8xb32-210e_coco-256x192.py']
+# Table 10: DeiT-B instead of ViT-Large. Pre-trained on ImageNet-1K, distilled, at 384x384.
+_base_ = ['td-hm_vit-large_8xb32-210e_coco-256x192.py']
 
 model = dict(
     backbone=dict(
-        _delete_=True,
         type='mmpretrain.DistilledVisionTransformer',
         arch='deit-base',
-        img_size=(256, 192),
-        patch_size=16,
-        out_type='featmap',
-        drop_path_rate=0.2,
         init_cfg=dict(
-            type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/'
-            'deit/deit-base-distilled_3rdparty_ft-16xb32_in1k-384px_20211216-e48d6000.pth',
-            prefix='backbone.',
+            'deit/deit-base-distilled_3rdparty_ft-16xb32_in1k-384px_20211216-e48d6000.pth'
         ),
     ),
-    head=dict(
-        in_channels=768,
-        deconv_out_channels=(256, 256),
-        deconv_kernel_sizes=(4, 4),
-    ),
+    head=dict(in_channels=768),
 )

@@ -1,20 +1,7 @@
-# Table 11: HRNet-B, the layout of HRFormer-B with basic blocks, trained as HRFormer-B is, from the
-# weights that its ImageNet config wrote.
+# Table 11: HRNet-B, the layout of HRFormer-B with basic blocks, trained as HRFormer-B is.
 _base_ = [
     '../hrformer_pose/td-hm_hrformer-base_8xb32-210e_coco-256x192.py',
-    '../_base_/models/hrnet_base.py',
+    '../_base_/ablations/hrnet_base.py',
 ]
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='HRNet',
-        extra=_base_.extra,
-        norm_cfg=dict(type='SyncBN'),
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='work_dirs/hrnet-base_8xb128_in1k/epoch_300.pth',
-            prefix='backbone.',
-        ),
-    )
-)
+model = dict(backbone=dict(_delete_=True, **_base_.pop('backbone')))

@@ -1,13 +1,10 @@
 _base_ = ['ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024.py']
 
-aux_head, ocr_head = _base_.model.decode_head
-aux_head.in_channels = ocr_head.in_channels = (78, 156, 312, 624)
 model = dict(
     backbone=dict(
         arch='base',
         drop_path_rate=0.4,
         init_cfg=dict(checkpoint='mmhrformer://hrformer-base_8xb128_in1k'),
     ),
-    decode_head=[aux_head, ocr_head],
+    decode_head=[dict(head, in_channels=(78, 156, 312, 624)) for head in _base_.model.decode_head],
 )
-del aux_head, ocr_head

@@ -6,11 +6,8 @@ _base_ = [
 ]
 
 # 16 images a step: the official README says 8, but its scripts leave the 16 of their data set file.
-aux_head, ocr_head = _base_.model.decode_head
-aux_head.num_classes = ocr_head.num_classes = 150
 model = dict(
     # Images are tested with sides that are multiples of 8, padded with the mean colour.
     data_preprocessor=dict(size=_base_.crop_size, test_cfg=dict(size_divisor=8)),
-    decode_head=[aux_head, ocr_head],
+    decode_head=[dict(head, num_classes=150) for head in _base_.model.decode_head],
 )
-del aux_head, ocr_head

@@ -5,10 +5,7 @@ _base_ = [
     '../_base_/runtime/seg.py',
 ]
 
-aux_head, ocr_head = _base_.model.decode_head
-aux_head.num_classes = ocr_head.num_classes = 171
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    decode_head=[aux_head, ocr_head],
+    decode_head=[dict(head, num_classes=171) for head in _base_.model.decode_head],
 )
-del aux_head, ocr_head
