@@ -143,6 +143,11 @@ CURES = (
         f'and mmdet import mmpretrain: {OLDER_TRANSFORMERS}',
     ),
     (
+        r'[Cc]ould not determine (the )?home directory',
+        'a library of the core wants a home: set HOME to a folder that can be written to, such as '
+        'HOME=/tmp',
+    ),
+    (
         r'Numpy is not available',
         'this torch was built for NumPy 1: pip install "numpy<2", or torch 2.3 or newer',
     ),

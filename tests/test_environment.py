@@ -157,6 +157,12 @@ def test_packages_of_both_families_overwrite_each_other(site):
     assert cure in environment.explain(ImportError("cannot import name 'Registry'"))
 
 
+def test_a_user_without_a_home_is_told_what_to_set():
+    """As in a container that is run by a number."""
+    for words in ('Could not determine home directory.', 'could not determine the home directory'):
+        assert 'HOME=/tmp' in environment.explain(RuntimeError(words))
+
+
 @pytest.mark.parametrize('name', ['torch', 'mmengine.registry', 'mmcv.cnn'])
 def test_a_core_that_cannot_be_imported_is_an_error_with_the_cure(monkeypatch, name):
     package = name.partition('.')[0]
