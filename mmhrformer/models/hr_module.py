@@ -10,6 +10,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor, nn
 
+from ..ops.state import may_differ
 from .ffn import DepthwiseConv2d
 
 
@@ -73,9 +74,7 @@ class HRModule(BaseModule):
         """Enlarge a coarser stream to the size of a finer one."""
         align_corners = None if self.upsample == 'nearest' else False
         x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
-        # A trace needs this for other images; on a map of the right size it changes nothing.
-        traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
-        if traced or x.shape[-2:] != size:
+        if may_differ(x.shape[-2:], size):
             # Streams of odd size were rounded up when they were halved. The official codes
             # correct this bilinearly: classification and segmentation (nearest) with aligned
             # corners, pose (bilinear) without.

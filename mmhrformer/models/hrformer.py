@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.dialects import adapt_backbone_keys
-from ..ops.state import autocast_dtype, is_compiling
+from ..ops.state import converts
 from ..registry import MODELS
 from .block import Bottleneck, HRFormerBlock
 from .checks import as_indices, check_norm_cfg
@@ -354,9 +354,7 @@ class HRFormer(BaseModule):
                 f'(B, {self.in_channels}, H, W)'
             )
         dtype = next(self.parameters()).dtype
-        # Autocast brings floating point numbers to the type it wants; a compiler need not look.
-        casts = is_compiling() or (x.is_floating_point() and autocast_dtype(x))
-        if x.dtype != dtype and not casts:
+        if x.dtype != dtype and not converts(x):
             raise TypeError(
                 f'HRFormer got an input of {x.dtype}, its weights are {dtype}: normalize the '
                 f'images, which the data_preprocessor of a model does, and call .to({dtype})'

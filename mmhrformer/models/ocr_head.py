@@ -18,6 +18,7 @@ from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
+from ..ops.state import modes
 from ..registry import MODELS
 from .checks import as_indices, check_norm_cfg
 
@@ -270,10 +271,8 @@ def origin_of(head: nn.Module, inputs: Sequence[Tensor]) -> tuple[list, list]:
         the tensors, to be held so that no others get their identities.
     """
     tensors = [*inputs, *head.parameters(), *head.buffers()]
-    modes = [head.training, torch.is_grad_enabled()]
-    modes += [torch.is_autocast_enabled(), torch.is_autocast_cpu_enabled()]
     versions = [(id(x), None if x.is_inference() else x._version) for x in tensors]
-    return modes + versions, tensors
+    return [head.training, *modes(), *versions], tensors
 
 
 class StepLosses(dict):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from mmengine.model import BaseModule
 from mmpretrain.models.backbones import SwinTransformer as StockSwinTransformer
 from mmpretrain.models.backbones.swin_transformer import SwinBlock as StockSwinBlock
 from torch import Tensor
 
+from ..ops.recompute import recompute
 from ..registry import MODELS
-from .block import recompute
 
 
 class SwinBlock(BaseModule):
@@ -33,7 +32,7 @@ class SwinBlock(BaseModule):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Transform a sequence (B, H * W, C) to one of the same shape."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp:
             return recompute(self, self._forward, x, hw_shape)
         return self._forward(x, hw_shape)
 

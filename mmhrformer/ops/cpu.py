@@ -79,7 +79,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     """See :func:`mmhrformer.ops.depthwise_conv`."""
     if DEPTHWISE_BACKWARD_IS_CONTIGUOUS and needs_grad(x, weight, bias):
         tensors = [x, weight, bias]
-        if dtype := autocast_dtype(x):
+        if dtype := autocast_dtype('cpu'):
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         return ContiguousBackward.apply(*tensors, stride)
     return reference.depthwise_conv(x, weight, bias, stride)
@@ -88,7 +88,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """See :func:`mmhrformer.ops.conv_gelu`."""
     # Autocast knows nothing of the kernel, which would go on in float32.
-    plain = x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype(x)
+    plain = x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype('cpu')
     if ONEDNN_CONVOLUTION is None or plain:
         return reference.conv_gelu(x, conv)
     options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,12 +24,31 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(learned)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of a tensor in a convolution or product, None where it is off."""
-    device = x.device.type
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What convolutions and products compute in on a type of devices, None without autocast."""
     if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4 and later ask by device
         is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if is_on else None
     if device == 'cpu':
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def converts(x: Tensor) -> bool:
+    """Whether a tensor is brought to the data type of the weights without being asked.
+
+    Autocast does so with floating-point numbers; a compiler need not look.
+    """
+    return is_compiling() or (x.is_floating_point() and autocast_dtype(x.device.type) is not None)
+
+
+def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two sizes differ, here or in a trace that is to hold for other images, too."""
+    # Files for ONNX are traced at sizes at which all that can differ does.
+    is_traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+    return is_traced or size != other
+
+
+def modes() -> list[bool]:
+    """The modes of torch that decide about what a module returns."""
+    return [torch.is_grad_enabled(), *(autocast_dtype(d) is not None for d in ('cuda', 'cpu'))]

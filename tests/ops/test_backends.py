@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,12 @@ def test_forced_forms_end_with_their_block():
     with contextlib.suppress(KeyError), ops.use('reference'):
         raise KeyError
     assert ops.backend(torch.zeros(1)).__name__ == 'mmhrformer.ops.cpu'
+
+
+def test_only_this_package_asks_what_is_done_with_a_computation():
+    asks = re.compile(
+        r'is_compiling|is_tracing|is_grad_enabled|is_in_onnx_export|is_autocast|is_cuda|device\.type'
+    )
+    folder = Path(ops.__file__).parents[1] / 'models'
+    asking = [path.name for path in folder.rglob('*.py') if asks.search(path.read_text())]
+    assert asking == []
