@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import io
 import multiprocessing
 import os
 import re
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from http_server import Answer, Server
 
-# By its name: the package may have the function of the same name as an attribute.
-module = importlib.import_module('mmhrformer.checkpoints.download')
-download, DownloadError = module.download, module.DownloadError
+from mmhrformer.checkpoints import download as module
+from mmhrformer.checkpoints.download import DownloadError, download
 
 CONTENT = bytes(range(256)) * 1200
 SHA = hashlib.sha256(CONTENT).hexdigest()
 OTHER = CONTENT[::-1]
 NAME = f'model-{SHA[:8]}.pth'
 NOWHERE = 'http://127.0.0.1:9/x'
-PAGE = b'\n<!DOCTYPE html><html>please log in</html>'
 
 
 @pytest.fixture(autouse=True)
@@ -78,11 +76,10 @@ FAILED = {
     '404': (Answer(404), r'answers 404 Not Found: the link is dead\. By hand', 1),
     '410': (Answer(410), 'the link is dead', 1),
     '401': (Answer(401), r'answers 401 Unauthorized\. By hand', 1),
-    'page': (Answer(body=PAGE), r'a web page, not a checkpoint.*\. By hand', 1),
-    'old page': (Answer(body=b'\xef\xbb\xbf <HTML><body>'), 'web page', 1),
+    'page': (Answer(body=b'\n<!DOCTYPE html>'), r'a web page, not a checkpoint.*\. By hand', 1),
+    'page with a mark': (Answer(body=b'\xef\xbb\xbf <HTML>'), 'web page', 1),
     'wrong hash': (Answer(body=OTHER), rf'{len(OTHER)} bytes came, .* expected {SHA[:8]}:', 3),
     'redirect to a file': (Answer(302, {'Location': 'file:///etc/passwd'}), 'not allowed', 1),
-    'redirect in a circle': (Answer(302, {'Location': '/circle'}), 'infinite loop', None),
 }
 
 
@@ -92,7 +89,7 @@ def test_server_fails(case, tmp_path):
     path = tmp_path / NAME
     with Server(CONTENT, finally_=answer) as server, pytest.raises(DownloadError, match=words) as e:
         download(server.url(NAME), path)
-    assert count in (None, len(server.requests))
+    assert len(server.requests) == count
     assert f'cannot download {server.url(NAME)}: ' in str(e.value)
     assert f'browser and put it here: {path}. It is then used from there' in str(e.value)
     assert left(tmp_path) == set()
@@ -100,23 +97,18 @@ def test_server_fails(case, tmp_path):
 
 def test_silent_server(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'TIMEOUT', 0.1)
-    before, start = socket.getdefaulttimeout(), time.monotonic()
-    with (
-        Server(CONTENT, finally_=Answer(cut=1000, hold=True)) as server,
-        pytest.raises(DownloadError, match=r'timed out.*network'),
-    ):
+    start = time.monotonic()
+    answer, words = Answer(cut=1000, hold=True), r'timed out.*network'
+    with Server(CONTENT, finally_=answer) as server, pytest.raises(DownloadError, match=words):
         download(server.url(NAME), tmp_path / NAME)
     assert time.monotonic() - start < 4
-    assert socket.getdefaulttimeout() == before
+    assert socket.getdefaulttimeout() is None
     assert left(tmp_path) == set()
 
 
 def test_no_network(tmp_path):
-    with socket.socket() as unused:
-        unused.bind(('127.0.0.1', 0))  # and never listens
-        url = f'http://127.0.0.1:{unused.getsockname()[1]}/x'
-        with pytest.raises(DownloadError, match=f'{url}: the connection failed .*refused.*network'):
-            download(url, tmp_path / NAME)
+    with pytest.raises(DownloadError, match=f'{NOWHERE}: .* failed .*refused.*SSL_CERT_FILE'):
+        download(NOWHERE, tmp_path / NAME)
 
 
 def test_whole_hash_is_checked(tmp_path):
@@ -140,8 +132,8 @@ def test_whole_hash_is_checked(tmp_path):
     ],
 )
 def test_hash_in_a_name(name, found):
-    assert module._expected_hash('', name) == found
-    assert module._expected_hash(SHA, name) == SHA
+    with pytest.raises(DownloadError, match=rf'expected {found}\.') if found else nullcontext():
+        module.check_hash(Path(name), b'')
 
 
 # What is there already -> its content, sha256, words of the error.
@@ -158,11 +150,8 @@ def test_existing_file_is_checked_without_network(case, tmp_path):
     name, content, sha256, words = EXISTING[case]
     path = tmp_path / name
     path.write_bytes(content)
-    if words is None:
+    with pytest.raises(DownloadError, match=words) if words else nullcontext():
         assert download(NOWHERE, path, sha256) == path
-    else:
-        with pytest.raises(DownloadError, match=words):
-            download(NOWHERE, path, sha256)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]  # a folder may be read-only
 
