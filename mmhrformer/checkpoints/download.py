@@ -1,4 +1,4 @@
-"""Download checkpoints with torch.hub; a file gets its name only after its hash was checked."""
+"""Download checkpoints; a file gets its name only after its hash was checked."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import hashlib
 import logging
 import os
 import re
-import socket
+import shutil
 import ssl
 import sys
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import sleep
+from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock
 from mmengine.logging import print_log
-from torch.hub import download_url_to_file, get_dir
+from rich.console import Console
+from rich.progress import wrap_file
+from torch.hub import get_dir
 
 TIMEOUT = 30  # seconds without a byte
 WAITS = (1, 4)  # seconds before the second and the third try
@@ -139,10 +143,21 @@ def _expected_hash(sha256: str, name: str) -> str:
     return sha256.lower() or (found[1] if found else '')
 
 
+class _Redirects(HTTPRedirectHandler):
+    """Follows redirects, but none from https to what anybody on the way could change."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        if req.type == 'https' and not newurl.startswith('https:'):
+            raise HTTPError(newurl, code, f'to {newurl}, which is not https', headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetch(url: str, path: Path, expected: str) -> None:
     """Try until the right file is there; whatever else came is removed."""
     print_log(f'Downloading {url} to {path}', 'current')
-    # In a folder, as torch.hub may leave its file there when the disk is full: closing fails too.
+    # In a folder, which goes whatever happens.
     with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as folder:
         file = Path(folder) / path.name
         for wait in (*WAITS, None):
@@ -170,17 +185,18 @@ def _try(url: str, file: Path, expected: str) -> tuple[str, bool]:
     Returns:
         tuple[str, bool]: What went wrong, if anything did, and whether that may be over soon.
     """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torch.hub has none, and would wait for ever
+    request = Request(url, headers={'User-Agent': 'mmhrformer'})
     try:
-        download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+        with build_opener(_Redirects).open(request, timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get('Content-Length', 0))
+            bar = dict(console=Console(stderr=True), disable=not sys.stderr.isatty())
+            with file.open('wb') as out, wrap_file(answer, size, **bar) as source:
+                shutil.copyfileobj(source, out)
     except HTTPError as err:
         dead = ': the link is dead' if err.code in (404, 410) else ''
         return f'the server answers {err.code} {err.reason}{dead}', err.code in PASSING
     except NETWORK as err:
         return f'the connection failed ({getattr(err, "reason", err)})', True
-    finally:
-        socket.setdefaulttimeout(before)
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest.startswith(expected):

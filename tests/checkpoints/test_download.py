@@ -8,16 +8,17 @@ import io
 import multiprocessing
 import os
 import re
-import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import pytest
 from http_server import Answer, Server
 
 from mmhrformer.checkpoints import download as module
-from mmhrformer.checkpoints.download import DownloadError, download
+from mmhrformer.checkpoints.download import DownloadError, _Redirects, download
 
 CONTENT = bytes(range(256)) * 1200
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -102,7 +103,6 @@ def test_silent_server(tmp_path, monkeypatch):
     with Server(CONTENT, finally_=answer) as server, pytest.raises(DownloadError, match=words):
         download(server.url(NAME), tmp_path / NAME)
     assert time.monotonic() - start < 4
-    assert socket.getdefaulttimeout() is None
     assert left(tmp_path) == set()
 
 
@@ -157,24 +157,24 @@ def test_existing_file_is_checked_without_network(case, tmp_path):
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    class Full:
-        """Fails as a file on a full disk does, and once more when it is closed."""
+    def fail(*args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def __init__(self, name: str, mode: str) -> None:
-            Path(name).touch()
-            self.name = name
-
-        def write(self, data: bytes = b'') -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        close = write
-
-    monkeypatch.setattr('torch.hub.open', Full, raising=False)
+    monkeypatch.setattr('shutil.copyfileobj', fail)
     words = rf'cannot keep \S+ as .*{NAME}: .*No space left.*Make room.*MMHRFORMER_CACHE'
     with Server(CONTENT) as server, pytest.raises(DownloadError, match=words):
         download(server.url(NAME), tmp_path / NAME)
     assert len(server.requests) == 1
     assert left(tmp_path) == set()
+
+
+def test_redirect_from_https_to_http():
+    """What anybody on the way can change is not fetched, whatever the hash says."""
+    request = Request('https://host/x')
+    for url in ('http://host/x', 'ftp://host/x'):
+        with pytest.raises(HTTPError, match=f'to {url}, which is not https'):
+            _Redirects().redirect_request(request, io.BytesIO(), 302, '', {}, url)
+    assert _Redirects().redirect_request(request, io.BytesIO(), 302, '', {}, 'https://host/y')
 
 
 def test_folder_of_no_use(tmp_path):
