@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import struct
@@ -17,17 +16,12 @@ class Answer:
     """How to answer a request; by default as a good server does.
 
     Attributes:
-        status (int): Status of an answer without a file; 0 is 200, 206, 404 or 416, as is right.
+        status (int): Status of an answer without a file; 0 is 200 or 404, as is right.
         headers (Mapping[str, str]): Added to the usual ones, or in their place.
         body (bytes, optional): Sent instead of the file.
         cut (int, optional): End the connection after so many bytes of the body.
         reset (bool): End it by a reset, as a crash does.
         hold (bool): Keep it open after what was sent, and send nothing more.
-        ranges (bool): Whether to know ``Range``.
-        if_range (bool): Whether to know ``If-Range``.
-        etag (bool): Whether to send an ``ETag``.
-        length (bool): Whether to send ``Content-Length``.
-        chunked (bool): Send in chunks, without ``Content-Length``.
     """
 
     status: int = 0
@@ -36,11 +30,6 @@ class Answer:
     cut: int | None = None
     reset: bool = False
     hold: bool = False
-    ranges: bool = True
-    if_range: bool = True
-    etag: bool = True
-    length: bool = True
-    chunked: bool = False
 
 
 class Server:
@@ -106,13 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         answer = self.owner.next_answer({'path': self.path, **self.headers})
         status, headers, body = self.compose(answer)
-        headers = {'Connection': 'close', **headers, **answer.headers}
-        if answer.chunked:
-            headers['Transfer-Encoding'] = 'chunked'
-        elif answer.length:
-            headers.setdefault('Content-Length', str(len(body)))
+        usual = {'Connection': 'close', 'Content-Length': str(len(body))}
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**usual, **headers, **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.send(answer, body)
@@ -122,27 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.owner.content(self.path)
         if answer.status or content is None:
             return answer.status or 404, {}, answer.body or b''
-        content = content if answer.body is None else answer.body
-        tag = f'"{hashlib.md5(content).hexdigest()}"'
         headers = {'Content-Type': 'application/octet-stream'}
-        if answer.etag:
-            headers['ETag'] = tag
-        wanted = self.headers.get('Range') if answer.ranges else None
-        if wanted is None or (answer.if_range and self.headers.get('If-Range', tag) != tag):
-            return 200, headers, content
-        start = int(wanted.removeprefix('bytes=').removesuffix('-'))
-        if start >= len(content):
-            return 416, {**headers, 'Content-Range': f'bytes */{len(content)}'}, b''
-        headers['Content-Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
-        return 206, headers, content[start:]
+        return 200, headers, content if answer.body is None else answer.body
 
     def send(self, answer: Answer, body: bytes) -> None:
-        sent = body[: answer.cut]
-        if answer.chunked:
-            end = b'' if len(sent) < len(body) else b'\r\n0\r\n\r\n'
-            sent = f'{len(body):x}\r\n'.encode() + sent + end
         try:
-            self.wfile.write(sent)
+            self.wfile.write(body[: answer.cut])
         except ConnectionError:  # who asked has read enough
             return
         if answer.hold:

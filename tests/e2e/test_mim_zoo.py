@@ -148,7 +148,7 @@ def test_by_name(wheel, server):
     [
         Answer(body=b'<!DOCTYPE html><html>please log in</html>'),
         Answer(status=404, body=b'<html>gone</html>'),
-        Answer(cut=100_000, etag=False),
+        Answer(cut=100_000),
         Answer(body=b'PK but something else'),
     ],
     ids=['page', '404', 'cut off', 'wrong content'],
