@@ -212,7 +212,7 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.stderr', terminal)
     with Server(CONTENT) as server:
         download(server.url(NAME), tmp_path / NAME)
-    assert '100' in terminal.getvalue()
+    assert '307.2/307.2 kB' in terminal.getvalue()
 
 
 def test_processes_wait_for_one_another(tmp_path):
