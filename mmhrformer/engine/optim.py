@@ -114,7 +114,8 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
                 above = layers - 1 - depth
             groups.setdefault((above, spared), []).append(parameter)
         kind = self.optimizer_cfg['type']
-        kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind) if isinstance(kind, str) else kind
         arguments = list(inspect.signature(kind).parameters) if kind else ['params']
         param_groups = []
         for (above, spared), parameters in sorted(groups.items(), key=lambda item: item[0]):

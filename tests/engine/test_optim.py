@@ -10,7 +10,7 @@ import pytest
 import torch
 from graphs import Graphs
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, OPTIMIZERS, DefaultScope
+from mmengine.registry import MODELS, OPTIMIZERS, DefaultScope, Registry
 from needs import needs
 from torch import nn
 
@@ -239,7 +239,10 @@ def test_compiled_steps_leave_the_optimizer_out():
     assert not torch.equal(model.weight, before)
 
 
-@OPTIMIZERS.register_module()
+OWN_OPTIMIZERS = Registry('own optimizer', parent=OPTIMIZERS, scope='own')
+
+
+@OWN_OPTIMIZERS.register_module()
 class NamedOtherwise(torch.optim.SGD):
     """An optimizer whose first argument has a name of its own."""
 
@@ -249,7 +252,8 @@ class NamedOtherwise(torch.optim.SGD):
 
 def test_the_first_argument_of_an_optimizer_may_have_any_name():
     cfg = dict(optimizer=dict(type='NamedOtherwise', lr=0.1))
-    wrapper = DecayGroupsConstructor(cfg, dict(no_decay='vectors'))(nn.Linear(2, 3))
+    with DefaultScope.overwrite_default_scope('own'):
+        wrapper = DecayGroupsConstructor(cfg, dict(no_decay='vectors'))(nn.Linear(2, 3))
     assert [group['weight_decay'] for group in wrapper.optimizer.param_groups] == [0, 0]
     assert [group['lr'] for group in wrapper.optimizer.param_groups] == [0.1, 0.1]
 
