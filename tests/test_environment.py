@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module, metadata
@@ -182,7 +183,7 @@ def test_the_command_explains_a_broken_core(site):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('ImportError: mmhrformer is built on torch, NumPy, mmengine and mmcv')
-    assert "To mend it: pip install 'mmhrformer[core]'" in last
+    assert re.search('To mend it: .*pip install ', last)  # of what, depends on what is installed
     assert 'mmcv 2.1.0' in last.partition('Installed: ')[2]
 
 

@@ -262,6 +262,7 @@ class TestBrowseDataset:
         return (abs(image[..., ::-1].astype(int) - rgb) < 60).all(-1).sum()
 
     @pytest.mark.usefixtures('data')
+    @needs('mmpose')
     def test_one_image_that_cannot_be_read(self, tool, tmp_path, capsys):
         images = sorted((tmp_path / 'data/demo/figures/val').glob('*.jpg'))
         images[0].write_text('this is text')
