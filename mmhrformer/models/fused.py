@@ -19,6 +19,8 @@ from .ffn import DepthwiseConv2d, DWConvFFN
 
 # Below this a scale of layer normalization cannot be undone for the padding.
 SMALLEST_SCALE = 1e-3
+NORMS = (_BatchNorm, nn.SyncBatchNorm)
+CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
 
 
 def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
@@ -27,10 +29,6 @@ def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)
     return linear
-
-
-NORMS = (_BatchNorm, nn.SyncBatchNorm)
-CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
 
 
 def is_plain_conv(module: nn.Module) -> bool:
