@@ -1,0 +1,466 @@
+"""Batch normalization and GELU of channels-last maps in Triton.
+
+Bytes decide: a map is read twice and written once in a forward pass, read four times and written
+once in a backward pass, and nothing but the input map is kept between them. Import this module
+only where Triton is installed.
+
+A map (B, C, H, W) is a matrix (B * H * W, C) here. Sums over its rows are made in two steps, one
+partial result per program and then their combination, in an order that depends on sizes alone: the
+same bits each time. Moments are triples (count, mean, sum of squared deviations from it), which
+can be combined without loss, as those of programs and of processes are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ['batch_norm_gelu']
+
+# For each kernel over maps: elements of a tile, programs at most, warps.
+LAUNCH = {
+    'moments': (4096, 1024, 4),
+    'normalize': (4096, 4096, 4),
+    'gradient_sums': (4096, 1024, 4),
+    'input_gradient': (4096, 4096, 4),
+}
+# Columns of a tile: the number that leaves the fewest of them empty, of two as good the first.
+COLUMNS = (128, 64, 32)
+# Of the kernel that combines moments: how many at a time, of how many channels, warps.
+COMBINE = (128, 16, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _place(
+    R, COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr
+):
+    """Where the first tile of a program is, and which of its rows and columns there are."""
+    first = tl.program_id(1).to(tl.int64) * (TILES * BLOCK_R)
+    row = tl.arange(0, BLOCK_R)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = (first + row)[:, None] * COLS + col[None, :]
+    left = tl.minimum(tl.maximum(R - first, 0), TILES * BLOCK_R).to(tl.int32)
+    return at, row, col, left
+
+
+@triton.jit
+def _affine(count, mean, spread, weight, bias, eps, c, in_c, TRAINING: tl.constexpr):
+    """Mean, reciprocal standard deviation, weight and bias of channels."""
+    m = tl.load(mean + c, mask=in_c, other=0.0).to(tl.float32)
+    var = tl.load(spread + c, mask=in_c, other=0.0).to(tl.float32)
+    if TRAINING:
+        var /= tl.load(count + c, mask=in_c, other=1.0)
+    w = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+    return m, tl.rsqrt(var + eps), w, b
+
+
+@triton.jit
+def _gelu_slope(z):
+    """Derivative of GELU: the normal distribution's Phi(z) + z phi(z)."""
+    return (
+        0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    )
+
+
+@triton.jit
+def _moments(
+    x, parts, R, C: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Moments of the columns of a program's rows, to ``parts`` (programs * COLS / C, 3, C).
+
+    Sums of squares are of distances from the mean of the first tile, without which nothing would be
+    left of the variance of a channel whose mean is large.
+    """
+    at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
+    in_c = col < COLS
+    mask = (row < left)[:, None] & in_c[None, :]
+    shift = tl.sum(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0)
+    shift = shift / tl.maximum(tl.minimum(left, BLOCK_R), 1)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    square = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in range(TILES):
+        mask = (row + i * BLOCK_R < left)[:, None] & in_c[None, :]
+        v = tl.load(x + at + i * BLOCK_R * COLS, mask=mask, other=0.0).to(tl.float32)
+        v = tl.where(mask, v - shift[None, :], 0.0)
+        total += v
+        square += v * v
+    n = tl.maximum(left, 1).to(tl.float32)
+    delta = tl.sum(total, 0) / n
+    m2 = tl.sum(square, 0) - delta * delta * n
+    part = tl.program_id(1) * (COLS // C) + col // C
+    out = parts + part * (3 * C) + col % C
+    tl.store(out, tl.zeros((BLOCK_C,), tl.float32) + left, mask=in_c)
+    tl.store(out + C, shift + delta, mask=in_c)
+    tl.store(out + 2 * C, tl.where(m2 < 0, 0.0, m2), mask=in_c)
+
+
+@triton.jit
+def _combine(
+    parts, out, running_mean, running_var, momentum, P, C,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
+    """Moments (3, C) of all the rows of ``parts`` (P, 3, C), and running statistics of them."""
+    p = tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    at = parts + p[:, None] * (3 * C) + c[None, :]
+    mask = (p < P)[:, None] & in_c[None, :]
+    n = tl.load(at, mask=mask, other=0.0)
+    mean = tl.load(at + C, mask=mask, other=0.0)
+    shift = tl.sum(n * mean, 0) / tl.maximum(tl.sum(n, 0), 1.0)
+    count = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for i in range(TILES):
+        mask = (p + i * BLOCK_P < P)[:, None] & in_c[None, :]
+        here = at + i * BLOCK_P * 3 * C
+        n = tl.load(here, mask=mask, other=0.0)
+        d = tl.load(here + C, mask=mask, other=0.0) - shift[None, :]
+        count += n
+        total += n * d
+        square += tl.load(here + 2 * C, mask=mask, other=0.0) + n * d * d
+    N = tl.sum(count, 0)
+    delta = tl.sum(total, 0) / tl.maximum(N, 1.0)
+    mean = shift + delta
+    m2 = tl.sum(square, 0) - N * delta * delta
+    m2 = tl.where(m2 < 0, 0.0, m2)
+    tl.store(out + c, N, mask=in_c)
+    tl.store(out + C + c, mean, mask=in_c)
+    tl.store(out + 2 * C + c, m2, mask=in_c)
+    if UPDATE:
+        old = tl.load(running_mean + c, mask=in_c, other=0.0).to(tl.float32)
+        new = old + momentum * (mean - old)
+        tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=in_c)
+        old = tl.load(running_var + c, mask=in_c, other=0.0).to(tl.float32)
+        new = old + momentum * (m2 / (N - 1) - old)
+        tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
+def _normalize(
+    x, count, mean, spread, weight, bias, out, eps, R, C: tl.constexpr, COLS: tl.constexpr,
+    TRAINING: tl.constexpr, GELU: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """gelu((x - mean) / sqrt(var + eps) * weight + bias)."""
+    at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
+    in_c = col < COLS
+    m, invstd, w, b = _affine(count, mean, spread, weight, bias, eps, col % C, in_c, TRAINING)
+    w *= invstd
+    for i in range(TILES):
+        mask = (row + i * BLOCK_R < left)[:, None] & in_c[None, :]
+        here = at + i * BLOCK_R * COLS
+        v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+        v = (v - m[None, :]) * w[None, :] + b[None, :]
+        if GELU:
+            v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+        tl.store(out + here, v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_sums(
+    grad, x, count, mean, spread, weight, bias, parts, eps, R, C: tl.constexpr, COLS: tl.constexpr,
+    TRAINING: tl.constexpr, GELU: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Sums of a program's gradients of bias and weight, to ``parts`` (programs * COLS / C, 2, C)."""
+    at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
+    in_c = col < COLS
+    m, invstd, w, b = _affine(count, mean, spread, weight, bias, eps, col % C, in_c, TRAINING)
+    sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_w = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in range(TILES):
+        mask = (row + i * BLOCK_R < left)[:, None] & in_c[None, :]
+        here = at + i * BLOCK_R * COLS
+        g = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+        v = (v - m[None, :]) * invstd[None, :]
+        if GELU:
+            g *= _gelu_slope(v * w[None, :] + b[None, :])
+        sum_b += g
+        sum_w += g * v
+    part = tl.program_id(1) * (COLS // C) + col // C
+    out = parts + part * (2 * C) + col % C
+    tl.store(out, tl.sum(sum_b, 0), mask=in_c)
+    tl.store(out + C, tl.sum(sum_w, 0), mask=in_c)
+
+
+@triton.jit
+def _input_gradient(
+    grad, x, count, mean, spread, weight, bias, sums, out, eps, R,
+    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the map; ``sums`` (2, C) are those of bias and weight over all rows."""
+    at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
+    in_c = col < COLS
+    c = col % C
+    m, invstd, w, b = _affine(count, mean, spread, weight, bias, eps, c, in_c, TRAINING)
+    mean_b = tl.zeros((BLOCK_C,), tl.float32)
+    mean_w = tl.zeros((BLOCK_C,), tl.float32)
+    if TRAINING:
+        n = tl.load(count + c, mask=in_c, other=1.0)
+        mean_b = tl.load(sums + c, mask=in_c, other=0.0) / n
+        mean_w = tl.load(sums + C + c, mask=in_c, other=0.0) / n
+    slope = w * invstd
+    for i in range(TILES):
+        mask = (row + i * BLOCK_R < left)[:, None] & in_c[None, :]
+        here = at + i * BLOCK_R * COLS
+        g = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+        v = (v - m[None, :]) * invstd[None, :]
+        if GELU:
+            g *= _gelu_slope(v * w[None, :] + b[None, :])
+        g = (g - mean_b[None, :] - v * mean_w[None, :]) * slope[None, :]
+        tl.store(out + here, g.to(out.dtype.element_ty), mask=mask)
+
+
+def _tiling(name: str, x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Grid, rows and constants of a kernel over a map.
+
+    Rows that are no multiple of 16 bytes, of 78 channels for example, are joined to such that are,
+    if the map has a multiple of as many: a thread then loads 16 bytes instead of 4 at once.
+    """
+    elements, programs, warps = LAUNCH[name]
+    C = x.shape[1]
+    rows = x.numel() // C
+    fold = 16 // math.gcd(C * x.element_size(), 16)
+    fold = math.gcd(fold, rows)
+    rows, cols = rows // fold, fold * C
+    block_c = min(COLUMNS, key=lambda block: -cols % block)
+    block_r = elements // block_c
+    blocks = triton.cdiv(cols, block_c)
+    tiles = triton.next_power_of_2(max(1, triton.cdiv(rows, block_r) * blocks // programs))
+    grid = blocks, max(1, triton.cdiv(rows, block_r * tiles))
+    constants = dict(C=C, COLS=cols, BLOCK_R=block_r, BLOCK_C=block_c, TILES=tiles, num_warps=warps)
+    return grid, rows, constants
+
+
+LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
+
+
+def _operator(schema: str, fake: Callable) -> Callable:
+    """Make an operator of torch of a function.
+
+    Not by ``torch.library.custom_op``, which takes 15 us of a CPU in each call, 39 us if the
+    operator changes an argument, where this takes 2.
+    """
+    name = schema[: schema.index('(')]
+
+    def register(function: Callable) -> Callable:
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'mmhrformer::{name}', fake, lib=LIBRARY)
+        return getattr(torch.ops.mmhrformer, name).default
+
+    return register
+
+
+def combine_moments(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> Tensor:
+    """Moments of all rows of moments of parts of them.
+
+    Args:
+        parts (Tensor): Count, mean and sum of squared deviations, of shape (parts, 3, C).
+        running_mean (Tensor, optional): Is updated. Of shape (C,).
+        running_var (Tensor, optional): Is updated, by the unbiased variance. Of shape (C,).
+        momentum (float): Weight of the new statistics.
+
+    Returns:
+        Tensor: Moments of shape (3, C).
+    """
+    block_p, block_c, warps = COMBINE
+    P, _, C = parts.shape
+    out = parts.new_empty(3, C)
+    _combine[(triton.cdiv(C, block_c),)](
+        parts, out, running_mean, running_var, momentum, P, C,
+        BLOCK_P=block_p, BLOCK_C=block_c, TILES=triton.next_power_of_2(triton.cdiv(P, block_p)),
+        UPDATE=running_mean is not None, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@_operator(
+    'batch_norm_moments(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, '
+    'float momentum) -> Tensor',
+    lambda x, *_: x.new_empty((3, x.shape[1]), dtype=torch.float32),
+)
+def moments(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> Tensor:
+    """Moments (3, C) of a channels-last map, see :func:`combine_moments`."""
+    grid, rows, constants = _tiling('moments', x)
+    C = x.shape[1]
+    parts = x.new_empty((grid[1] * constants['COLS'] // C, 3, C), dtype=torch.float32)
+    _moments[grid](x, parts, rows, **constants)
+    return combine_moments(parts, running_mean, running_var, momentum)
+
+
+# Count, mean and sum of squared deviations in training, variance else; weight and bias.
+STATISTICS = 'Tensor count, Tensor mean, Tensor spread, Tensor weight, Tensor bias'
+OPTIONS = 'float eps, bool training, bool gelu'
+
+
+@_operator(
+    f'batch_norm_normalize(Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
+    lambda x, *_: torch.empty_like(x),
+)
+def normalize(x: Tensor, *args) -> Tensor:
+    """The normalized map, with GELU."""
+    *statistics, eps, training, gelu = args
+    grid, rows, constants = _tiling('normalize', x)
+    out = torch.empty_like(x)
+    _normalize[grid](x, *statistics, out, eps, rows, TRAINING=training, GELU=gelu, **constants)
+    return out
+
+
+@_operator(
+    f'batch_norm_gradient_sums(Tensor grad, Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
+    lambda grad, x, *_: x.new_empty((2, x.shape[1]), dtype=torch.float32),
+)
+def gradient_sums(grad: Tensor, x: Tensor, *args) -> Tensor:
+    """Gradients of bias and weight, of shape (2, C)."""
+    *statistics, eps, training, gelu = args
+    grid, rows, constants = _tiling('gradient_sums', x)
+    C = x.shape[1]
+    parts = x.new_empty((grid[1] * constants['COLS'] // C, 2, C), dtype=torch.float32)
+    _gradient_sums[grid](
+        grad, x, *statistics, parts, eps, rows, TRAINING=training, GELU=gelu, **constants
+    )
+    return parts.sum(0)
+
+
+@_operator(
+    f'batch_norm_input_gradient(Tensor grad, Tensor x, {STATISTICS}, Tensor? sums, {OPTIONS})'
+    ' -> Tensor',
+    lambda grad, x, *_: torch.empty_like(x),
+)
+def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
+    """Gradient of the map; the sums are those of :func:`gradient_sums` over all processes."""
+    *statistics, sums, eps, training, gelu = args
+    grid, rows, constants = _tiling('input_gradient', x)
+    out = torch.empty_like(x)
+    _input_gradient[grid](
+        grad, x, *statistics, sums, out, eps, rows, TRAINING=training, GELU=gelu, **constants
+    )
+    return out
+
+
+class BatchNormGELU(torch.autograd.Function):
+    """See :func:`batch_norm_gelu`; the options are eps, training and gelu."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None,
+        momentum: float, group: dist.ProcessGroup | None, *options,
+    ) -> Tensor:  # fmt: skip
+        """Keep the map and what is known of its channels."""
+        if not options[1]:
+            statistics = mean, mean, var
+        elif group is None:
+            statistics = moments(x, mean, var, momentum).unbind()
+        else:
+            parts = _gather(moments(x, None, None, momentum), group)
+            statistics = combine_moments(parts, mean, var, momentum).unbind()
+        ctx.group, ctx.options = group, options
+        ctx.save_for_backward(x, *statistics, weight, bias)
+        return normalize(x, *statistics, weight, bias, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the map, the weight and the bias."""
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        training = ctx.options[1]
+        sums, grad_x = (None, None), None
+        if training or any(ctx.needs_input_grad[1:3]):
+            sums = gradient_sums(grad, *ctx.saved_tensors, *ctx.options)
+        if ctx.needs_input_grad[0]:
+            total = sums if training else None
+            if training and ctx.group is not None:
+                total = sums.clone()
+                dist.all_reduce(total, group=ctx.group)
+            grad_x = input_gradient(grad, *ctx.saved_tensors, total, *ctx.options)
+        return grad_x, sums[1], sums[0], *[None] * 7
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The moments (processes, 3, C) of all processes."""
+    parts = local.new_empty(dist.get_world_size(group), *local.shape)
+    dist.all_gather_into_tensor(parts, local, group)
+    return parts
+
+
+def batch_norm_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    training: bool,
+    process_group: dist.ProcessGroup | None = None,
+    gelu: bool = True,
+) -> Tensor:
+    """Compute ``gelu(batch_norm(x))``, and for the backward pass keep ``x`` alone.
+
+    Sums are in float32 whatever the data type of the map, as the gradients of weight and bias are.
+    They are the same bits each time. Second derivatives raise an error.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W), in float32, float16 or bfloat16; one that is not
+            channels-last is copied.
+        weight (Tensor): Weight of shape (C,).
+        bias (Tensor): Bias of shape (C,).
+        running_mean (Tensor, optional): Running mean of shape (C,), which training updates.
+        running_var (Tensor, optional): Running variance of shape (C,), which training updates.
+        momentum (float): Weight of the new statistics.
+        eps (float): What is added to the variance.
+        training (bool): Whether to normalize by the statistics of the map.
+        process_group (ProcessGroup, optional): Processes that share these statistics, as in
+            ``nn.SyncBatchNorm``; they may have maps of different sizes. Defaults to None: none.
+        gelu (bool): Whether to compute GELU. Defaults to True.
+
+    Returns:
+        Tensor: Map of shape (B, C, H, W), channels-last.
+
+    Raises:
+        ValueError: If the data type is none of those, if there is one value of each channel to
+            make statistics of, or if there are no running statistics to normalize by.
+
+    Examples:
+        >>> norm = nn.BatchNorm2d(32).cuda()
+        >>> x = torch.rand(2, 32, 8, 6).cuda()
+        >>> batch_norm_gelu(
+        ...     x, norm.weight, norm.bias, norm.running_mean, norm.running_var, 0.1, 1e-5, True
+        ... ).shape
+        torch.Size([2, 32, 8, 6])
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f'x is of {x.dtype}: convert it to one of {DTYPES}')
+    alone = process_group is None or dist.get_world_size(process_group) == 1
+    if training and alone and x.numel() == x.shape[1]:
+        raise ValueError(
+            f'x of shape {tuple(x.shape)} has one value per channel, which has no variance: use '
+            'more images, larger ones, or running statistics (training=False)'
+        )
+    if not training and running_mean is None:
+        raise ValueError('running_mean is None: without running statistics pass training=True')
+    x = x.contiguous(memory_format=torch.channels_last)
+    group = None if alone else process_group
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return BatchNormGELU.apply(
+            x, weight, bias, running_mean, running_var, momentum, group, eps, training, gelu
+        )
