@@ -78,6 +78,7 @@ class FusedWindowAttention(InferenceOnly):
         self.head_dim = head_dim + missing
         weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
         scale, shift = norm.weight.double(), norm.bias.double()
+        original = bias
         bias = bias + weight @ shift
         weight = weight * scale
         weight = weight.view(3, attn.num_heads, head_dim, channels)
@@ -93,6 +94,11 @@ class FusedWindowAttention(InferenceOnly):
         if attn.relative_position_bias_table is not None:
             bias = attn.relative_position_bias(attn.qkv.weight.dtype)
         self.register_buffer('bias', bias)
+        table = attn.relative_position_bias_table
+        self.register_buffer('table', None if table is None else table.detach().clone())
+        # What the projection makes of padding: the bias without the shift of the normalization.
+        original = F.pad(original.view(3, -1, head_dim), (0, missing)).flatten()
+        self.register_buffer('pad', original.to(attn.qkv.weight))
 
     @staticmethod
     def fits(attn: nn.Module, norm: nn.Module) -> bool:
@@ -116,6 +122,9 @@ class FusedWindowAttention(InferenceOnly):
         Returns:
             Tensor: Map of the same shape.
         """
+        if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
+            shape = self.num_heads, self.window_size
+            return self.proj(ops.map_attention(self.qkv(x), self.pad, self.table, *shape, 1.0))
         size = x.shape[1:3]
         windows = ops.window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
         qkv = split_heads(self.qkv(windows), self.num_heads, self.head_dim)

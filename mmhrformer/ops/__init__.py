@@ -15,9 +15,11 @@ from .dispatch import backend, use
 from .windows import padding_mask, window_count, window_merge, window_padding, window_partition
 
 __all__ = [
+    'attends_on_map',
     'backend',
     'conv_gelu',
     'depthwise_conv',
+    'map_attention',
     'norm_gelu_conv',
     'padding_mask',
     'use',
@@ -27,6 +29,47 @@ __all__ = [
     'window_padding',
     'window_partition',
 ]
+
+
+def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
+    """Whether :func:`map_attention` can follow a projection.
+
+    Args:
+        x (Tensor): What will be projected, of shape (B, H, W, C).
+        qkv (nn.Module): The projection. What it makes of padding, zeros, must be its bias.
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+
+    Returns:
+        bool: Whether there is a kernel for it.
+    """
+    return backend(x).attends_on_map(x, qkv, heads, window)
+
+
+def map_attention(
+    qkv: Tensor,
+    pad: Tensor,
+    table: Tensor | None,
+    heads: int,
+    window: int,
+    scale: float,
+    pad_mask: bool = False,
+) -> Tensor:
+    """Window attention that reads the windows from the map: none is copied.
+
+    Args:
+        qkv (Tensor): Queries, keys and values of shape (B, H, W, 3 * heads * head_dim).
+        pad (Tensor): Those of a padded token, of shape (3 * heads * head_dim,).
+        table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+        scale (float): What to multiply the logits with first.
+        pad_mask (bool): Whether padded tokens are hidden. Defaults to False.
+
+    Returns:
+        Tensor: Map of shape (B, H, W, heads * head_dim).
+    """
+    return backend(qkv).map_attention(qkv, pad, table, heads, window, scale, pad_mask)
 
 
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:

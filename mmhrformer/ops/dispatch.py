@@ -11,10 +11,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import compiled, cpu, cuda, reference
+from . import compiled, cpu, cuda, kernels, reference
 from .state import is_compiling, is_transformed
 
-BACKENDS = {'reference': reference, 'compiled': compiled, 'cpu': cpu, 'cuda': cuda}
+BACKENDS = {
+    'reference': reference,
+    'compiled': compiled,
+    'cpu': cpu,
+    'cuda': cuda,
+    'kernels': kernels,
+}
 VARIABLE = 'MMHRFORMER_OPS'
 
 _forced: ContextVar[str | None] = ContextVar('mmhrformer_ops', default=None)

@@ -16,6 +16,11 @@ def head_padding(head_dim: int) -> int:
     return 0
 
 
+def attends_on_map(*_) -> bool:
+    """See :func:`mmhrformer.ops.attends_on_map`: never."""
+    return False
+
+
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """See :func:`mmhrformer.ops.window_attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
