@@ -61,14 +61,39 @@ LINEAR_TILES = {
 
 
 @triton.jit
+def _normal_tail(x):
+    """1 - Phi(|x|) for the distribution function Phi, and exp(-x^2 / 2).
+
+    By a polynomial that is off by 7e-8 at most, as 1 + erf(x) rounded to float32 is, in half of
+    the instructions of CUDA's erf, which would take longer than the memory.
+    """
+    # The square of a reciprocal root takes 2 instructions, a division 9.
+    root = tl.rsqrt(1.0 + 0.33 * tl.abs(x))
+    t = root * root
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    tail = 0.37929653 - 0.11067714 * t
+    tail = -0.09625532 + tail * t
+    tail = 0.20623905 + tail * t
+    tail = 0.1213969 + tail * t
+    return tail * t * bell, bell
+
+
+@triton.jit
 def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tail, _ = _normal_tail(x)
+    return tl.maximum(x, 0.0) - tl.abs(x) * tail
 
 
 @triton.jit
 def _gelu_slope(x):
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    tail, bell = _normal_tail(x)
+    return tl.where(x > 0.0, 1.0 - tail, tail) + x * bell * 0.3989422804014327
+
+
+@triton.jit
+def _add(sum, x0, x1, x2, w0, w1, w2):
+    """``sum`` first, so that each product is one instruction with its addition."""
+    return sum + x0 * w0 + x1 * w1 + x2 * w2
 
 
 @triton.jit
@@ -129,24 +154,24 @@ def _depthwise_kernel(
         start += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     # Sums that lack the lowest row, and for a stride of 1 those that lack the two lowest rows.
     x0, x1, x2 = _row(x, top * STRIDE - 1, col * STRIDE, c, in_c, H, W, C)
-    one = start + x0 * a0 + x1 * a1 + x2 * a2
+    one = _add(start, x0, x1, x2, a0, a1, a2)
     two = start
     if STRIDE == 1:
         x0, x1, x2 = _row(x, top, col, c, in_c, H, W, C)
-        one += x0 * b0 + x1 * b1 + x2 * b2
-        two += x0 * a0 + x1 * a1 + x2 * a2
+        one = _add(one, x0, x1, x2, b0, b1, b2)
+        two = _add(two, x0, x1, x2, a0, a1, a2)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         y = top + i
         if STRIDE == 2:
             x0, x1, x2 = _row(x, 2 * y, col * 2, c, in_c, H, W, C)
-            one += x0 * b0 + x1 * b1 + x2 * b2
+            one = _add(one, x0, x1, x2, b0, b1, b2)
         x0, x1, x2 = _row(x, y * STRIDE + 1, col * STRIDE, c, in_c, H, W, C)
-        result = one + x0 * c0 + x1 * c1 + x2 * c2
+        result = _add(one, x0, x1, x2, c0, c1, c2)
         if STRIDE == 2:
-            one = start + x0 * a0 + x1 * a1 + x2 * a2
+            one = _add(start, x0, x1, x2, a0, a1, a2)
         else:
-            one = two + x0 * b0 + x1 * b1 + x2 * b2
-            two = start + x0 * a0 + x1 * a1 + x2 * a2
+            one = _add(two, x0, x1, x2, b0, b1, b2)
+            two = _add(start, x0, x1, x2, a0, a1, a2)
         at = (y * OW + col)[:, None] * C + c[None, :]
         mask = ((y < OH) & (col < OW))[:, None] & in_c[None, :]
         if HAS_GRAD:

@@ -1,0 +1,48 @@
+"""Whether Triton kernels can run here, asked without importing Triton before it is needed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from mmengine.utils import digit_version
+
+# What torch 2.6 comes with, the first that knows Triton kernels as operators.
+MIN_TRITON = '3.2'
+# The first with bfloat16 and TF32 in its matrix units.
+MIN_CAPABILITY = (8, 0)
+
+
+@lru_cache(maxsize=None)
+def why_not(device: torch.device | None = None) -> str:
+    """Tell why Triton kernels cannot run.
+
+    Args:
+        device (torch.device, optional): The device they are to run on. Defaults to None: only
+            the software is looked at.
+
+    Returns:
+        str: The reason, empty if they can run.
+    """
+    if not hasattr(torch.library, 'triton_op'):
+        return f'torch {torch.__version__} has no torch.library.triton_op: install torch>=2.6'
+    if find_spec('triton') is None:
+        return f'Triton is not installed: install triton>={MIN_TRITON}'
+    import triton
+
+    if digit_version(triton.__version__) < digit_version(MIN_TRITON):
+        return f'triton {triton.__version__} is too old: install triton>={MIN_TRITON}'
+    if device is None or device.type != 'cuda':
+        return ''
+    if torch.version.cuda is None:
+        return f'torch {torch.__version__} is not built for CUDA: the kernels know NVIDIA GPUs only'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f'{device} has compute capability {capability}, the kernels need {MIN_CAPABILITY}'
+    return ''
+
+
+def available(device: torch.device | None = None) -> bool:
+    """Whether Triton kernels can run, see :func:`why_not`."""
+    return not why_not(device)
