@@ -404,16 +404,16 @@ class BatchNormGELU(torch.autograd.Function):
                 "force the plain form by ops.use('reference') or MMHRFORMER_OPS=reference"
             )
         grad = grad.contiguous(memory_format=torch.channels_last)
-        training = ctx.options[1]
+        saved, training = ctx.saved_tensors, ctx.options[1]  # checkpoint unpacks them once only
         sums, grad_x = (None, None), None
         if training or any(ctx.needs_input_grad[1:3]):
-            sums = gradient_sums(grad, *ctx.saved_tensors, *ctx.options)
+            sums = gradient_sums(grad, *saved, *ctx.options)
         if ctx.needs_input_grad[0]:
             total = sums if training else None
             if training and ctx.group is not None:
                 total = sums.clone()
                 dist.all_reduce(total, group=ctx.group)
-            grad_x = input_gradient(grad, *ctx.saved_tensors, total, *ctx.options)
+            grad_x = input_gradient(grad, *saved, total, *ctx.options)
         return grad_x, sums[1], sums[0], *[None] * 7
 
 
