@@ -64,13 +64,8 @@ def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         Path(file.name).write_bytes(compiled.asm['cubin'])
-        run = lambda option: (
-            subprocess.run(  # noqa: E731
-                [TOOL, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', run('-res-usage')).groups()
-        code = run('-sass')
+        usage, code = dump(file.name, '-res-usage'), dump(file.name, '-sass')
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
     loads = re.findall(r'\b(?:LDG|LDGSTS)\.E(\S*)', code)
     widths = [int((re.search(r'\.(\d+)', load) or [0, '32'])[1]) for load in loads]
     return dict(
