@@ -15,21 +15,39 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .windows import window_count
 
-# How each kernel is launched, by whether a window fits into one block of SMALL tokens:
-# ``block``, the queries (or keys) of a program, all of them if 0; ``per``, the windows of a
-# program, for which it gathers the biases once; ``programs``, how many there are at most, each of
-# which leaves a partial sum of the bias gradients (2,401 numbers for windows of 7 x 7, 7,200 for 32
-# queries of 15 x 15); the rest is Triton's.
-SMALL = 64
-FORWARD = {
-    True: dict(block=0, per=8, num_warps=4, num_stages=1),
-    False: dict(block=32, per=4, num_warps=8, num_stages=1),
-}
-QUERIES = {
-    True: dict(block=0, programs=264, num_warps=4, num_stages=1),
-    False: dict(block=32, programs=264, num_warps=8, num_stages=1),
-}
-KEYS = {False: dict(block=32, programs=528, num_warps=8, num_stages=1)}
+# What is set here wins over what launch_options() chooses for a kernel, for measurements.
+OPTIONS: dict[str, dict] = {'forward': {}, 'queries': {}, 'keys': {}, 'reduce': {}}
+
+
+def launch_options(kernel: str, block_n: int, block_d: int, dtype: torch.dtype) -> dict:
+    """How a kernel is launched.
+
+    Args:
+        kernel (str): A key of :data:`OPTIONS`.
+        block_n (int): Tokens of a window, rounded up to a power of two.
+        block_d (int): Numbers of a head, likewise.
+        dtype (torch.dtype): Data type of the map.
+
+    Returns:
+        dict: ``block``, the queries (or keys) of a program, ``programs``, how many there are at
+        most (each goes through many windows, for which it gathers the biases once, and leaves
+        ``block`` x N partial sums of their gradients), and Triton's own options. For the kernel
+        'reduce': ``block``, the entries of the table of a program.
+    """
+    if kernel == 'reduce':
+        return dict(block=1, num_warps=4) | OPTIONS[kernel]
+    # Windows of 7 x 7 in one block: no more fits into registers, and in float32, of which products
+    # are three, not even the backward pass of that. Else blocks have more columns than rows, which
+    # Triton then distributes over the warps (of rows it would compute each several times).
+    whole = block_n <= 64 and (kernel == 'forward' or dtype != torch.float32)
+    options = dict(
+        block=block_n if whole else min(block_n, block_d // 2),
+        programs=1056 if kernel == 'forward' else 264,  # 8 and 2 for each of 132 multiprocessors
+        num_warps=4 if whole else 8,
+        num_stages=2 if whole else 1,
+    )
+    return options | OPTIONS[kernel]
+
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ['B', 'H', 'W']  # never compiled for: strides are multiples of the channels, which are
@@ -62,12 +80,22 @@ def _bias(table, q, k, head, HEADS: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: t
 
 
 @triton.jit
-def _load(x, real, in_d, pad, PAD_MASK: tl.constexpr):
-    """Keys or values of a window, those of padded tokens included."""
-    x = tl.load(x, mask=real[:, None] & in_d[None, :], other=0.0)
-    if not PAD_MASK:
-        x = tl.where(real[:, None], x, pad[None, :].to(x.dtype))
-    return x
+def _load(x, real, pad, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
+    """Keys or values of tokens (their rows start at x), those of padded tokens included."""
+    if PAD_MASK:
+        return tl.load(x[:, None] + d[None, :], mask=real[:, None] & (d < HD)[None, :], other=0.0)
+    x = tl.where(real, x, pad)
+    return tl.load(x[:, None] + d[None, :], mask=(d < HD)[None, :], other=0.0)
+
+
+@triton.jit
+def _add_padded(sums, gradients, real, in_d):
+    """Add gradients of padded tokens to sums of this program, in memory: registers are scarce.
+
+    No other program adds to them, so that the order is the same each time.
+    """
+    total = tl.sum(tl.where(real[:, None], 0.0, gradients), 0)
+    tl.atomic_add(sums, total, mask=in_d, sem='relaxed')
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,10 +113,9 @@ def _forward(
     d = tl.arange(0, BLOCK_D)
     in_d = d < HD
     at_m = (m // WIN * W + m % WIN)[:, None]
-    at_k = (n // WIN * W + n % WIN)[:, None] * (3 * C) + C + d[None, :]
+    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[:, None], n[None, :], head, HEADS, WIN, HAS_BIAS)
-    pad_k = tl.load(pad + C + head * HD + d, mask=in_d, other=0.0)
-    pad_v = tl.load(pad + 2 * C + head * HD + d, mask=in_d, other=0.0)
+    pad += C + head * HD
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(tl.program_id(0) // HEADS, windows, tl.num_programs(0) // HEADS):
         start, real, full = _window(window, n, H, W, WIN)
@@ -96,8 +123,8 @@ def _forward(
         source = qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
         q = tl.load(source + at_m * (3 * C) + d[None, :], mask=mask, other=0.0)
-        k = _load(source + at_k, real, in_d, pad_k, PAD_MASK)
-        v = _load(source + at_k + C, real, in_d, pad_v, PAD_MASK)
+        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
+        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         if PAD_MASK:
             s = tl.where(real[None, :], s, float('-inf'))
@@ -130,13 +157,15 @@ def _grad_queries(
     in_d = d < HD
     at_m = m // WIN * W + m % WIN
     at_q = at_m[:, None] * (3 * C) + d[None, :]
-    at_k = (n // WIN * W + n % WIN)[:, None] * (3 * C) + C + d[None, :]
+    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[:, None], n[None, :], head, HEADS, WIN, HAS_BIAS)
-    pad_k = tl.load(pad + C + head * HD + d, mask=in_d, other=0.0)
-    pad_v = tl.load(pad + 2 * C + head * HD + d, mask=in_d, other=0.0)
+    pad += C + head * HD
+    sums = part_pad + chunk * 2 * C + head * HD + d
+    if WHOLE and not PAD_MASK:
+        tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+        tl.store(sums + C, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+        tl.debug_barrier()
     sum_ds = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-    sum_k = tl.zeros((BLOCK_D,), tl.float32)
-    sum_v = tl.zeros((BLOCK_D,), tl.float32)
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
         start, real, full = _window(window, n, H, W, WIN)
@@ -145,8 +174,8 @@ def _grad_queries(
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
         q = tl.load(source + at_q, mask=mask, other=0.0)
-        k = _load(source + at_k, real, in_d, pad_k, PAD_MASK)
-        v = _load(source + at_k + C, real, in_d, pad_v, PAD_MASK)
+        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
+        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
@@ -157,6 +186,16 @@ def _grad_queries(
         p = tl.exp2(s - largest[:, None])
         total = tl.sum(p, 1)
         p = p / total[:, None]
+        if WHOLE:
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+            mask_k = real[:, None] & in_d[None, :]
+            tl.store(
+                target + (at_k + C)[:, None] + d[None, :],
+                dv.to(grad_qkv.dtype.element_ty),
+                mask=mask_k,
+            )
+            if not PAD_MASK and not full:  # else there is nothing to add: most windows
+                _add_padded(sums + C, dv, real, in_d)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         delta = tl.sum(p * dp, 1)
         ds = p * (dp - delta[:, None])
@@ -167,14 +206,11 @@ def _grad_queries(
         tl.store(target + at_q, dq.to(grad_qkv.dtype.element_ty), mask=mask)
         if WHOLE:
             dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-            mask = real[:, None] & in_d[None, :]
-            tl.store(target + at_k, dk.to(grad_qkv.dtype.element_ty), mask=mask)
-            tl.store(target + at_k + C, dv.to(grad_qkv.dtype.element_ty), mask=mask)
-            if not PAD_MASK:
-                if not full:  # else there is nothing to add: most windows
-                    sum_k += tl.sum(tl.where(real[:, None], 0.0, dk), 0)
-                    sum_v += tl.sum(tl.where(real[:, None], 0.0, dv), 0)
+            tl.store(
+                target + at_k[:, None] + d[None, :], dk.to(grad_qkv.dtype.element_ty), mask=mask_k
+            )
+            if not PAD_MASK and not full:
+                _add_padded(sums, dk, real, in_d)
         else:
             place = stats + head * (B.to(tl.int64) * H * W) + start + at_m
             tl.store(place, largest + tl.log2(total), mask=real_q)
@@ -182,11 +218,6 @@ def _grad_queries(
     if HAS_BIAS:
         place = part_bias + (chunk * HEADS + head) * N * N + m[:, None] * N + n[None, :]
         tl.store(place, sum_ds, mask=(m < N)[:, None] & (n < N)[None, :])
-    if WHOLE:
-        if not PAD_MASK:
-            place = part_pad + chunk * 2 * C + head * HD + d
-            tl.store(place, sum_k, mask=in_d)
-            tl.store(place + C, sum_v, mask=in_d)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -207,12 +238,15 @@ def _grad_keys(
     d = tl.arange(0, BLOCK_D)
     in_d = d < HD
     at_m = m // WIN * W + m % WIN
-    at_k = (n // WIN * W + n % WIN)[:, None] * (3 * C) + C + d[None, :]
+    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[None, :], n[:, None], head, HEADS, WIN, HAS_BIAS)  # (keys, queries)
-    pad_k = tl.load(pad + C + head * HD + d, mask=in_d, other=0.0)
-    pad_v = tl.load(pad + 2 * C + head * HD + d, mask=in_d, other=0.0)
-    sum_k = tl.zeros((BLOCK_D,), tl.float32)
-    sum_v = tl.zeros((BLOCK_D,), tl.float32)
+    pad += C + head * HD
+    block = chunk * tl.num_programs(1) + tl.program_id(1)
+    sums = part_pad + block * 2 * C + head * HD + d
+    if not PAD_MASK:
+        tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+        tl.store(sums + C, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+        tl.debug_barrier()
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
         start, real, full = _window(window, n, H, W, WIN)
@@ -224,8 +258,8 @@ def _grad_keys(
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
-        k = _load(source + at_k, real, in_d, pad_k, PAD_MASK)
-        v = _load(source + at_k + C, real, in_d, pad_v, PAD_MASK)
+        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
+        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         place = stats + head * (B.to(tl.int64) * H * W) + start + at_m
         log = tl.load(place, mask=real_q, other=0.0)
         delta = tl.load(place + HEADS * (B.to(tl.int64) * H * W), mask=real_q, other=0.0)
@@ -237,93 +271,85 @@ def _grad_keys(
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, input_precision=PRECISION) * scale
         mask = real[:, None] & in_d[None, :]
-        tl.store(target + at_k, dk.to(grad_qkv.dtype.element_ty), mask=mask)
-        tl.store(target + at_k + C, dv.to(grad_qkv.dtype.element_ty), mask=mask)
-        if not PAD_MASK:
-            if not full:
-                sum_k += tl.sum(tl.where(real[:, None], 0.0, dk), 0)
-                sum_v += tl.sum(tl.where(real[:, None], 0.0, dv), 0)
-    if not PAD_MASK:
-        place = part_pad + (chunk * tl.num_programs(1) + tl.program_id(1)) * 2 * C + head * HD + d
-        tl.store(place, sum_k, mask=in_d)
-        tl.store(place + C, sum_v, mask=in_d)
+        tl.store(target + at_k[:, None] + d[None, :], dk.to(grad_qkv.dtype.element_ty), mask=mask)
+        tl.store(
+            target + (at_k + C)[:, None] + d[None, :], dv.to(grad_qkv.dtype.element_ty), mask=mask
+        )
+        if not PAD_MASK and not full:
+            _add_padded(sums, dk, real, in_d)
+            _add_padded(sums + C, dv, real, in_d)
 
 
 @triton.jit(do_not_specialize=['chunks', 'rows'])
 def _reduce(
     part_bias, part_pad, grad_table, grad_pad, chunks, rows,
-    HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, ENTRIES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add partial sums, always in the same order: a program an entry of the table, or some of pad.
+    """Add partial sums, always in the same order: a program has BLOCK numbers of the table.
 
-    The first ENTRIES * HEADS programs add those of ``part_bias`` (chunks, HEADS, N, N) over all
-    pairs of tokens that share an entry, the others those of ``part_pad`` (rows, 2, C).
+    The first programs add ``part_bias`` (chunks, HEADS, N, N) over all pairs of tokens that share
+    one of the NUMBERS of the table (entries, HEADS), the others ``part_pad`` (rows, 2, C).
     """
     N: tl.constexpr = WIN * WIN
     C: tl.constexpr = HEADS * HD
+    PROGRAMS: tl.constexpr = (NUMBERS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    r = tl.arange(0, BLOCK_R)
-    n = tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    if program < ENTRIES * HEADS:
-        entry, head = program // HEADS, program % HEADS
+    r = tl.arange(0, BLOCK * BLOCK_R)
+    n = tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK * BLOCK_R, BLOCK_N), tl.float32)
+    if program < PROGRAMS:
+        number = (program * BLOCK + r // BLOCK_R)[:, None]
+        entry, head = number // HEADS, number % HEADS
         y = n // WIN + entry // (2 * WIN - 1) - WIN + 1
         x = n % WIN + entry % (2 * WIN - 1) - WIN + 1
-        pair = (n < N) & (y >= 0) & (y < WIN) & (x >= 0) & (x < WIN)
-        place = part_bias + head * N * N + (y * WIN + x) * N + n
+        pair = (number < NUMBERS) & (n < N) & (y >= 0) & (y < WIN) & (x >= 0) & (x < WIN)
+        place = part_bias + head * (N * N) + (y * WIN + x) * N + n
         for first in range(0, chunks, BLOCK_R):
-            mask = (first + r < chunks)[:, None] & pair[None, :]
-            at = (first + r)[:, None] * (HEADS * N * N)
-            total += tl.load(place[None, :] + at, mask=mask, other=0.0)
-        one = tl.sum(tl.sum(total, 0), 0)
-        tl.store(grad_table + program, one.to(grad_table.dtype.element_ty))
+            chunk = (first + r % BLOCK_R)[:, None]
+            at = chunk * (HEADS * N * N)
+            total += tl.load(place + at, mask=pair & (chunk < chunks), other=0.0)
+        sums = tl.sum(tl.reshape(total, (BLOCK, BLOCK_R * BLOCK_N)), 1)
+        number = program * BLOCK + tl.arange(0, BLOCK)
+        tl.store(grad_table + number, sums.to(grad_table.dtype.element_ty), mask=number < NUMBERS)
     else:
-        c = (program - ENTRIES * HEADS) * BLOCK_N + n
-        for first in range(0, rows, BLOCK_R):
-            mask = (first + r < rows)[:, None] & (c < 2 * C)[None, :]
-            at = (first + r)[:, None] * (2 * C) + c[None, :]
-            total += tl.load(part_pad + at, mask=mask, other=0.0)
-        tl.store(
-            grad_pad + C + c, tl.sum(total, 0).to(grad_pad.dtype.element_ty), mask=c < 2 * C
-        )
+        c = (program - PROGRAMS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        for first in range(0, rows, BLOCK * BLOCK_R):
+            row = (first + r)[:, None]
+            mask = (row < rows) & (c < 2 * C)[None, :]
+            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=mask, other=0.0)
+        sums = tl.sum(total, 0).to(grad_pad.dtype.element_ty)
+        tl.store(grad_pad + C + c, sums, mask=c < 2 * C)
 
 
-def _constants(qkv: Tensor, table: Tensor | None, heads: int, window: int, pad_mask: bool) -> dict:
-    """What the kernels on maps are compiled for."""
-    head_dim = qkv.shape[-1] // 3 // heads
-    return dict(
+def _block(size: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(size))
+
+
+def _plan(
+    kernel: str, qkv: Tensor, table: Tensor | None, heads: int, window: int, pad_mask: bool
+) -> tuple[tuple[int, int], dict]:
+    """The grid of a kernel on maps, and the keywords that it is launched with."""
+    B, H, W, C3 = qkv.shape
+    head_dim = C3 // 3 // heads
+    block_n, block_d = _block(window**2, least=16), _block(head_dim, least=32)
+    options = launch_options(kernel, block_n, block_d, qkv.dtype)
+    block, programs = options.pop('block'), options.pop('programs')
+    blocks = triton.cdiv(window**2, block)
+    windows = B * window_count(H, window) * window_count(W, window)
+    per = (windows * heads * blocks + programs - 1) // programs  # windows of a program
+    keywords = dict(
         HEADS=heads,
         HD=head_dim,
         WIN=window,
         HAS_BIAS=table is not None,
         PAD_MASK=pad_mask,
-        BLOCK_N=_block(window**2),
-        BLOCK_D=_block(head_dim),
+        BLOCK=block,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
         PRECISION='tf32x3' if qkv.dtype == torch.float32 else 'tf32',
     )
-
-
-def _block(size: int) -> int:
-    """The power of two that holds a size, no smaller than what ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _windows(qkv: Tensor, window: int) -> int:
-    B, H, W, _ = qkv.shape
-    return B * window_count(H, window) * window_count(W, window)
-
-
-def _grid(windows: int, heads: int, window: int, options: dict) -> tuple[tuple[int, int], dict]:
-    """Turn an entry of the tables at the top into a grid and launch options."""
-    options = dict(options)
-    block = options['BLOCK'] = options.pop('block') or _block(window**2)
-    blocks = triton.cdiv(window**2, block)
-    programs = options.pop('programs', None)
-    per = options.pop('per', 1)
-    if programs:
-        per = triton.cdiv(windows, max(1, programs // (heads * blocks)))
-    return (triton.cdiv(windows, per) * heads, blocks), options
+    return ((windows + per - 1) // per * heads, blocks), keywords | options
 
 
 def _operator(name: str):
@@ -343,17 +369,13 @@ def _window_attention(
     scale: float,
     pad_mask: bool,
 ) -> Tensor:
-    qkv, pad = qkv.contiguous(), pad.contiguous()
-    table = None if table is None else table.contiguous()
+    qkv, pad = qkv.contiguous(), pad.to(qkv.dtype).contiguous()
     B, H, W, C3 = qkv.shape
     out = qkv.new_empty(B, H, W, C3 // 3)
-    constants = _constants(qkv, table, heads, window, pad_mask)
-    options = FORWARD[constants['BLOCK_N'] <= SMALL]
-    grid, options = _grid(_windows(qkv, window), heads, window, options)
+    grid, keywords = _plan('forward', qkv, table, heads, window, pad_mask)
+    table = pad if table is None else table.contiguous()
     with torch.cuda.device_of(qkv):
-        wrap_triton(_forward)[grid](
-            qkv, pad, pad if table is None else table, out, B, H, W, scale, **constants, **options
-        )
+        wrap_triton(_forward)[grid](qkv, pad, table, out, B, H, W, scale, **keywords)
     return out
 
 
@@ -373,51 +395,62 @@ def _window_attention_backward(
     scale: float,
     pad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, qkv, pad = grad.contiguous(), qkv.contiguous(), pad.contiguous()
-    table = pad.new_empty(0) if table is None else table.contiguous()
-    has_bias = table.numel() > 0
+    grad, qkv = grad.contiguous(), qkv.contiguous()
     B, H, W, C3 = qkv.shape
-    sizes = (B, H, W, scale)
-    constants = _constants(qkv, table if has_bias else None, heads, window, pad_mask)
-    small = constants['BLOCK_N'] <= SMALL
-    windows, N = _windows(qkv, window), window**2
-    grid, options = _grid(windows, heads, window, QUERIES[small])
+    arguments = (qkv, table, heads, window, pad_mask)
+    grid, keywords = _plan('queries', *arguments)
+    grid_keys, keywords_keys = _plan('keys', *arguments)
+    whole = grid[1] == 1
     chunks = grid[0] // heads
-    grad_qkv, grad_table = torch.empty_like(qkv), torch.empty_like(table)
-    grad_pad = torch.zeros_like(pad)  # queries of padded tokens are of no use
+    rows = chunks if whole else grid_keys[0] // heads * grid_keys[1]
     empty = lambda *size: qkv.new_empty(size, dtype=torch.float32)  # noqa: E731
-    part_bias = empty(chunks, heads, N, N) if has_bias else empty(1)
-    stats = empty(1) if small else empty(2, heads, B, H, W)
-    if not small:
-        grid_keys, options_keys = _grid(windows, heads, window, KEYS[small])
-    rows = chunks if small else grid_keys[0] // heads * grid_keys[1]
+    part_bias = empty(1) if table is None else empty(chunks, heads, window**2, window**2)
     part_pad = empty(1) if pad_mask else empty(rows, 2, C3 // 3)
+    stats = empty(1) if whole else empty(2, heads, B, H, W)
+    grads = grad_qkv, grad_pad, grad_table = _empty_grads(qkv, pad, table)
+    pad = pad.to(qkv.dtype).contiguous()
+    sources = (qkv, pad, pad if table is None else table.contiguous())
+    sizes = (B, H, W, scale)
     with torch.cuda.device_of(qkv):
         wrap_triton(_grad_queries)[grid](
-            qkv, pad, table, grad, grad_qkv, part_bias, part_pad, stats, *sizes,
-            WHOLE=small, **constants, **options,
-        )  # fmt: skip
-        if not small:
+            *sources, grad, grad_qkv, part_bias, part_pad, stats, *sizes, WHOLE=whole, **keywords
+        )
+        if not whole:
             wrap_triton(_grad_keys)[grid_keys](
-                qkv, pad, table, grad, grad_qkv, part_pad, stats, *sizes,
-                **constants, **options_keys,
-            )  # fmt: skip
-        entries = (2 * window - 1) ** 2 if has_bias else 0
-        block = constants['BLOCK_N']
-        programs = entries * heads + (0 if pad_mask else triton.cdiv(2 * C3 // 3, block))
-        if programs:
-            wrap_triton(_reduce)[(programs,)](
-                part_bias, part_pad, grad_table, grad_pad, chunks, rows,
-                HEADS=heads, HD=constants['HD'], WIN=window, ENTRIES=entries,
-                BLOCK_N=block, BLOCK_R=4096 // block,
-            )  # fmt: skip
-    return grad_qkv, grad_pad, grad_table
+                *sources, grad, grad_qkv, part_pad, stats, *sizes, **keywords_keys
+            )
+        _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords)
+    return grads
+
+
+def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for gradients; zeros for pad, as queries of padded tokens are of no use."""
+    table = pad.new_empty(0) if table is None else table
+    return (
+        qkv.new_empty(qkv.shape),
+        pad.new_zeros(pad.shape),
+        table.new_empty(table.shape),
+    )
+
+
+def _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords) -> None:
+    """Launch :func:`_reduce` for what there is to add."""
+    block_n, options = keywords['BLOCK_N'], launch_options('reduce', 0, 0, part_pad.dtype)
+    block, numbers = options.pop('block'), grad_table.numel()
+    programs = triton.cdiv(numbers, block)
+    if not keywords['PAD_MASK']:
+        programs += triton.cdiv(2 * grad_pad.numel() // 3, block_n)
+    if programs:
+        shape = {name: keywords[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
+        wrap_triton(_reduce)[(programs,)](
+            part_bias, part_pad, grad_table, grad_pad, chunks, rows, NUMBERS=numbers, BLOCK=block,
+            BLOCK_R=4096 // block_n, **shape, **options,
+        )  # fmt: skip
 
 
 @_window_attention_backward.register_fake
 def _(grad, qkv, pad, table, heads, window, scale, pad_mask):
-    table = pad.new_empty(0) if table is None else table
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, pad, table))
+    return _empty_grads(qkv, pad, table)
 
 
 def _save(ctx, inputs, output):

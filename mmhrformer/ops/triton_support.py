@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +14,7 @@ MIN_TRITON = '3.2'
 MIN_CAPABILITY = (8, 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_not(device: torch.device | None = None) -> str:
     """Tell why Triton kernels cannot run.
 

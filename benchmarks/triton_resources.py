@@ -1,0 +1,101 @@
+"""Registers, spills and width of loads of the Triton kernels, compiled without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmhrformer.ops import triton_attention as attention
+
+TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+# Heads, numbers of a head and windows of HRFormer-T, -S and -B; 40 is 39 made a multiple of 8.
+ATTENTION = [(1, 18, 7), (1, 32, 7), (8, 32, 7), (2, 39, 7), (2, 40, 7)]
+ATTENTION += [(2, 32, 15), (2, 39, 13), (2, 39, 15), (2, 40, 13), (2, 40, 15)]
+TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
+
+
+def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
+    """Window attention in the shapes of the models: name, kernel, types, constants, options."""
+    x = TYPES[dtype]
+    types = dict(
+        qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
+        part_pad='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
+    )  # fmt: skip
+    kernels = dict(
+        forward=attention._forward, queries=attention._grad_queries, keys=attention._grad_keys
+    )
+    for heads, head_dim, window in ATTENTION:
+        qkv = torch.empty(1, 1, 1, 3 * heads * head_dim, dtype=dtype, device='meta')
+        for kind, kernel in kernels.items():
+            grid, keywords = attention._plan(kind, qkv, qkv, heads, window, False)
+            if kind == 'queries':
+                keywords['WHOLE'] = grid[1] == 1
+            if kind != 'keys' or grid[1] > 1:
+                yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
+
+
+def dump(file: str, option: str) -> str:
+    """What the disassembler says of a file."""
+    return subprocess.run([TOOL, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
+    """Compile a kernel, and count what its machine code has."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in keywords.items() if name in names}
+    options = {name: value for name, value in keywords.items() if name not in names}
+    signature = {n: 'constexpr' if n in constants else types.get(n, 'i32') for n in names}
+    pointers = [(i,) for i, n in enumerate(names) if signature[n].startswith('*')]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={pointer: [['tt.divisibility', 16]] for pointer in pointers},
+    )
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        Path(file.name).write_bytes(compiled.asm['cubin'])
+        usage, code = dump(file.name, '-res-usage'), dump(file.name, '-sass')
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
+    loads = re.findall(r'\b(?:LDG|LDGSTS)\.E(\S*)', code)
+    widths = [int((re.search(r'\.(\d+)', load) or [0, '32'])[1]) for load in loads]
+    return dict(
+        registers=int(registers),
+        spilled=int(stack),
+        shared=compiled.metadata.shared,
+        wgmma=len(re.findall(r'\bHGMMA', code)),
+        mma=len(re.findall(r'\bHMMA', code)),
+        loads=' '.join(f'{widths.count(width)}x{width}' for width in sorted(set(widths))),
+    )
+
+
+KERNELS = [window_kernels]
+
+
+def main() -> None:
+    """Print a line for each kernel, shape and data type."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--capability', type=int, nargs='+', default=[80, 90])
+    parser.add_argument('--only', default='', help='a part of the names of the kernels to compile')
+    args = parser.parse_args()
+    for capability in args.capability:
+        for dtype in TYPES:
+            for kernels in KERNELS:
+                for name, *kernel in kernels(dtype):
+                    if args.only in name:
+                        print(f'sm_{capability} {TYPES[dtype][1:]} {name}:', end=' ', flush=True)
+                        found = resources(*kernel, capability)
+                        print(', '.join(f'{key} {value}' for key, value in found.items()))
+
+
+if __name__ == '__main__':
+    main()

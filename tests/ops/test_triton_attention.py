@@ -1,0 +1,169 @@
+"""Window attention in Triton against the plain formula, in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from triton_on_cpu import DEVICE
+
+from mmhrformer import ops
+from mmhrformer.models.attention import LocalWindowSelfAttention
+from mmhrformer.ops import triton_support
+from mmhrformer.ops.windows import padding_mask, window_merge, window_partition
+
+# Maps (B, H, W), heads, numbers of a head, window, pad_mask, whether there is a table: maps that
+# windows divide, odd ones and ones smaller than a window, several windows a program.
+CASES = [
+    ((2, 3, 2), 2, 18, 1, False, True),
+    ((1, 9, 5), 1, 18, 4, False, False),
+    ((1, 9, 5), 2, 8, 4, True, True),
+    ((1, 15, 8), 2, 32, 7, False, True),
+    ((2, 7, 7), 1, 39, 7, True, True),
+    ((1, 3, 2), 3, 40, 7, True, False),
+    ((1, 8, 16), 1, 64, 8, False, True),
+    ((1, 14, 9), 1, 40, 13, False, True),
+    ((1, 4, 17), 1, 39, 15, True, True),
+    ((1, 9, 8), 2, 18, 15, False, False),
+]
+
+
+@pytest.fixture
+def triton_attention(monkeypatch):
+    """The module; few programs, as each takes the interpreter some 10 ms."""
+    from mmhrformer.ops import triton_attention
+
+    if DEVICE == 'cpu':
+        for kernel in ('forward', 'queries', 'keys'):
+            monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
+        monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))
+    return triton_attention
+
+
+def plain(qkv, pad, table, heads: int, window: int, scale: float, pad_mask: bool) -> Tensor:
+    """The formula, by the plain forms of what the model is made of."""
+    B, H, W, C3 = qkv.shape
+    attn = LocalWindowSelfAttention(C3 // 3, heads, window, with_rpe=False, pad_mask=pad_mask)
+    attn.relative_position_bias_table = None if table is None else table
+    windows = window_partition(qkv, window, pad).unflatten(-1, (3, heads, -1))
+    with ops.use('reference'):
+        out = ops.window_attention(windows, attn.attention_bias((H, W), windows), scale)
+    return window_merge(out, window, (H, W))
+
+
+def inputs(case, dtype=torch.float32, parameters=torch.float32) -> tuple[list, tuple]:
+    """Random tensors qkv, pad and table (or None), and the other arguments."""
+    (B, H, W), heads, head_dim, window, pad_mask, has_table = case
+    torch.manual_seed(0)
+    channels = 3 * heads * head_dim
+    qkv = torch.randn(B, H, W, channels, dtype=dtype)
+    pad = torch.randn(channels, dtype=parameters)
+    table = torch.randn((2 * window - 1) ** 2, heads, dtype=parameters) if has_table else None
+    tensors = [t if t is None else t.to(DEVICE).requires_grad_() for t in (qkv, pad, table)]
+    return tensors, (heads, window, head_dim**-0.5, pad_mask)
+
+
+def run(function, tensors: list, options: tuple, grad: Tensor | None = None) -> list[Tensor]:
+    """What a function returns, and the gradients of the tensors."""
+    out = function(*tensors, *options)
+    torch.manual_seed(1)
+    grad = torch.randn(out.shape).to(out) if grad is None else grad
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    grads = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+def exact(tensors: list, options: tuple, grad: Tensor) -> list[Tensor]:
+    """What :func:`run` should return, computed in float64 on the CPU."""
+    doubles = [t if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
+    return run(plain, doubles, options, grad.cpu().double())
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """Relative error; absolute if there is nothing to be relative to."""
+    return ((x.cpu().double() - truth).norm() / (truth.norm() or 1.0)).item()
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize(('dtype', 'limit'), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
+def test_outputs_and_gradients_are_those_of_the_formula(triton_attention, case, dtype, limit):
+    tensors, options = inputs(case, dtype)
+    grad = torch.randn(*case[0], case[1] * case[2], dtype=dtype, device=DEVICE)
+    results = run(triton_attention.window_attention, tensors, options, grad)
+    for x, truth, like in zip(results, exact(tensors, options, grad), [tensors[0], *tensors]):
+        assert x.dtype == like.dtype
+        assert error(x, truth) < limit
+
+
+def test_results_are_the_same_bits_each_time(triton_attention):
+    tensors, options = inputs(CASES[3])
+    results = [run(triton_attention.window_attention, tensors, options) for _ in range(2)]
+    assert all(map(torch.equal, *results))
+
+
+def test_memory_formats_do_not_matter(triton_attention):
+    tensors, options = inputs(CASES[2])
+    strided = [
+        t.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_() for t in tensors
+    ]
+    grad = torch.randn(16, 5, 9, 1, device=DEVICE).permute(3, 2, 1, 0)
+    expected = run(triton_attention.window_attention, tensors, options, grad)
+    results = run(triton_attention.window_attention, strided, options, grad)
+    assert all(map(torch.equal, results, expected))
+
+
+def test_it_is_an_ordinary_operator(triton_attention):
+    tensors, options = inputs(CASES[1])
+    torch.library.opcheck(torch.ops.mmhrformer.window_attention, (*tensors, *options))
+    tensors, options = inputs(CASES[2])
+    torch.library.opcheck(torch.ops.mmhrformer.window_attention, (*tensors, *options))
+    grad = torch.randn(1, 9, 5, 16, device=DEVICE)
+    values = [tensor.detach() for tensor in tensors]
+    backward = torch.ops.mmhrformer.window_attention_backward
+    torch.library.opcheck(backward, (grad, *values, *options))
+
+
+def test_it_can_be_compiled_and_exported(triton_attention):
+    tensors, options = inputs(CASES[2])
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return triton_attention.window_attention(*tensors, *options)
+
+    expected = run(triton_attention.window_attention, tensors, options)
+    compiled = torch.compile(Module(), backend='aot_eager', fullgraph=True, dynamic=True)
+    assert all(map(torch.equal, run(lambda *args: compiled(*args[:3]), tensors, options), expected))
+    height = torch.export.Dim('height', min=2)
+    shapes = {'tensors': ({1: height}, None, None)}
+    program = torch.export.export(Module(), tuple(tensors), dynamic_shapes=shapes).module()
+    low = tensors[0][:, :6]
+    assert torch.equal(program(low, *tensors[1:]), Module()(low, *tensors[1:]))
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'named'),
+    [
+        (((4, 4, 48), (48,), (9, 2)), 'qkv'),
+        (((1, 4, 4, 50), (50,), (9, 2)), 'qkv'),
+        (((1, 4, 4, 48), (16,), (9, 2)), 'pad'),
+        (((1, 4, 4, 48), (48,), (2, 9)), 'table'),
+    ],
+)
+def test_errors_name_the_tensor_that_does_not_fit(triton_attention, shapes, named):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=f'^{named} has shape'):
+        triton_attention.window_attention(*tensors, num_heads=2, window=2, scale=1.0)
+
+
+def test_the_package_does_not_import_triton():
+    code = 'import sys, mmhrformer; assert "triton" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_reason_why_triton_cannot_run(monkeypatch):
+    monkeypatch.setattr(triton_support, 'find_spec', lambda name: None)
+    reason = triton_support.why_not.__wrapped__()
+    assert 'install torch>=2.6' in reason or 'install triton>=' in reason
