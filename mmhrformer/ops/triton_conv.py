@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class DepthwiseTile(NamedTuple):
     """What a program of the depth-wise kernel computes, and with how many warps.
 
-    Where rows are not loaded ``ahead`` into registers, more than one of the ``stages`` do so into
-    shared memory.
+    Each row is loaded while the one above it is computed with: ``ahead`` into registers, or into
+    shared memory by more ``stages`` than one.
     """
 
     rows: int
@@ -38,8 +38,8 @@ class DepthwiseTile(NamedTuple):
 class LinearTile(NamedTuple):
     """What a program of the linear kernel computes at a time, and with how many warps.
 
-    ``group`` blocks of rows go through all blocks of columns together, so that both operands
-    stay in the L2 cache.
+    ``k`` is meant for 16 bits, and half as many of 32 bits. ``group`` blocks of rows go through
+    all blocks of columns together, so that both operands stay in the L2 cache.
     """
 
     m: int
@@ -58,7 +58,9 @@ DEPTHWISE_TILES = {
 }
 # By the outputs N and inputs K, rounded up to a power of two from 32 to 256.
 LINEAR_TILES = {
-    (n, k): LinearTile(m=128, n=min(n, 128), k=min(k, 64), group=1, warps=4, stages=3)
+    (n, k): LinearTile(
+        m=128, n=min(n, 128), k=min(k, 64), group=1, warps=4 if n < 128 else 8, stages=3
+    )
     for n in (32, 64, 128, 256)
     for k in (32, 64, 128, 256)
 }
@@ -186,8 +188,7 @@ def _depthwise_kernel(
         x0, x1, x2, n0, n1, n2 = _advance(n0, n1, n2, x, y, end, left, c, in_c, W, C, AHEAD)
         one = _add(one, x0, x1, x2, b0, b1, b2)
         two = _add(start, x0, x1, x2, a0, a1, a2)
-    for i in tl.range(0, ROWS, num_stages=STAGES):
-        row = top + i
+    for row in tl.range(top, top + ROWS, num_stages=STAGES):
         y = row * STRIDE
         if STRIDE == 2:
             x0, x1, x2, n0, n1, n2 = _advance(n0, n1, n2, x, y, end, left, c, in_c, W, C, AHEAD)
@@ -378,7 +379,7 @@ def _linear(
         N=N, K=K, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_GRAD=grad is not None, GELU=gelu,
         PRECISION='tf32x3' if x.dtype == torch.float32 else 'tf32',
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k * 2 // x.element_size(), GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

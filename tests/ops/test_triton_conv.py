@@ -5,18 +5,12 @@ Without a GPU they run in Triton's interpreter, which knows no bfloat16 products
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_on_cpu import DEVICE
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-if DEVICE == 'cpu':
-    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is first imported
 pytest.importorskip('triton')
 
 from mmhrformer.ops import triton_conv
@@ -30,17 +24,17 @@ from mmhrformer.ops.triton_conv import (
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
 if DEVICE == 'cuda':
     BOUNDS[torch.bfloat16] = 2e-2
-# Batch, channels, height, width, stride.
+# Maps (B, C, H, W) and strides.
 MAPS = [
-    (2, 8, 1, 1, 1),
-    (1, 16, 1, 7, 2),
-    (1, 12, 9, 1, 2),
-    (2, 78, 5, 9, 1),
-    (1, 24, 11, 18, 1),
-    (1, 40, 6, 10, 2),
+    ((2, 8, 1, 1), 1),
+    ((1, 16, 1, 7), 2),
+    ((1, 12, 5, 1), 2),
+    ((1, 18, 3, 5), 1),
+    ((1, 24, 6, 10), 1),
+    ((1, 20, 4, 9), 2),
 ]
-# Rows, inputs, outputs.
-ROWS = [((5,), 32, 48), ((2, 3, 4), 78, 33), ((130,), 156, 39), ((1, 1), 16, 130)]
+# Rows, and (inputs, outputs).
+ROWS = [((5,), (32, 48)), ((2, 3, 4), (78, 33)), ((130,), (156, 39)), ((1, 1), (16, 130))]
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +44,7 @@ def _small_tiles(monkeypatch):
     wide = DepthwiseTile(rows=4, cols=8, channels=32, warps=1, ahead=False, stages=2)
     monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})
     tile = LinearTile(m=64, n=32, k=64, group=2, warps=4, stages=2)
-    monkeypatch.setattr(
-        triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile)
-    )
+    monkeypatch.setattr(triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile))
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
@@ -99,9 +91,10 @@ def plain_linear(gelu: bool):
 
 @pytest.mark.parametrize('gelu', [True, False])
 @pytest.mark.parametrize('dtype', BOUNDS)
-@pytest.mark.parametrize(('B', 'C', 'H', 'W', 'stride'), MAPS)
-def test_depthwise(B, C, H, W, stride, dtype, gelu):
-    tensors = [make(B, C, H, W, dtype=dtype), make(C, 1, 3, 3, dtype=dtype)]
+@pytest.mark.parametrize(('size', 'stride'), MAPS)
+def test_depthwise(size, stride, dtype, gelu):
+    C = size[1]
+    tensors = [make(*size, dtype=dtype), make(C, 1, 3, 3, dtype=dtype)]
     tensors.append(make(C, dtype=dtype) if gelu else None)
     check(
         lambda x, w, b: depthwise_gelu(x, w, b, stride, gelu),
@@ -115,8 +108,9 @@ def test_depthwise(B, C, H, W, stride, dtype, gelu):
 
 @pytest.mark.parametrize('gelu', [True, False])
 @pytest.mark.parametrize('dtype', BOUNDS)
-@pytest.mark.parametrize(('rows', 'K', 'N'), ROWS)
-def test_linear(rows, K, N, dtype, gelu):
+@pytest.mark.parametrize(('rows', 'sizes'), ROWS)
+def test_linear(rows, sizes, dtype, gelu):
+    K, N = sizes
     x, weight = make(*rows, K, dtype=dtype), make(N, K, dtype=dtype)
     for bias in (make(N, dtype=dtype), None):
         residual = None if bias is None else make(*rows, N, dtype=dtype)
@@ -130,8 +124,8 @@ def test_linear(rows, K, N, dtype, gelu):
 
 def test_gelu_is_exact():
     """Nowhere further off than 1 + erf(x) is in float32, and so is the derivative."""
-    x = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 8, 16, 32).requires_grad_()
-    identity = torch.zeros(8, 1, 3, 3, device=DEVICE)
+    x = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 32, 8, 16).requires_grad_()
+    identity = torch.zeros(32, 1, 3, 3, device=DEVICE)
     identity[:, :, 1, 1] = 1
     out = depthwise_gelu(x, identity, None)
     double = x.detach().double().requires_grad_()
@@ -139,11 +133,11 @@ def test_gelu_is_exact():
     assert (out - exact).abs().max() < 1e-6
     (slope,) = torch.autograd.grad(out.sum(), x)
     (exact,) = torch.autograd.grad(exact.sum(), double)
-    assert (slope - exact).abs().max() < 3e-7
+    assert (slope - exact).abs().max() < 5e-7
 
 
 def test_memory_formats_of_maps_and_weights():
-    x, weight, bias = make(2, 12, 5, 6), make(12, 1, 3, 3), make(12)
+    x, weight, bias = make(2, 12, 3, 4), make(12, 1, 3, 3), make(12)
     expected = depthwise_gelu(x, weight, bias)
     fast = weight.detach().flatten(1).T.contiguous().T.view(12, 1, 3, 3)
     assert fast.stride()[2:] == (36, 12)
@@ -156,7 +150,7 @@ def test_memory_formats_of_maps_and_weights():
 
 
 def test_gradients_have_the_same_bits_each_time():
-    x, weight, bias = make(2, 20, 9, 11), make(20, 1, 3, 3), make(20)
+    x, weight, bias = make(2, 8, 3, 10), make(8, 1, 3, 3), make(8)
     first, second = (
         torch.autograd.grad(depthwise_gelu(x, weight, bias).sum(), (x, weight, bias))
         for _ in range(2)
@@ -169,18 +163,16 @@ def test_nothing_to_compute():
     assert linear_gelu(make(0, 32), make(8, 32), None).shape == (0, 8)
 
 
-@pytest.mark.parametrize(('B', 'C', 'H', 'W', 'stride'), MAPS[3:6:2])
-def test_operators_are_well_formed(B, C, H, W, stride):
+def test_operators_are_well_formed():
     ops = torch.ops.mmhrformer
-    x, weight, bias = make(B, C, H, W), make(C, 1, 3, 3), make(C)
-    torch.library.opcheck(ops.depthwise_gelu, (x, weight, bias, stride, True))
-    rows, matrix = make(3, 5, 32), make(C, 32)
-    residual = make(3, 5, C)
+    x, weight, bias = make(1, 8, 2, 3), make(8, 1, 3, 3), make(8)
+    for stride in (1, 2):
+        torch.library.opcheck(ops.depthwise_gelu, (x, weight, bias, stride, True))
+    rows, matrix, residual = make(3, 5, 32), make(8, 32), make(3, 5, 8)
     torch.library.opcheck(ops.linear_gelu, (rows, matrix, bias, True, residual))
     with torch.no_grad():
-        grad = torch.ones_like(depthwise_gelu(x, weight, bias, stride))
         for op, args in (
-            (ops.depthwise_gelu_grad, (grad, x, weight, bias, stride)),
+            (ops.depthwise_gelu_grad, (x, x, weight, bias, 1)),
             (ops.depthwise_input_grad, (x, weight)),
             (ops.depthwise_weight_grad, (x, x)),
             (ops.linear_gelu_grad, (residual, rows, matrix, bias)),
@@ -194,10 +186,10 @@ def test_compiled():
         x = depthwise_gelu(x, weight, bias)
         return linear_gelu(x.permute(0, 2, 3, 1), matrix, None, residual=x.permute(0, 2, 3, 1))
 
-    tensors = make(2, 16, 5, 4), make(16, 1, 3, 3), make(16), make(16, 16)
+    tensors = make(2, 16, 3, 4), make(16, 1, 3, 3), make(16), make(16, 16)
     backend = 'aot_eager' if DEVICE == 'cpu' else 'inductor'
     compiled = torch.compile(function, backend=backend, fullgraph=True)
-    for x in (tensors[0], make(3, 16, 7, 8)):
+    for x in (tensors[0], make(3, 16, 2, 3)):
         results = []
         for call in (function, compiled):
             out = call(x, *tensors[1:])
@@ -221,8 +213,3 @@ def test_compiled():
 def test_errors_name_the_argument_and_the_remedy(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_triton_is_not_imported_with_the_package():
-    code = "import sys, mmhrformer.ops; assert 'triton' not in sys.modules, 'imported'"
-    subprocess.run([sys.executable, '-c', code], check=True)
