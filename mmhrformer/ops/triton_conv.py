@@ -511,9 +511,9 @@ def _linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = inner @ weight
     if ctx.needs_input_grad[1]:
-        grad_weight = inner.flatten(0, -2).T @ x.flatten(0, -2)
+        grad_weight = inner.reshape(-1, len(weight)).T @ x.reshape(-1, x.shape[-1])
     if ctx.needs_input_grad[2]:
-        grad_bias = inner.flatten(0, -2).sum(0)
+        grad_bias = inner.reshape(-1, len(weight)).sum(0)
     return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
 
 
