@@ -36,6 +36,8 @@ def watch(event, args):
             did.append(f'{event} {args[0]}')
     elif event.startswith(('os.putenv', 'os.unsetenv', 'socket.', 'subprocess.', 'os.system')):
         did.append(f'{event} {args}')
+    elif event == 'import' and args[0] == 'triton':  # a second that only GPUs are worth
+        did.append(event)
 
 sys.addaudithook(watch)
 environment, threads = dict(os.environ), torch.get_num_threads()

@@ -1,7 +1,8 @@
 """Triton kernels of folded FFNs: depth-wise convolution and linear layer, each with its GELU.
 
-Importing this module imports Triton and registers the operators ``mmhrformer::depthwise_gelu``
-and ``mmhrformer::linear_gelu``; nothing else in the package imports it in advance.
+In inference the maps of an FFN are read once and written once by each of its three layers. Import
+this only where Triton can run: it registers the operators ``mmhrformer::depthwise_gelu`` and
+``mmhrformer::linear_gelu``.
 """
 
 from __future__ import annotations
@@ -13,26 +14,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.interpreter import InterpretedFunction
 
-# The interpreter (TRITON_INTERPRET=1) runs kernels on CPU tensors, but not while torch traces.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class DepthwiseTile(NamedTuple):
-    """What a program of the depth-wise kernel computes, and with how many warps."""
+    """What a program of the depth-wise kernel computes, and with how many warps.
+
+    Each row is loaded while the one above it is computed with: ``ahead`` into registers, or into
+    shared memory by more ``stages`` than one.
+    """
 
     rows: int
     cols: int
     channels: int
     warps: int
-    stages: int
+    ahead: bool = True
+    stages: int = 1
 
 
 class LinearTile(NamedTuple):
     """What a program of the linear kernel computes at a time, and with how many warps.
 
-    ``group`` blocks of rows go through all blocks of columns together, so that both operands
-    stay in the L2 cache.
+    ``k`` is meant for 16 bits, and half as many of 32 bits. ``group`` blocks of rows go through
+    all blocks of columns together, so that both operands stay in the L2 cache.
     """
 
     m: int
@@ -45,13 +52,15 @@ class LinearTile(NamedTuple):
 
 # By the width of the output, up to and including the key.
 DEPTHWISE_TILES = {
-    8: DepthwiseTile(rows=8, cols=8, channels=64, warps=4, stages=1),
-    16: DepthwiseTile(rows=16, cols=4, channels=64, warps=2, stages=1),
-    1 << 31: DepthwiseTile(rows=16, cols=8, channels=64, warps=4, stages=1),
+    8: DepthwiseTile(rows=8, cols=8, channels=64, warps=4),
+    16: DepthwiseTile(rows=16, cols=4, channels=64, warps=2),
+    1 << 31: DepthwiseTile(rows=16, cols=8, channels=64, warps=4),
 }
 # By the outputs N and inputs K, rounded up to a power of two from 32 to 256.
 LINEAR_TILES = {
-    (n, k): LinearTile(m=128, n=min(n, 128), k=min(k, 64), group=1, warps=4, stages=3)
+    (n, k): LinearTile(
+        m=128, n=min(n, 128), k=min(k, 64), group=1, warps=4 if n < 128 else 8, stages=3
+    )
     for n in (32, 64, 128, 256)
     for k in (32, 64, 128, 256)
 }
@@ -93,7 +102,7 @@ def _gelu_slope(x):
 @triton.jit
 def _add(sum, x0, x1, x2, w0, w1, w2):
     """``sum`` first, so that each product is one instruction with its addition."""
-    return sum + x0 * w0 + x1 * w1 + x2 * w2
+    return sum + x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
 
 
 @triton.jit
@@ -107,17 +116,28 @@ def _taps(weight, c, in_c, first, W_C: tl.constexpr, W_TAP: tl.constexpr, STEP: 
 
 
 @triton.jit
-def _row(x, y, col, c, in_c, H, W, C: tl.constexpr):
+def _row(x, y, end, col, c, in_c, W, C: tl.constexpr):
     """The tiles (COLS, BLOCK_C) that the three taps of a row of the window see in row y."""
     at = x + (y * W + col)[:, None] * C + c[None, :]
-    mask = ((y >= 0) & (y < H) & (col < W))[:, None] & in_c[None, :]
-    middle = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    # The neighbors come from the L1 cache.
-    mask = ((y >= 0) & (y < H) & (col >= 1) & (col <= W))[:, None] & in_c[None, :]
-    left = tl.load(at - C, mask=mask, other=0.0).to(tl.float32)
-    mask = ((y >= 0) & (y < H) & (col < W - 1))[:, None] & in_c[None, :]
-    right = tl.load(at + C, mask=mask, other=0.0).to(tl.float32)
+    in_y = (y >= 0) & (y < end)
+    # Two of the three come from the L1 cache.
+    left = tl.load(
+        at - C, mask=(in_y & (col >= 1) & (col <= W))[:, None] & in_c[None, :], other=0.0
+    )
+    middle = tl.load(at, mask=(in_y & (col < W))[:, None] & in_c[None, :], other=0.0)
+    right = tl.load(at + C, mask=(in_y & (col < W - 1))[:, None] & in_c[None, :], other=0.0)
     return left, middle, right
+
+
+@triton.jit
+def _advance(next0, next1, next2, x, y, end, col, c, in_c, W, C: tl.constexpr, AHEAD: tl.constexpr):
+    """The tiles of row y, and those of the row below if that is to be on its way already."""
+    if AHEAD:
+        x0, x1, x2 = next0, next1, next2
+        next0, next1, next2 = _row(x, y + 1, end, col, c, in_c, W, C)
+    else:
+        x0, x1, x2 = _row(x, y, end, col, c, in_c, W, C)
+    return x0, x1, x2, next0, next1, next2
 
 
 @triton.jit(do_not_specialize=['H', 'W', 'OH', 'OW'])
@@ -125,7 +145,8 @@ def _depthwise_kernel(
     x, weight, bias, grad, out, H, W, OH, OW,
     C: tl.constexpr, W_C: tl.constexpr, W_TAP: tl.constexpr, STRIDE: tl.constexpr,
     FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD: tl.constexpr, GELU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """gelu(conv3x3(x) + bias) of a map (B, H, W, C), or grad * gelu'(conv3x3(x) + bias).
 
@@ -152,33 +173,90 @@ def _depthwise_kernel(
     start = tl.zeros((COLS, BLOCK_C), tl.float32)
     if HAS_BIAS:
         start += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    y = top * STRIDE - 1
+    end = tl.minimum(H, y + STRIDE * (ROWS - 1) + 3)
+    left = col * STRIDE
+    x0, x1, x2 = _row(x, y, end, left, c, in_c, W, C)
+    n0, n1, n2 = x0, x1, x2
+    if AHEAD:
+        n0, n1, n2 = _row(x, y + 1, end, left, c, in_c, W, C)
     # Sums that lack the lowest row, and for a stride of 1 those that lack the two lowest rows.
-    x0, x1, x2 = _row(x, top * STRIDE - 1, col * STRIDE, c, in_c, H, W, C)
     one = _add(start, x0, x1, x2, a0, a1, a2)
     two = start
     if STRIDE == 1:
-        x0, x1, x2 = _row(x, top, col, c, in_c, H, W, C)
+        y += 1
+        x0, x1, x2, n0, n1, n2 = _advance(n0, n1, n2, x, y, end, left, c, in_c, W, C, AHEAD)
         one = _add(one, x0, x1, x2, b0, b1, b2)
-        two = _add(two, x0, x1, x2, a0, a1, a2)
-    for i in tl.range(0, ROWS, num_stages=STAGES):
-        y = top + i
+        two = _add(start, x0, x1, x2, a0, a1, a2)
+    for row in tl.range(top, top + ROWS, num_stages=STAGES):
+        y = row * STRIDE
         if STRIDE == 2:
-            x0, x1, x2 = _row(x, 2 * y, col * 2, c, in_c, H, W, C)
+            x0, x1, x2, n0, n1, n2 = _advance(n0, n1, n2, x, y, end, left, c, in_c, W, C, AHEAD)
             one = _add(one, x0, x1, x2, b0, b1, b2)
-        x0, x1, x2 = _row(x, y * STRIDE + 1, col * STRIDE, c, in_c, H, W, C)
+        y += 1
+        x0, x1, x2, n0, n1, n2 = _advance(n0, n1, n2, x, y, end, left, c, in_c, W, C, AHEAD)
         result = _add(one, x0, x1, x2, c0, c1, c2)
         if STRIDE == 2:
             one = _add(start, x0, x1, x2, a0, a1, a2)
         else:
             one = _add(two, x0, x1, x2, b0, b1, b2)
             two = _add(start, x0, x1, x2, a0, a1, a2)
-        at = (y * OW + col)[:, None] * C + c[None, :]
-        mask = ((y < OH) & (col < OW))[:, None] & in_c[None, :]
+        at = (row * OW + col)[:, None] * C + c[None, :]
+        mask = ((row < OH) & (col < OW))[:, None] & in_c[None, :]
         if HAS_GRAD:
             result = _gelu_slope(result) * tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         elif GELU:
             result = _gelu(result)
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['H', 'W'])
+def _depthwise_weight_kernel(
+    x, grad, out, H, W,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the nine taps and the bias, summed over a tile, to a place of their own in
+    ``out`` (tiles, 10, C): the same bits each time.
+    """
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    across = tl.cdiv(W, COLS)
+    down = tl.cdiv(H, ROWS)
+    tile = tl.program_id(0) // BLOCKS
+    c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    col = tile % across * COLS + tl.arange(0, COLS)
+    top = tile // across % down * ROWS
+    b = (tile // (across * down)).to(tl.int64)
+    x += b * H * W * C
+    grad += b * H * W * C
+    in_c = c < C
+    mask = (col < W)[:, None] & in_c[None, :]
+    at = col[:, None] * C + c[None, :]
+    zero = tl.zeros((COLS, BLOCK_C), tl.float32)
+    a0, a1, a2, b0, b1, b2, c0, c1, c2 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    total, above, here = zero, zero, zero
+    below = tl.load(grad + top * W * C + at, mask=mask, other=0.0).to(tl.float32)
+    for i in range(ROWS + 2):
+        y = top - 1 + i
+        x0, x1, x2 = _row(x, y, H, col, c, in_c, W, C)
+        x0, x1, x2 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32)
+        a0, a1, a2 = a0 + below * x0, a1 + below * x1, a2 + below * x2
+        b0, b1, b2 = b0 + here * x0, b1 + here * x1, b2 + here * x2
+        c0, c1, c2 = c0 + above * x0, c1 + above * x1, c2 + above * x2
+        total += below
+        above, here = here, below
+        real = mask & (i + 1 < ROWS) & (y + 2 < H)
+        below = tl.load(grad + (y + 2) * W * C + at, mask=real, other=0.0).to(tl.float32)
+    out += tile.to(tl.int64) * 10 * C + c
+    tl.store(out, tl.sum(a0, 0), mask=in_c)
+    tl.store(out + C, tl.sum(a1, 0), mask=in_c)
+    tl.store(out + 2 * C, tl.sum(a2, 0), mask=in_c)
+    tl.store(out + 3 * C, tl.sum(b0, 0), mask=in_c)
+    tl.store(out + 4 * C, tl.sum(b1, 0), mask=in_c)
+    tl.store(out + 5 * C, tl.sum(b2, 0), mask=in_c)
+    tl.store(out + 6 * C, tl.sum(c0, 0), mask=in_c)
+    tl.store(out + 7 * C, tl.sum(c1, 0), mask=in_c)
+    tl.store(out + 8 * C, tl.sum(c2, 0), mask=in_c)
+    tl.store(out + 9 * C, tl.sum(total, 0), mask=in_c)
 
 
 @triton.jit(do_not_specialize=['M'])
@@ -227,18 +305,11 @@ def _linear_kernel(
 # ---------------------------------------------------------------------------- launches
 
 
-def _launch(kernel, programs: int, *args, **options) -> None:
-    """Run a kernel on the device of its first argument; with nothing to do, do nothing."""
-    if not programs:
-        return
-    device = args[0].device
-    if INTERPRETED or torch.compiler.is_compiling():
-        (kernel if INTERPRETED else torch.library.wrap_triton(kernel))[(programs,)](
-            *args, **options
-        )
-        return
-    with torch.cuda.device(device):
-        kernel[(programs,)](*args, **options)
+def _launch(kernel, programs: int, x: Tensor, *args, **options) -> None:
+    """Run a kernel on the device of its first argument."""
+    if programs:
+        with torch.cuda.device_of(x):
+            wrap_triton(kernel)[(programs,)](x, *args, **options)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -246,11 +317,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _tap_strides(weight: Tensor) -> tuple[Tensor, int, int]:
-    """A weight (C, 1, 3, 3), and the steps from channel to channel and from tap to tap."""
-    if weight.stride(2) != 3 * weight.stride(3):
-        weight = weight.contiguous()
-    return weight, weight.stride(0), weight.stride(3)
+def _empty_map(x: Tensor, stride: int) -> Tensor:
+    """Memory (B, H', W', C) for the result of a convolution of x (B, C, H, W)."""
+    B, C, H, W = x.shape
+    return x.new_empty(B, -(-H // stride), -(-W // stride), C)
+
+
+def _tiling(B: int, H: int, W: int, C: int) -> tuple[DepthwiseTile, int, int, int]:
+    """Find the tile for a map, the channels of a block, and the numbers of tiles and blocks."""
+    tile = next(tile for width, tile in DEPTHWISE_TILES.items() if width >= W)
+    block = min(tile.channels, triton.next_power_of_2(C))
+    tiles = B * triton.cdiv(H, tile.rows) * triton.cdiv(W, tile.cols)
+    return tile, block, tiles, triton.cdiv(C, block)
 
 
 def _depthwise(
@@ -263,23 +341,19 @@ def _depthwise(
     flip: bool = False,
 ) -> Tensor:
     """Launch the depth-wise kernel; maps (B, C, H, W), channels-last in memory."""
+    out = _empty_map(x, stride)
+    (_, C, H, W), (B, OH, OW, _) = x.shape, out.shape
     x = _channels_last(x)
-    B, H, W, C = x.shape
-    OH, OW = -(-H // stride), -(-W // stride)
-    out = x.new_empty(B, OH, OW, C)
-    weight, channel_step, tap_step = _tap_strides(weight)
-    tile = next(tile for width, tile in DEPTHWISE_TILES.items() if OW <= width)
-    channels = min(tile.channels, triton.next_power_of_2(C))
-    programs = (
-        B * triton.cdiv(OH, tile.rows) * triton.cdiv(OW, tile.cols) * triton.cdiv(C, channels)
-    )
+    if weight.stride(2) != 3 * weight.stride(3):
+        weight = weight.contiguous()
+    tile, block, tiles, blocks = _tiling(B, OH, OW, C)
     _launch(
-        _depthwise_kernel, programs, x, weight, x if bias is None else bias,
+        _depthwise_kernel, tiles * blocks, x, weight, x if bias is None else bias,
         x if grad is None else _channels_last(grad), out, H, W, OH, OW,
-        C=C, W_C=channel_step, W_TAP=tap_step, STRIDE=stride, FLIP=flip,
+        C=C, W_C=weight.stride(0), W_TAP=weight.stride(3), STRIDE=stride, FLIP=flip,
         HAS_BIAS=bias is not None, HAS_GRAD=grad is not None, GELU=gelu,
-        ROWS=tile.rows, COLS=tile.cols, BLOCK_C=channels, STAGES=tile.stages,
-        num_warps=tile.warps,
+        ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, AHEAD=tile.ahead,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -305,7 +379,7 @@ def _linear(
         N=N, K=K, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_GRAD=grad is not None, GELU=gelu,
         PRECISION='tf32x3' if x.dtype == torch.float32 else 'tf32',
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k * 2 // x.element_size(), GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -315,16 +389,10 @@ def _linear(
 
 
 def _operator(name: str) -> Callable[[Callable], Callable]:
-    """Register a function as an operator, into which compilers see where torch and they can."""
-    transparent = hasattr(torch.library, 'triton_op') and not INTERPRETED
-    register = torch.library.triton_op if transparent else torch.library.custom_op
+    """Registration as an operator; the interpreter's kernels cannot be traced into."""
+    interpreted = isinstance(_depthwise_kernel, InterpretedFunction)
+    register = torch.library.custom_op if interpreted else torch.library.triton_op
     return register(f'mmhrformer::{name}', mutates_args=())
-
-
-def _like_output(x: Tensor, stride: int) -> Tensor:
-    """An empty map for the depth-wise convolution of x (B, C, H, W), channels-last in memory."""
-    B, C, H, W = x.shape
-    return x.new_empty(B, -(-H // stride), -(-W // stride), C).permute(0, 3, 1, 2)
 
 
 @_operator('depthwise_gelu')
@@ -335,8 +403,49 @@ def _depthwise_gelu(
 
 
 @_depthwise_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool) -> Tensor:
-    return _like_output(x, stride)
+def _(x, weight, bias, stride, gelu):
+    return _empty_map(x, stride).permute(0, 3, 1, 2)
+
+
+@_operator('depthwise_gelu_grad')
+def _depthwise_gelu_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
+) -> Tensor:
+    """Gradient of what the GELU gets, which is computed again."""
+    return _depthwise(x, weight, bias, grad, stride=stride)
+
+
+@_depthwise_gelu_grad.register_fake
+def _(grad, x, weight, bias, stride):
+    return _empty_map(x, stride).permute(0, 3, 1, 2)
+
+
+@_operator('depthwise_input_grad')
+def _depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    return _depthwise(grad, weight, flip=True)
+
+
+@_depthwise_input_grad.register_fake
+def _(grad, weight):
+    return _empty_map(grad, 1).permute(0, 3, 1, 2)
+
+
+@_operator('depthwise_weight_grad')
+def _depthwise_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradients (10, C) of the nine taps and the bias, in float32."""
+    B, C, H, W = x.shape
+    tile, block, tiles, blocks = _tiling(B, H, W, C)
+    sums = x.new_empty(tiles, 10, C, dtype=torch.float32)
+    _launch(
+        _depthwise_weight_kernel, tiles * blocks, _channels_last(x), _channels_last(grad), sums,
+        H, W, C=C, ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, num_warps=tile.warps,
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+@_depthwise_weight_grad.register_fake
+def _(grad, x):
+    return x.new_empty(10, x.shape[1], dtype=torch.float32)
 
 
 @_operator('linear_gelu')
@@ -347,21 +456,95 @@ def _linear_gelu(
 
 
 @_linear_gelu.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
-) -> Tensor:
+def _(x, weight, bias, gelu, residual):
     return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@_operator('linear_gelu_grad')
+def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Gradient of what the GELU gets, which is computed again."""
+    return _linear(x, weight, bias, gelu=True, grad=grad)
+
+
+@_linear_gelu_grad.register_fake
+def _(grad, x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
+def _keep_depthwise(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.stride, ctx.gelu = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _depthwise_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    if ctx.gelu:
+        grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
+    wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    if ctx.stride == 2:  # only between branches
+        C, weight = len(weight), weight.to(x.dtype)
+        options = ([2, 2], [1, 1], [1, 1], False, [0, 0], C)
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
+        return *grads, None, None
+    grad_x = grad_weight = grad_bias = None
+    if wanted[0]:
+        grad_x = _depthwise_input_grad(grad, weight)
+    if wanted[1] or wanted[2]:
+        sums = _depthwise_weight_grad(grad, x)
+        grad_weight = sums[:9].T.reshape(weight.shape).to(weight.dtype)
+        grad_bias = sums[9].to(bias.dtype) if wanted[2] else None
+    return grad_x, grad_weight, grad_bias, None, None
+
+
+def _keep_linear(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.gelu, _ = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    inner = _linear_gelu_grad(grad, x, weight, bias) if ctx.gelu else grad
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = inner @ weight
+    if ctx.needs_input_grad[1]:
+        grad_weight = inner.reshape(-1, len(weight)).T @ x.reshape(-1, x.shape[-1])
+    if ctx.needs_input_grad[2]:
+        grad_bias = inner.reshape(-1, len(weight)).sum(0)
+    return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
+
+
+_depthwise_gelu.register_autograd(_depthwise_backward, setup_context=_keep_depthwise)
+_linear_gelu.register_autograd(_linear_backward, setup_context=_keep_linear)
+
+
+# ---------------------------------------------------------------------------- functions
+
+
+def _check(x: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Kernels do not look at sizes: they would read what is not theirs."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f'x has data type {x.dtype}: convert it to one of {DTYPES}')
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f'{name} has shape {tuple(tensor.shape)}: give one of shape {shape}')
 
 
 def depthwise_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, gelu: bool = True
 ) -> Tensor:
-    """3x3 depth-wise convolution, padded with one zero on each side, and exact GELU in one pass.
+    """Exact GELU of a 3x3 depth-wise convolution, padded with one zero on each side.
+
+    Sums are in float32. The gradient is differentiable no second time.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W), of float32, float16 or bfloat16. It is copied
             unless it is channels-last in memory.
-        weight (Tensor): Weight of shape (C, 1, 3, 3).
+        weight (Tensor): Weight of shape (C, 1, 3, 3). Strides of (1, any, 3 C, C) are read
+            fastest.
         bias (Tensor, optional): Bias of shape (C,).
         stride (int): Stride, 1 or 2. Defaults to 1.
         gelu (bool): Whether GELU follows. Defaults to True.
@@ -369,7 +552,14 @@ def depthwise_gelu(
     Returns:
         Tensor: Map of shape (B, C, ceil(H / stride), ceil(W / stride)), channels-last in memory,
         of the data type of the input.
+
+    Raises:
+        ValueError: If the stride, a data type or a shape is another one.
     """
+    C = x.shape[1]
+    _check(x, weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
+    if stride not in (1, 2):
+        raise ValueError(f'stride is {stride}: the kernel knows 1 and 2')
     return _depthwise_gelu(x, weight, bias, stride, gelu)
 
 
@@ -380,16 +570,25 @@ def linear_gelu(
     gelu: bool = True,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``gelu(linear(x)) + residual`` in one pass.
+    """Exact GELU of a linear layer, and what is added to it.
+
+    Sums are in float32. The gradient is differentiable no second time.
 
     Args:
         x (Tensor): Rows of shape (..., K), of float32, float16 or bfloat16.
-        weight (Tensor): Weight of shape (N, K).
+        weight (Tensor): Weight of shape (N, K), of the data type of the input.
         bias (Tensor, optional): Bias of shape (N,).
-        gelu (bool): Whether exact GELU follows. Defaults to True.
+        gelu (bool): Whether GELU follows. Defaults to True.
         residual (Tensor, optional): What to add afterwards, of shape (..., N).
 
     Returns:
         Tensor: Rows of shape (..., N), of the data type of the input.
+
+    Raises:
+        ValueError: If a data type or a shape is another one.
     """
+    N, rows = len(weight), x.shape[:-1]
+    _check(x, weight=(weight, (N, x.shape[-1])), bias=(bias, (N,)), residual=(residual, (*rows, N)))
+    if weight.dtype != x.dtype:
+        raise ValueError(f'weight has data type {weight.dtype}: convert it to {x.dtype} as x')
     return _linear_gelu(x, weight, bias, gelu, residual)

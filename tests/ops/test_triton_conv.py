@@ -1,0 +1,219 @@
+"""The Triton kernels of folded FFNs give what float64 gives, gradients included.
+
+Without a GPU they run in Triton's interpreter, which knows no bfloat16 products.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton_on_cpu import DEVICE, let_range_take_numbers
+
+if not hasattr(torch.library, 'triton_op'):
+    pytest.skip('needs torch 2.6 and its Triton', allow_module_level=True)
+pytest.importorskip('triton')
+
+from mmhrformer.ops import triton_conv
+from mmhrformer.ops.triton_conv import (
+    DepthwiseTile,
+    LinearTile,
+    depthwise_gelu,
+    linear_gelu,
+)
+
+BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
+if DEVICE == 'cuda':
+    BOUNDS[torch.bfloat16] = 2e-2
+# Maps (B, C, H, W) and strides.
+MAPS = [
+    ((2, 8, 1, 1), 1),
+    ((1, 16, 1, 7), 2),
+    ((1, 12, 5, 1), 2),
+    ((1, 18, 3, 5), 1),
+    ((1, 24, 6, 10), 1),
+    ((1, 20, 4, 9), 2),
+]
+# Rows, and (inputs, outputs).
+ROWS = [((), (32, 48)), ((2, 3, 4), (78, 33)), ((130,), (156, 39)), ((1, 1), (16, 130))]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Several tiles on small maps, the last of them not full."""
+    if DEVICE == 'cpu':
+        let_range_take_numbers()
+    narrow = DepthwiseTile(rows=2, cols=4, channels=16, warps=1)
+    wide = DepthwiseTile(rows=4, cols=8, channels=32, warps=1, ahead=False, stages=2)
+    monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})
+    tile = LinearTile(m=64, n=32, k=64, group=2, warps=4, stages=2)
+    monkeypatch.setattr(triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile))
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    tensor = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    if len(shape) == 4 and shape[1] > 1:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.requires_grad_(grad)
+
+
+def check(function, plain, tensors: list[Tensor | None], bound: float) -> None:
+    """Compare results and gradients, relative to their norms, with float64."""
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    out, expected = function(*tensors), plain(*doubles)
+    assert out.dtype == tensors[0].dtype
+    assert out.shape == expected.shape
+    # Not the memory format of the output.
+    arriving = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=torch.float64)
+    arriving = arriving.view(out.shape)
+    ours = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad(out, ours, arriving.to(out.dtype))
+    theirs = torch.autograd.grad(expected, [t for t in doubles if t is not None], arriving)
+    for a, b, like in zip((out, *grads), (expected, *theirs), (out, *ours)):
+        assert a.dtype == like.dtype
+        assert (a.double() - b).norm() <= bound * b.norm()
+
+
+def plain_depthwise(stride: int, gelu: bool):
+    def function(x, weight, bias=None):
+        out = F.conv2d(x, weight, bias, stride, 1, groups=x.shape[1])
+        return F.gelu(out) if gelu else out
+
+    return function
+
+
+def plain_linear(gelu: bool):
+    def function(x, weight, bias, residual):
+        out = F.linear(x, weight, bias)
+        out = F.gelu(out) if gelu else out
+        return out if residual is None else out + residual
+
+    return function
+
+
+@pytest.mark.parametrize('gelu', [True, False])
+@pytest.mark.parametrize('dtype', BOUNDS)
+@pytest.mark.parametrize(('size', 'stride'), MAPS)
+def test_depthwise(size, stride, dtype, gelu):
+    C = size[1]
+    tensors = [make(*size, dtype=dtype), make(C, 1, 3, 3, dtype=dtype)]
+    tensors.append(make(C, dtype=dtype) if gelu else None)
+    check(
+        lambda x, w, b: depthwise_gelu(x, w, b, stride, gelu),
+        plain_depthwise(stride, gelu),
+        tensors,
+        BOUNDS[dtype],
+    )
+    out = depthwise_gelu(*tensors, stride, gelu)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('gelu', [True, False])
+@pytest.mark.parametrize('dtype', BOUNDS)
+@pytest.mark.parametrize(('rows', 'sizes'), ROWS)
+def test_linear(rows, sizes, dtype, gelu):
+    K, N = sizes
+    x, weight = make(*rows, K, dtype=dtype), make(N, K, dtype=dtype)
+    for bias in (make(N, dtype=dtype), None):
+        residual = None if bias is None else make(*rows, N, dtype=dtype)
+        check(
+            lambda *args: linear_gelu(*args[:3], gelu, args[3]),
+            plain_linear(gelu),
+            [x, weight, bias, residual],
+            BOUNDS[dtype],
+        )
+
+
+def test_gelu_is_exact():
+    """Nowhere further off than 1 + erf(x) is in float32, and so is the derivative."""
+    x = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 32, 8, 16).requires_grad_()
+    identity = torch.zeros(32, 1, 3, 3, device=DEVICE)
+    identity[:, :, 1, 1] = 1
+    out = depthwise_gelu(x, identity, None)
+    double = x.detach().double().requires_grad_()
+    exact = F.gelu(double)
+    assert (out - exact).abs().max() < 1e-6
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    (exact,) = torch.autograd.grad(exact.sum(), double)
+    assert (slope - exact).abs().max() < 5e-7
+
+
+def test_memory_formats_of_maps_and_weights():
+    x, weight, bias = make(2, 12, 3, 4), make(12, 1, 3, 3), make(12)
+    expected = depthwise_gelu(x, weight, bias)
+    fast = weight.detach().flatten(1).T.contiguous().T.view(12, 1, 3, 3)
+    assert fast.stride()[2:] == (36, 12)
+    turned = weight.detach().transpose(2, 3).contiguous().transpose(2, 3)
+    for w in (fast, turned, weight.detach().contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(depthwise_gelu(x, w, bias), expected)
+    assert torch.equal(depthwise_gelu(x.contiguous(), weight, bias), expected)
+    rows, weight = make(6, 64)[:, ::2], make(8, 32)
+    assert torch.equal(linear_gelu(rows, weight, None), linear_gelu(rows.clone(), weight, None))
+
+
+def test_gradients_have_the_same_bits_each_time():
+    x, weight, bias = make(2, 8, 3, 10), make(8, 1, 3, 3), make(8)
+    first, second = (
+        torch.autograd.grad(depthwise_gelu(x, weight, bias).sum(), (x, weight, bias))
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+def test_nothing_to_compute():
+    assert depthwise_gelu(make(0, 8, 4, 4), make(8, 1, 3, 3), None).shape == (0, 8, 4, 4)
+    assert linear_gelu(make(0, 32), make(8, 32), None).shape == (0, 8)
+
+
+def test_operators_are_well_formed():
+    ops = torch.ops.mmhrformer
+    x, weight, bias = make(1, 8, 2, 3), make(8, 1, 3, 3), make(8)
+    for stride in (1, 2):
+        torch.library.opcheck(ops.depthwise_gelu, (x, weight, bias, stride, True))
+    rows, matrix, residual = make(3, 5, 32), make(8, 32), make(3, 5, 8)
+    torch.library.opcheck(ops.linear_gelu, (rows, matrix, bias, True, residual))
+    with torch.no_grad():
+        for op, args in (
+            (ops.depthwise_gelu_grad, (x, x, weight, bias, 1)),
+            (ops.depthwise_input_grad, (x, weight)),
+            (ops.depthwise_weight_grad, (x, x)),
+            (ops.linear_gelu_grad, (residual, rows, matrix, bias)),
+        ):
+            args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+            torch.library.opcheck(op, args)
+
+
+def test_compiled():
+    def function(x, weight, bias, matrix):
+        x = depthwise_gelu(x, weight, bias)
+        return linear_gelu(x.permute(0, 2, 3, 1), matrix, None, residual=x.permute(0, 2, 3, 1))
+
+    tensors = make(2, 16, 3, 4), make(16, 1, 3, 3), make(16), make(16, 16)
+    backend = 'aot_eager' if DEVICE == 'cpu' else 'inductor'
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for x in (tensors[0], make(3, 16, 2, 3)):
+        results = []
+        for call in (function, compiled):
+            out = call(x, *tensors[1:])
+            results.append([out, *torch.autograd.grad(out.square().sum(), (x, *tensors[1:]))])
+        for eager, ours in zip(*results):
+            torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 5, 5), None), r'weight .*\(8, 1, 3'),
+        (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 3, 3), make(4)), r'bias .*\(8,\)'),
+        (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 3, 3), None, 3), 'stride is 3'),
+        (lambda: linear_gelu(make(2, 8).double(), make(8, 8), None), 'x .*float64: convert'),
+        (lambda: linear_gelu(make(2, 8), make(8, 8).half(), None), 'weight .*float16: convert'),
+        (lambda: linear_gelu(make(2, 8), make(8, 4), None), r'weight .*\(8, 8\)'),
+        (lambda: linear_gelu(make(2, 8), make(4, 8), None, True, make(2, 8)), r'residual .*\(2, 4'),
+    ],
+)
+def test_errors_name_the_argument_and_the_remedy(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
