@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import triton_on_cpu  # noqa: F401
 from mmengine.registry import DefaultScope
 from needs import needed_by
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-FRAMEWORKS = ('mmpretrain', 'mmpose', 'mmseg', 'mmdet', 'triton')
+FRAMEWORKS = ('mmpretrain', 'mmpose', 'mmseg', 'mmdet')
 # Import name -> what errors call the package.
 ABSENT = {
     name: name.replace('mmseg', 'mmsegmentation')

@@ -39,9 +39,11 @@ def launch_options(kernel: str, block_n: int, block_d: int, dtype: torch.dtype) 
     # Windows of 7 x 7 in one block: no more fits into registers, and in float32, of which products
     # are three, not even the backward pass of that. Else blocks have more columns than rows, which
     # Triton then distributes over the warps (of rows it would compute each several times).
-    whole = block_n <= 64 and (kernel == 'forward' or dtype != torch.float32)
+    half = dtype != torch.float32
+    fits = {'forward': half or block_d == 32, 'queries': half, 'keys': False}
+    whole = block_n <= 64 and fits[kernel]
     options = dict(
-        block=block_n if whole else min(block_n, block_d // 2),
+        block=block_n if whole else min(block_n, block_d // 2 if half else 16),
         programs=1056 if kernel == 'forward' else 264,  # 8 and 2 for each of 132 multiprocessors
         num_warps=4 if whole else 8,
         num_stages=2 if whole else 1,
@@ -146,7 +148,7 @@ def _grad_queries(
     A program goes through windows and adds the gradients of the biases in registers; they, and
     those of padded tokens, go to its own place of ``part_bias`` (chunks, HEADS, N, N) and
     ``part_pad`` (chunks, 2, C). If a block is not the whole window, the logarithms of the
-    denominators and the sums of p * dp of its queries go to ``stats`` (2, HEADS, B, H, W).
+    denominators and the sums of p * dp of its queries go to ``stats`` (HEADS, 2, B, H, W).
     """
     N: tl.constexpr = WIN * WIN
     C: tl.constexpr = HEADS * HD
@@ -212,9 +214,9 @@ def _grad_queries(
             if not PAD_MASK and not full:
                 _add_padded(sums, dk, real, in_d)
         else:
-            place = stats + head * (B.to(tl.int64) * H * W) + start + at_m
+            place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
             tl.store(place, largest + tl.log2(total), mask=real_q)
-            tl.store(place + HEADS * (B.to(tl.int64) * H * W), delta, mask=real_q)
+            tl.store(place + B * H * W, delta, mask=real_q)
     if HAS_BIAS:
         place = part_bias + (chunk * HEADS + head) * N * N + m[:, None] * N + n[None, :]
         tl.store(place, sum_ds, mask=(m < N)[:, None] & (n < N)[None, :])
@@ -260,9 +262,9 @@ def _grad_keys(
         )
         k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
         v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
-        place = stats + head * (B.to(tl.int64) * H * W) + start + at_m
+        place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
         log = tl.load(place, mask=real_q, other=0.0)
-        delta = tl.load(place + HEADS * (B.to(tl.int64) * H * W), mask=real_q, other=0.0)
+        delta = tl.load(place + B * H * W, mask=real_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
         p = tl.exp2(s - log[None, :])
         if PAD_MASK:
@@ -406,7 +408,7 @@ def _window_attention_backward(
     empty = lambda *size: qkv.new_empty(size, dtype=torch.float32)  # noqa: E731
     part_bias = empty(1) if table is None else empty(chunks, heads, window**2, window**2)
     part_pad = empty(1) if pad_mask else empty(rows, 2, C3 // 3)
-    stats = empty(1) if whole else empty(2, heads, B, H, W)
+    stats = empty(1) if whole else empty(heads, 2, B, H, W)
     grads = grad_qkv, grad_pad, grad_table = _empty_grads(qkv, pad, table)
     pad = pad.to(qkv.dtype).contiguous()
     sources = (qkv, pad, pad if table is None else table.contiguous())
@@ -504,8 +506,9 @@ def window_attention(
     Examples:
         >>> import torch
         >>> from mmhrformer.ops.triton_attention import window_attention
-        >>> qkv = torch.rand(2, 8, 6, 96, device='cuda')
-        >>> pad, table = torch.zeros(96, device='cuda'), torch.zeros(169, 2, device='cuda')
+        >>> device = 'meta'  # 'cuda' computes, too
+        >>> qkv = torch.empty(2, 8, 6, 96, device=device)
+        >>> pad, table = torch.empty(96, device=device), torch.empty(169, 2, device=device)
         >>> window_attention(qkv, pad, table, num_heads=2, window=7, scale=0.25).shape
         torch.Size([2, 8, 6, 32])
     """

@@ -1,4 +1,4 @@
-"""Window attention in Triton against the plain formula, in the interpreter where there is no GPU."""
+"""Window attention in Triton against the plain formula, interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from triton_on_cpu import DEVICE
+from triton_on_cpu import DEVICE, let_range_take_numbers
 
 from mmhrformer import ops
 from mmhrformer.models.attention import LocalWindowSelfAttention
 from mmhrformer.ops import triton_support
-from mmhrformer.ops.windows import padding_mask, window_merge, window_partition
+from mmhrformer.ops.windows import window_merge, window_partition
 
 # Maps (B, H, W), heads, numbers of a head, window, pad_mask, whether there is a table: maps that
 # windows divide, odd ones and ones smaller than a window, several windows a program.
@@ -34,9 +34,12 @@ CASES = [
 @pytest.fixture
 def triton_attention(monkeypatch):
     """The module; few programs, as each takes the interpreter some 10 ms."""
+    if reason := triton_support.why_not():
+        pytest.skip(reason)
     from mmhrformer.ops import triton_attention
 
     if DEVICE == 'cpu':
+        let_range_take_numbers()
         for kernel in ('forward', 'queries', 'keys'):
             monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
         monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))
@@ -45,7 +48,7 @@ def triton_attention(monkeypatch):
 
 def plain(qkv, pad, table, heads: int, window: int, scale: float, pad_mask: bool) -> Tensor:
     """The formula, by the plain forms of what the model is made of."""
-    B, H, W, C3 = qkv.shape
+    _, H, W, C3 = qkv.shape
     attn = LocalWindowSelfAttention(C3 // 3, heads, window, with_rpe=False, pad_mask=pad_mask)
     attn.relative_position_bias_table = None if table is None else table
     windows = window_partition(qkv, window, pad).unflatten(-1, (3, heads, -1))
