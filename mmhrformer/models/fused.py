@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +177,57 @@ class FusedDWConvFFN(InferenceOnly):
         return self.fc2(self.dw3x3(self.fc1(x))).permute(0, 2, 3, 1)
 
 
+class FusedBlock(InferenceOnly):
+    """:class:`HRFormerBlock` of a folded attention and a folded FFN, for inference.
+
+    The scale and shift of the second normalization, too, are in the convolution behind it.
+
+    Args:
+        block (HRFormerBlock): The block, its parts folded.
+    """
+
+    def __init__(self, block: HRFormerBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ffn = block.norm1, block.attn, block.ffn
+        norm, conv = block.norm2, self.ffn.fc1
+        self.norm2 = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        weight = conv.weight.double()  # (hidden channels, C, 1, 1)
+        bias = conv.bias.double() + weight.flatten(1) @ norm.bias.double()
+        weight = weight * norm.weight.double().view(1, -1, 1, 1)
+        conv.weight = nn.Parameter(weight.to(conv.weight))
+        conv.bias = nn.Parameter(bias.to(conv.bias))
+
+    @staticmethod
+    def fits(block: HRFormerBlock) -> bool:
+        """Whether a block can be replaced: its parts are folded, and nothing else happens."""
+        return (
+            is_plain(block, HRFormerBlock)
+            and type(block.attn) is FusedWindowAttention
+            and type(block.ffn) is FusedDWConvFFN
+            and block.ffn.fc1.bias is not None
+            and is_plain(block.norm2, nn.LayerNorm)
+            and block.norm2.bias is not None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if ops.has_folded_block(x):
+            return ops.folded_block(x, self)
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+def replace(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace all sub-modules of a kind, or the model itself."""
+    if isinstance(model, kind):
+        return make(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
+    return model
+
+
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold batch normalization into the convolution in front of it, where it directly follows.
 
@@ -238,6 +290,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
             if FusedDWConvFFN.fits(block.ffn):
                 block.ffn = FusedDWConvFFN(block.ffn)
+        fused = replace(fused, HRFormerBlock, lambda b: FusedBlock(b) if FusedBlock.fits(b) else b)
     fused.requires_grad_(False)
     fused.train(False)  # mmpose's eval() returns nothing
     return fused
