@@ -115,16 +115,12 @@ class LocalWindowSelfAttention(BaseModule):
             Tensor: Map of the same shape.
         """
         if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
-            return self.proj(self._attend_on_map(self.qkv(x)))
+            table, options = self.relative_position_bias_table, (self.num_heads, self.window_size)
+            return ops.attend_on_map(x, self.qkv, self.proj, table, *options, self.pad_mask)
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size)  # (B * nW, N, C)
         windows = self._attend(windows, size)
         return window_merge(windows, self.window_size, size)
-
-    def _attend_on_map(self, qkv: Tensor) -> Tensor:
-        table, scale = self.relative_position_bias_table, (self.embed_dims // self.num_heads) ** -0.5
-        shape = self.num_heads, self.window_size
-        return ops.map_attention(qkv, self.qkv.bias, table, *shape, scale, self.pad_mask)
 
     def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
         head_dim = self.embed_dims // self.num_heads

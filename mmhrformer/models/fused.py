@@ -211,7 +211,7 @@ class FusedBlock(InferenceOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
-        if ops.has_folded_block(x):
+        if ops.has_folded_block(x, self):
             return ops.folded_block(x, self)
         x = x + self.attn(self.norm1(x))
         return x + self.ffn(self.norm2(x))

@@ -15,10 +15,13 @@ from .dispatch import backend, use
 from .windows import padding_mask, window_count, window_merge, window_padding, window_partition
 
 __all__ = [
+    'attend_on_map',
     'attends_on_map',
     'backend',
     'conv_gelu',
     'depthwise_conv',
+    'folded_block',
+    'has_folded_block',
     'map_attention',
     'norm_gelu_conv',
     'padding_mask',
@@ -32,7 +35,7 @@ __all__ = [
 
 
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
-    """Whether :func:`map_attention` can follow a projection.
+    """Whether :func:`attend_on_map` and :func:`map_attention` can be used.
 
     Args:
         x (Tensor): What will be projected, of shape (B, H, W, C).
@@ -44,6 +47,32 @@ def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
         bool: Whether there is a kernel for it.
     """
     return backend(x).attends_on_map(x, qkv, heads, window)
+
+
+def attend_on_map(
+    x: Tensor,
+    qkv: nn.Module,
+    proj: nn.Module,
+    table: Tensor | None,
+    heads: int,
+    window: int,
+    pad_mask: bool = False,
+) -> Tensor:
+    """Project a map to queries, keys and values, attend within its windows, project the result.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        qkv (nn.Module): The projection to (B, H, W, 3 * heads * head_dim).
+        proj (nn.Module): The projection of what attention returns.
+        table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+        pad_mask (bool): Whether padded tokens are hidden. Defaults to False.
+
+    Returns:
+        Tensor: Map of shape (B, H, W, C).
+    """
+    return backend(x).attend_on_map(x, qkv, proj, table, heads, window, pad_mask)
 
 
 def map_attention(
@@ -131,3 +160,29 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
         Tensor: Map of shape (B, out_channels, H', W').
     """
     return backend(x).conv_gelu(x, conv)
+
+
+def has_folded_block(x: Tensor, block: nn.Module) -> bool:
+    """Whether :func:`folded_block` can compute a folded block.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        block (nn.Module): A :class:`mmhrformer.models.fused.FusedBlock`.
+
+    Returns:
+        bool: Whether there are kernels for it.
+    """
+    return backend(x).has_folded_block(x, block)
+
+
+def folded_block(x: Tensor, block: nn.Module) -> Tensor:
+    """Compute a folded block, by the weights of its parts, in few kernels.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        block (nn.Module): A :class:`mmhrformer.models.fused.FusedBlock`.
+
+    Returns:
+        Tensor: Map of the same shape.
+    """
+    return backend(x).folded_block(x, block)

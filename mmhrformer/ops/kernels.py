@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from . import cuda
-from .cuda import depthwise_conv, head_padding, window_attention
-from .recompute import is_plain, recompute
+from .cuda import head_padding, window_attention
+from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, needs_grad
 
 __all__ = [
+    'attend_on_map',
     'attends_on_map',
     'conv_gelu',
     'depthwise_conv',
+    'folded_block',
+    'has_folded_block',
     'head_padding',
     'map_attention',
     'norm_gelu_conv',
@@ -35,6 +44,34 @@ def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
         and qkv.bias is not None
         and qkv.out_features <= 3 * heads * MAX_HEAD_DIM
     )
+
+
+def attend_on_map(
+    x: Tensor,
+    qkv: nn.Module,
+    proj: nn.Module,
+    table: Tensor | None,
+    heads: int,
+    window: int,
+    pad_mask: bool = False,
+) -> Tensor:
+    """See :func:`mmhrformer.ops.attend_on_map`.
+
+    Heads of 39 channels get a zero more, in the weights: else a thread loads 2 bytes at a time
+    instead of 16.
+    """
+    head_dim = qkv.out_features // 3 // heads
+    missing = head_padding(head_dim)
+    scale = head_dim**-0.5
+    if not missing or not is_plain(proj, nn.Linear):
+        return proj(map_attention(qkv(x), qkv.bias, table, heads, window, scale, pad_mask))
+    weight = qkv.weight.unflatten(0, (3 * heads, head_dim))
+    weight = F.pad(weight, (0, 0, 0, missing)).flatten(0, 1)
+    bias = F.pad(qkv.bias.unflatten(0, (3 * heads, head_dim)), (0, missing)).flatten()
+    x = F.linear(x, weight, bias)  # (B, H, W, 3 * heads * (head_dim + missing))
+    x = map_attention(x, bias, table, heads, window, scale, pad_mask)
+    weight = F.pad(proj.weight.unflatten(1, (heads, head_dim)), (0, missing)).flatten(1)
+    return F.linear(x, weight, proj.bias)
 
 
 def map_attention(
@@ -70,32 +107,112 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return cuda.conv_gelu(x, conv)
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """See :func:`mmhrformer.ops.depthwise_conv`."""
+    from .triton_conv import depthwise_gelu
+
+    x = x.to(autocast_dtype(x.device.type) or x.dtype)
+    if x.dtype not in DTYPES or not DEPTHWISE:
+        return cuda.depthwise_conv(x, weight, bias, stride)
+    is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
+    out = depthwise_gelu(x, weight, bias, stride, gelu=False)
+    return out if is_last else out.contiguous()
+
+
+DEPTHWISE = True
+
+
+def has_folded_block(x: Tensor, block: nn.Module) -> bool:
+    """See :func:`mmhrformer.ops.has_folded_block`."""
+    attn, ffn = block.attn, block.ffn
+    parts = (attn.qkv, attn.proj, ffn.fc1, ffn.dw3x3, ffn.fc2, block.norm1, block.norm2, attn, ffn)
+    return (
+        x.dtype in DTYPES
+        and x.dtype == attn.qkv.weight.dtype
+        and autocast_dtype(x.device.type) is None
+        and not needs_grad(x, attn.qkv.weight)
+        and attn.window_size <= MAX_WINDOW
+        and attn.head_dim <= MAX_HEAD_DIM
+        and all(is_plain(part, type(part)) for part in parts)
+    )
+
+
+def folded_block(x: Tensor, block: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.folded_block`: six kernels."""
+    from .triton_conv import depthwise_gelu, norm_linear
+
+    attn, ffn = block.attn, block.ffn
+    qkv = norm_linear(x, attn.qkv.weight, attn.qkv.bias, False, None, block.norm1.eps)
+    y = map_attention(qkv, attn.pad, attn.table, attn.num_heads, attn.window_size, 1.0)
+    x = norm_linear(y, attn.proj.weight, attn.proj.bias, False, x, None)  # (B, H, W, C)
+    hidden, out = ffn.fc1.weight.flatten(1), ffn.fc2.weight.flatten(1)
+    y = norm_linear(x, hidden, ffn.fc1.bias, True, None, block.norm2.eps)  # (B, H, W, 4 C)
+    y = depthwise_gelu(y.permute(0, 3, 1, 2), ffn.dw3x3.weight, ffn.dw3x3.bias)
+    return norm_linear(y.permute(0, 2, 3, 1), out, ffn.fc2.bias, True, x, None)
+
+
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
-    """See :func:`mmhrformer.ops.norm_gelu_conv`."""
-    if not (is_plain(norm, _BatchNorm) and norm.affine and x.dtype in DTYPES):
+    """See :func:`mmhrformer.ops.norm_gelu_conv`.
+
+    As in :mod:`.recompute`, but normalization and GELU are one kernel, which keeps its input
+    alone, and of the statistics nothing is computed again.
+    """
+    if not (
+        is_plain(norm, _BatchNorm, nn.SyncBatchNorm)
+        and norm.affine
+        and x.dtype in DTYPES
+        and len(x)
+    ):
         return cuda.norm_gelu_conv(x, norm, conv)
+    normalize = prepare_norm_gelu(x, norm)
+    x = x.contiguous(memory_format=torch.channels_last)
     if conv is None:
-        return norm_gelu(x, norm)
-    if RECOMPUTE and is_plain(conv, nn.Conv2d) and needs_grad(x, conv.weight):
-        return recompute(norm, lambda x: conv(norm_gelu(x, norm)), x, is_random=False)
-    return conv(norm_gelu(x, norm))
+        return normalize(x)
+    if (
+        RECOMPUTE
+        and is_plain(conv, nn.Conv2d)
+        and not is_recomputed()
+        and needs_grad(x, conv.weight)
+    ):
+        return checkpoint(
+            lambda x: conv(normalize(x)), x, use_reentrant=False, preserve_rng_state=False
+        )
+    return conv(normalize(x))
 
 
 RECOMPUTE = True
 
 
-def norm_gelu(x: Tensor, norm: _BatchNorm) -> Tensor:
-    """``gelu(norm(x))`` in one kernel, which keeps ``x`` alone for the backward pass."""
-    from .triton_norm import batch_norm_gelu
+def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
+    """Compute the statistics of a map; the function that normalizes it by them, with GELU."""
+    from .triton_norm import batch_statistics, normalize_gelu
 
     training = norm.training or norm.running_mean is None
-    updates = norm.training and norm.track_running_stats
+    x = x.detach().contiguous(memory_format=torch.channels_last)
+    if not training:
+        statistics = norm.running_mean, norm.running_mean, norm.running_var
+        return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
+                       eps=norm.eps, training=False)  # fmt: skip
+    group = sync_group(norm)
     momentum = norm.momentum
-    if updates and norm.num_batches_tracked is not None:
+    running = norm.running_mean, norm.running_var
+    if not (norm.training and norm.track_running_stats):
+        running = None, None
+    elif norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = (norm.running_mean, norm.running_var) if updates or not training else (None, None)
-    return batch_norm_gelu(
-        x, norm.weight, norm.bias, mean, var, momentum or 0.0, norm.eps, training
-    )
+    with torch.cuda.device_of(x), torch.no_grad():
+        statistics = batch_statistics(x, *running, momentum or 0.0, group)
+    return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
+                   eps=norm.eps, training=True, process_group=group)  # fmt: skip
+
+
+def sync_group(norm: _BatchNorm) -> dist.ProcessGroup | None:
+    """The processes with which a normalization shares its statistics."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

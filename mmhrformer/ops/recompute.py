@@ -21,6 +21,11 @@ from .state import is_compiling, needs_grad
 _inside: ContextVar[bool] = ContextVar('mmhrformer_recompute', default=False)
 
 
+def is_recomputed() -> bool:
+    """Whether something around will be computed again, so that nothing in it need be."""
+    return _inside.get()
+
+
 @contextmanager
 def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of normalizations while a forward pass is recomputed."""
@@ -106,7 +111,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     plain = reference.norm_gelu_conv
     modules = [norm] if conv is None else [norm, conv]
     learned = needs_grad(x, *(p for module in modules for p in module.parameters()))
-    if _inside.get() or not learned or not (conv is None or is_plain(conv, nn.Conv2d)):
+    if is_recomputed() or not learned or not (conv is None or is_plain(conv, nn.Conv2d)):
         return plain(x, norm, conv)
     if is_plain(norm, _BatchNorm):
         return recompute(norm, plain, x, norm, conv, is_random=False)

@@ -21,6 +21,11 @@ def attends_on_map(*_) -> bool:
     return False
 
 
+def has_folded_block(*_) -> bool:
+    """See :func:`mmhrformer.ops.has_folded_block`: never."""
+    return False
+
+
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """See :func:`mmhrformer.ops.window_attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from .triton_support import thin_operator
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -259,15 +261,37 @@ def _depthwise_weight_kernel(
     tl.store(out + 9 * C, tl.sum(total, 0), mask=in_c)
 
 
-@triton.jit(do_not_specialize=['M'])
+@triton.jit
+def _row_statistics(x, m, in_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and reciprocal standard deviation of rows; read twice, the second time from a cache."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros_like(m).to(tl.float32)
+    for begin in range(0, K, BLOCK_K):
+        mask = in_m[:, None] & (begin + k < K)[None, :]
+        a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
+        total += tl.sum(a.to(tl.float32), 1)
+    mean = total / K
+    total = tl.zeros_like(mean)
+    for begin in range(0, K, BLOCK_K):
+        mask = in_m[:, None] & (begin + k < K)[None, :]
+        a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
+        a = tl.where(mask, a.to(tl.float32) - mean[:, None], 0.0)
+        total += tl.sum(a * a, 1)
+    return mean, tl.rsqrt(total / K + eps)
+
+
+@triton.jit(do_not_specialize=['M', 'eps'])
 def _linear_kernel(
-    x, weight, bias, extra, out, M,
-    N: tl.constexpr, K: tl.constexpr,
+    x, weight, bias, extra, out, M, eps,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GRAD: tl.constexpr,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K)."""
+    """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K).
+
+    With NORM, the rows of x are normalized first.
+    """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * BLOCKS) * GROUP
     size = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -279,6 +303,8 @@ def _linear_kernel(
     out += start.to(tl.int64) * N
     extra += start.to(tl.int64) * N
     in_m, in_n = m < M - start, n < N
+    if NORM:
+        mean, scale = _row_statistics(x, m, in_m, eps, K, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, K, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -288,6 +314,8 @@ def _linear_kernel(
             mask_b &= (k < K)[:, None]
         a = tl.load(x + m[:, None] * K + k[None, :], mask=mask_a, other=0.0)
         b = tl.load(weight + n[None, :] * K + k[:, None], mask=mask_b, other=0.0)
+        if NORM:
+            a = ((a.to(tl.float32) - mean[:, None]) * scale[:, None]).to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -365,8 +393,12 @@ def _linear(
     gelu: bool,
     residual: Tensor | None = None,
     grad: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
-    """Launch the linear kernel; x (..., K), residual and grad (..., N)."""
+    """Launch the linear kernel; x (..., K), residual and grad (..., N).
+
+    With ``eps`` the rows of x are normalized first.
+    """
     x, weight = x.contiguous(), weight.contiguous()
     N, K = weight.shape
     M = x.numel() // K
@@ -376,7 +408,8 @@ def _linear(
     _launch(
         _linear_kernel, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),
         x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out, M,
-        N=N, K=K, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        eps or 0.0, N=N, K=K, NORM=eps is not None,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_GRAD=grad is not None, GELU=gelu,
         PRECISION='tf32x3' if x.dtype == torch.float32 else 'tf32',
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k * 2 // x.element_size(), GROUP=tile.group,
@@ -469,6 +502,26 @@ def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
 @_linear_gelu_grad.register_fake
 def _(grad, x, weight, bias):
     return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@thin_operator(
+    'norm_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, float? eps)'
+    ' -> Tensor',
+    lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)),
+)
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: Tensor | None,
+    eps: float | None,
+) -> Tensor:
+    """:func:`linear_gelu` of rows (..., K) that are normalized first, without gradients.
+
+    If ``eps`` is None they are not. The scale and shift of the normalization are in the weight.
+    """
+    return _linear(x, weight, bias, gelu, residual, eps=eps)
 
 
 # ---------------------------------------------------------------------------- gradients

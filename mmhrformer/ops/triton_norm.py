@@ -13,7 +13,6 @@ can be combined without loss, as those of programs and of processes are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['batch_norm_gelu']
+from .triton_support import thin_operator
+
+__all__ = ['batch_statistics', 'normalize_gelu']
 
 # For each kernel over maps: elements of a tile, programs at most, warps.
 LAUNCH = {
@@ -37,7 +38,6 @@ COLUMNS = (128, 64, 32)
 # Of the kernel that combines moments: how many at a time, of how many channels, warps.
 COMBINE = (128, 16, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 
 @triton.jit
@@ -267,23 +267,6 @@ def _tile(rows: int, C: int, size: int, elements: int, programs: int, num_warps:
     return (blocks, triton.cdiv(chunks, tiles)), rows, dict(constants, num_warps=num_warps)
 
 
-def _operator(schema: str, fake: Callable) -> Callable:
-    """Make an operator of torch of a function.
-
-    Not by ``torch.library.custom_op``, which takes 15 us of a CPU in each call, 39 us if the
-    operator changes an argument, where this takes 2.
-    """
-    name = schema[: schema.index('(')]
-
-    def register(function: Callable) -> Callable:
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'mmhrformer::{name}', fake, lib=LIBRARY)
-        return getattr(torch.ops.mmhrformer, name).default
-
-    return register
-
-
 def combine_moments(
     parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> Tensor:
@@ -310,7 +293,7 @@ def combine_moments(
     return out
 
 
-@_operator(
+@thin_operator(
     'batch_norm_moments(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, '
     'float momentum) -> Tensor',
     lambda x, *_: x.new_empty((3, x.shape[1]), dtype=torch.float32),
@@ -331,7 +314,7 @@ STATISTICS = 'Tensor count, Tensor mean, Tensor spread, Tensor weight, Tensor bi
 OPTIONS = 'float eps, bool training, bool gelu'
 
 
-@_operator(
+@thin_operator(
     f'batch_norm_normalize(Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
     lambda x, *_: torch.empty_like(x),
 )
@@ -344,7 +327,7 @@ def normalize(x: Tensor, *args) -> Tensor:
     return out
 
 
-@_operator(
+@thin_operator(
     f'batch_norm_gradient_sums(Tensor grad, Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
     lambda grad, x, *_: x.new_empty((2, x.shape[1]), dtype=torch.float32),
 )
@@ -360,7 +343,7 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> Tensor:
     return parts.sum(0)
 
 
-@_operator(
+@thin_operator(
     f'batch_norm_input_gradient(Tensor grad, Tensor x, {STATISTICS}, Tensor? sums, {OPTIONS})'
     ' -> Tensor',
     lambda grad, x, *_: torch.empty_like(x),
@@ -377,21 +360,14 @@ def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
 
 
 class BatchNormGELU(torch.autograd.Function):
-    """See :func:`batch_norm_gelu`; the options are eps, training and gelu."""
+    """See :func:`normalize_gelu`; the options are eps, training and gelu."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None,
-        momentum: float, group: dist.ProcessGroup | None, *options,
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, statistics: tuple[Tensor, ...],
+        group: dist.ProcessGroup | None, *options,
     ) -> Tensor:  # fmt: skip
         """Keep the map and what is known of its channels."""
-        if not options[1]:
-            statistics = mean, mean, var
-        elif group is None:
-            statistics = moments(x, mean, var, momentum).unbind()
-        else:
-            parts = _gather(moments(x, None, None, momentum), group)
-            statistics = combine_moments(parts, mean, var, momentum).unbind()
         ctx.group, ctx.options = group, options
         ctx.save_for_backward(x, *statistics, weight, bias)
         return normalize(x, *statistics, weight, bias, *options)
@@ -417,7 +393,7 @@ class BatchNormGELU(torch.autograd.Function):
                 total = sums.clone()
                 dist.all_reduce(total, group=ctx.group)
             grad_x = input_gradient(grad, *saved, total, *ctx.options)
-        return grad_x, sums[1], sums[0], *[None] * 7
+        return grad_x, sums[1], sums[0], *[None] * 5
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -427,65 +403,76 @@ def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return parts.unflatten(0, (-1, len(local)))
 
 
-def batch_norm_gelu(
+def batch_statistics(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the channels of a map, which update the running ones.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W), channels-last, of one of :data:`DTYPES`.
+        running_mean (Tensor, optional): Running mean of shape (C,).
+        running_var (Tensor, optional): Running variance of shape (C,).
+        momentum (float): Weight of the new statistics in the running ones.
+        process_group (ProcessGroup, optional): Processes that share these statistics, as in
+            ``nn.SyncBatchNorm``; they may have maps of different sizes. Defaults to None: none.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Count, mean and sum of squared deviations, (C,) each.
+
+    Raises:
+        ValueError: If there is one value of each channel to make statistics of.
+    """
+    if process_group is None:
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f'x of shape {tuple(x.shape)} has one value per channel, which has no variance: '
+                'use more images, larger ones, or running statistics (evaluation mode)'
+            )
+        return moments(x, running_mean, running_var, momentum).unbind()
+    parts = _gather(moments(x, None, None, momentum), process_group)
+    return combine_moments(parts, running_mean, running_var, momentum).unbind()
+
+
+def normalize_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
     eps: float,
     training: bool,
     process_group: dist.ProcessGroup | None = None,
     gelu: bool = True,
 ) -> Tensor:
-    """Compute ``gelu(batch_norm(x))``, and for the backward pass keep ``x`` alone.
+    """GELU of a normalized map; for the backward pass ``x`` alone is kept.
 
-    Sums are in float32 whatever the data type of the map, as the gradients of weight and bias are.
-    They are the same bits each time. There are no second derivatives.
+    With :func:`batch_statistics` in front, this is batch normalization and GELU: gradients take
+    into account that the statistics are those of the map. They are the same bits each time. There
+    are no second derivatives.
 
     Args:
-        x (Tensor): Map of shape (B, C, H, W), in float32, float16 or bfloat16; one that is not
-            channels-last is copied.
+        x (Tensor): Map of shape (B, C, H, W), channels-last, of one of :data:`DTYPES`.
         weight (Tensor): Weight of shape (C,).
         bias (Tensor): Bias of shape (C,).
-        running_mean (Tensor, optional): Running mean of shape (C,), which training updates.
-        running_var (Tensor, optional): Running variance of shape (C,), which training updates.
-        momentum (float): Weight of the new statistics.
+        statistics (tuple[Tensor, Tensor, Tensor]): What :func:`batch_statistics` returns in
+            training; else running mean, running mean and running variance.
         eps (float): What is added to the variance.
-        training (bool): Whether to normalize by the statistics of the map.
-        process_group (ProcessGroup, optional): Processes that share these statistics, as in
-            ``nn.SyncBatchNorm``; they may have maps of different sizes. Defaults to None: none.
+        training (bool): Whether the statistics are those of the map.
+        process_group (ProcessGroup, optional): Processes that share them. Defaults to None: none.
         gelu (bool): Whether to compute GELU. Defaults to True.
 
     Returns:
         Tensor: Map of shape (B, C, H, W), channels-last.
 
-    Raises:
-        ValueError: If the data type is none of those, if there is one value of each channel to
-            make statistics of, or if there are no running statistics to normalize by.
-
     Examples:
         >>> x = torch.rand(2, 32, 8, 6, device='cuda')  # doctest: +SKIP
+        >>> x = x.to(memory_format=torch.channels_last)  # doctest: +SKIP
         >>> zeros, ones = x.new_zeros(32), x.new_ones(32)  # doctest: +SKIP
-        >>> batch_norm_gelu(
-        ...     x, ones, zeros, zeros.clone(), ones.clone(), 0.1, 1e-5, training=True
-        ... ).shape  # doctest: +SKIP
+        >>> statistics = batch_statistics(x, zeros.clone(), ones.clone(), 0.1)  # doctest: +SKIP
+        >>> normalize_gelu(x, ones, zeros, statistics, 1e-5, True).shape  # doctest: +SKIP
         torch.Size([2, 32, 8, 6])
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f'x is of {x.dtype}: convert it to one of {DTYPES}')
-    alone = process_group is None or dist.get_world_size(process_group) == 1
-    if training and alone and x.numel() == x.shape[1]:
-        raise ValueError(
-            f'x of shape {tuple(x.shape)} has one value per channel, which has no variance: use '
-            'more images, larger ones, or running statistics (training=False)'
-        )
-    if not training and running_mean is None:
-        raise ValueError('running_mean is None: without running statistics pass training=True')
-    x = x.contiguous(memory_format=torch.channels_last)
-    group = None if alone else process_group
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        return BatchNormGELU.apply(
-            x, weight, bias, running_mean, running_var, momentum, group, eps, training, gelu
-        )
+    return BatchNormGELU.apply(x, weight, bias, statistics, process_group, eps, training, gelu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -46,3 +47,33 @@ def why_not(device: torch.device | None = None) -> str:
 def available(device: torch.device | None = None) -> bool:
     """Whether Triton kernels can run, see :func:`why_not`."""
     return not why_not(device)
+
+
+LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
+
+
+def thin_operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Make an operator of a function, without gradients.
+
+    ``torch.library.custom_op`` does more, and takes 15 us of a CPU in each call where this takes 2.
+
+    Args:
+        schema (str): Name, arguments and results.
+        fake (Callable): What makes results without content.
+
+    Returns:
+        Callable: What turns the function into the operator.
+    """
+    name = schema[: schema.index('(')]
+
+    def register(function: Callable) -> Callable:
+        def run(x: torch.Tensor, *args):
+            with torch.cuda.device_of(x):  # Triton launches on the current device
+                return function(x, *args)
+
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, run, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'mmhrformer::{name}', fake, lib=LIBRARY)
+        return getattr(torch.ops.mmhrformer, name).default
+
+    return register
