@@ -15,6 +15,7 @@ from .dispatch import backend, use
 from .windows import padding_mask, window_count, window_merge, window_padding, window_partition
 
 __all__ = [
+    'add_path',
     'attend_on_map',
     'attends_on_map',
     'backend',
@@ -32,6 +33,20 @@ __all__ = [
     'window_padding',
     'window_partition',
 ]
+
+
+def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
+    """Add a residual path, with stochastic depth.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        path (Tensor): What to add, of the same shape.
+        drop (nn.Module): What drops paths, or an identity.
+
+    Returns:
+        Tensor: ``x + drop(path)``.
+    """
+    return backend(x).add_path(x, path, drop)
 
 
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:

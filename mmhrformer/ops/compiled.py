@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .reference import (
+    add_path,
     attends_on_map,
     conv_gelu,
     depthwise_conv,
@@ -13,6 +14,7 @@ from .reference import (
 from .sdpa import sdpa as window_attention
 
 __all__ = [
+    'add_path',
     'attends_on_map',
     'conv_gelu',
     'depthwise_conv',

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from . import reference
 from .recompute import norm_gelu_conv
-from .reference import attends_on_map, has_folded_block
+from .reference import add_path, attends_on_map, has_folded_block
 from .sdpa import sdpa
 from .state import autocast_dtype, needs_grad
 
 __all__ = [
+    'add_path',
     'attends_on_map',
     'conv_gelu',
     'depthwise_conv',

@@ -10,6 +10,7 @@ from .reference import attends_on_map, conv_gelu, depthwise_conv, has_folded_blo
 from .sdpa import sdpa
 
 __all__ = [
+    'add_path',
     'attends_on_map',
     'conv_gelu',
     'depthwise_conv',

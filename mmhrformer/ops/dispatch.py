@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import compiled, cpu, cuda, kernels, reference
 from .state import is_compiling, is_transformed
+from .triton_support import why_not
 
 BACKENDS = {
     'reference': reference,
@@ -34,17 +35,24 @@ def backend(x: Tensor) -> ModuleType:
 
     Returns:
         ModuleType: ``compiled`` under a compiler, ``reference`` if it was asked for, in tracing,
-        export and transforms of ``torch.func``, else the module of the device: ``cpu`` or
-        ``cuda``, ``reference`` for others.
+        export and transforms of ``torch.func``, else what suits the device: ``cpu``; for CUDA
+        ``kernels``, or ``cuda`` where Triton cannot run; ``reference`` for others.
+
+    Raises:
+        ValueError: If a form was asked for that is unknown or cannot run.
     """
     if is_compiling():
         return compiled
     name = _forced.get() or os.environ.get(VARIABLE)
     if name:
-        return BACKENDS[_check(name)]
+        if _check(name) == 'kernels' and (reason := why_not(x.device)):
+            raise ValueError(f'{VARIABLE} or ops.use asks for kernels, but {reason}')
+        return BACKENDS[name]
     if torch.jit.is_tracing() or is_transformed():
         return reference
-    return {'cpu': cpu, 'cuda': cuda}.get(x.device.type, reference)
+    if x.is_cuda:
+        return cuda if why_not(x.device) else kernels
+    return cpu if x.device.type == 'cpu' else reference
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, needs_grad
 
 __all__ = [
+    'add_path',
     'attend_on_map',
     'attends_on_map',
     'conv_gelu',
@@ -206,6 +208,16 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
         statistics = batch_statistics(x, *running, momentum or 0.0, group)
     return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
                    eps=norm.eps, training=True, process_group=group)  # fmt: skip
+
+
+def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.add_path`: one pass instead of three, and one back instead of two."""
+    if not (is_plain(drop, DropPath) and drop.training and x.dtype == path.dtype):
+        return x + drop(path)
+    keep = 1 - drop.drop_prob
+    shape = (len(path),) + (1,) * (path.dim() - 1)
+    kept = (keep + torch.rand(shape, dtype=path.dtype, device=path.device)).floor_()
+    return torch.addcmul(x, path, kept, value=1 / keep)
 
 
 def sync_group(norm: _BatchNorm) -> dist.ProcessGroup | None:

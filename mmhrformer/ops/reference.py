@@ -21,6 +21,11 @@ def attends_on_map(*_) -> bool:
     return False
 
 
+def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.add_path`."""
+    return x + drop(path)
+
+
 def has_folded_block(*_) -> bool:
     """See :func:`mmhrformer.ops.has_folded_block`: never."""
     return False

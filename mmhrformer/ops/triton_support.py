@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -34,8 +35,10 @@ def why_not(device: torch.device | None = None) -> str:
 
     if digit_version(triton.__version__) < digit_version(MIN_TRITON):
         return f'triton {triton.__version__} is too old: install triton>={MIN_TRITON}'
-    if device is None or device.type != 'cuda':
+    if device is None or (device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'):
         return ''
+    if device.type != 'cuda':
+        return f'Triton kernels run on GPUs, not on {device.type}'
     if torch.version.cuda is None:
         return f'torch {torch.__version__} is not built for CUDA: the kernels know NVIDIA GPUs only'
     capability = torch.cuda.get_device_capability(device)
