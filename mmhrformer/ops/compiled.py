@@ -2,24 +2,6 @@
 
 from __future__ import annotations
 
-from .reference import (
-    add_path,
-    attends_on_map,
-    conv_gelu,
-    depthwise_conv,
-    has_folded_block,
-    head_padding,
-    norm_gelu_conv,
-)
 from .sdpa import sdpa as window_attention
 
-__all__ = [
-    'add_path',
-    'attends_on_map',
-    'conv_gelu',
-    'depthwise_conv',
-    'has_folded_block',
-    'head_padding',
-    'norm_gelu_conv',
-    'window_attention',
-]
+__all__ = ['window_attention']

@@ -6,19 +6,9 @@ import torch
 from torch import Tensor
 
 from .recompute import norm_gelu_conv
-from .reference import attends_on_map, conv_gelu, depthwise_conv, has_folded_block
 from .sdpa import sdpa
 
-__all__ = [
-    'add_path',
-    'attends_on_map',
-    'conv_gelu',
-    'depthwise_conv',
-    'has_folded_block',
-    'head_padding',
-    'norm_gelu_conv',
-    'window_attention',
-]
+__all__ = ['head_padding', 'norm_gelu_conv', 'window_attention']
 
 # The attention kernels put the windows on an axis of the grid that has no more places.
 MAX_WINDOWS = 65_535

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ BACKENDS = {
     'kernels': kernels,
 }
 VARIABLE = 'MMHRFORMER_OPS'
+FUNCTIONS = [name for name, value in vars(reference).items() if inspect.isfunction(value)]
+for module in BACKENDS.values():  # the plain form, where there is no other
+    for name in FUNCTIONS:
+        vars(module).setdefault(name, getattr(reference, name))
 
 _forced: ContextVar[str | None] = ContextVar('mmhrformer_ops', default=None)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from . import cuda
+from . import cuda, reference
 from .cuda import head_padding, window_attention
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, needs_grad
@@ -100,13 +100,13 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     bias = conv.bias
     same = conv.stride == (1, 1) and conv.dilation == (1, 1)
     if dtype not in DTYPES or not same or needs_grad(x, weight, bias):
-        return cuda.conv_gelu(x, conv)
+        return reference.conv_gelu(x, conv)
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0):
         rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         return linear_gelu(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if conv.kernel_size == (3, 3) and conv.groups == x.shape[1] and conv.padding == (1, 1):
         return depthwise_gelu(x, weight, bias)
-    return cuda.conv_gelu(x, conv)
+    return reference.conv_gelu(x, conv)
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
@@ -115,7 +115,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
     if x.dtype not in DTYPES or not DEPTHWISE:
-        return cuda.depthwise_conv(x, weight, bias, stride)
+        return reference.depthwise_conv(x, weight, bias, stride)
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
     out = depthwise_gelu(x, weight, bias, stride, gelu=False)
     return out if is_last else out.contiguous()
@@ -211,7 +211,9 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
 
 
 def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.add_path`: one pass instead of three, and one back instead of two."""
+    """See :func:`mmhrformer.ops.add_path`: one pass instead of three, and in the backward pass one
+    instead of two.
+    """
     if not (is_plain(drop, DropPath) and drop.training and x.dtype == path.dtype):
         return x + drop(path)
     keep = 1 - drop.drop_prob
