@@ -30,17 +30,19 @@ def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
         qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
         part_pad='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
     )  # fmt: skip
-    kernels = dict(
-        forward=attention._forward, queries=attention._grad_queries, keys=attention._grad_keys
-    )
     for heads, head_dim, window in ATTENTION:
         qkv = torch.empty(1, 1, 1, 3 * heads * head_dim, dtype=dtype, device='meta')
-        for kind, kernel in kernels.items():
-            grid, keywords = attention._plan(kind, qkv, qkv, heads, window, False)
-            if kind == 'queries':
-                keywords['WHOLE'] = grid[1] == 1
-            if kind != 'keys' or grid[1] > 1:
-                yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
+        arguments = (qkv, qkv, heads, window, False)
+        grid, queries = attention._plan('queries', *arguments)
+        kernels = dict(
+            forward=(attention._forward, attention._plan('forward', *arguments)[1]),
+            queries=(attention._grad_queries, queries | dict(WHOLE=grid[1] == 1)),
+            reduce=(attention._reduce, attention._plan_reduce(queries)[1]),
+        )
+        if grid[1] > 1:
+            kernels['keys'] = (attention._grad_keys, attention._plan('keys', *arguments)[1])
+        for kind, (kernel, keywords) in kernels.items():
+            yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
 
 
 def dump(file: str, option: str) -> str:

@@ -311,15 +311,16 @@ def _reduce(
             chunk = (first + r % BLOCK_R)[:, None]
             at = chunk * (HEADS * N * N)
             total += tl.load(place + at, mask=pair & (chunk < chunks), other=0.0)
-        sums = tl.sum(tl.reshape(total, (BLOCK, BLOCK_R * BLOCK_N)), 1)
-        number = program * BLOCK + tl.arange(0, BLOCK)
-        tl.store(grad_table + number, sums.to(grad_table.dtype.element_ty), mask=number < NUMBERS)
+        entries = tl.sum(tl.reshape(total, (BLOCK, BLOCK_R * BLOCK_N)), 1)
+        numbers = program * BLOCK + tl.arange(0, BLOCK)
+        entries = entries.to(grad_table.dtype.element_ty)
+        tl.store(grad_table + numbers, entries, mask=numbers < NUMBERS)
     else:
         c = (program - PROGRAMS) * BLOCK_N + tl.arange(0, BLOCK_N)
         for first in range(0, rows, BLOCK * BLOCK_R):
             row = (first + r)[:, None]
-            mask = (row < rows) & (c < 2 * C)[None, :]
-            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=mask, other=0.0)
+            real = (row < rows) & (c < 2 * C)[None, :]
+            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=real, other=0.0)
         sums = tl.sum(total, 0).to(grad_pad.dtype.element_ty)
         tl.store(grad_pad + C + c, sums, mask=c < 2 * C)
 
@@ -352,6 +353,18 @@ def _plan(
         PRECISION='tf32x3' if qkv.dtype == torch.float32 else 'tf32',
     )
     return ((windows + per - 1) // per * heads, blocks), keywords | options
+
+
+def _plan_reduce(plan: dict) -> tuple[int, dict]:
+    """The programs of :func:`_reduce` and its keywords, by those of a kernel on maps."""
+    keywords = {name: plan[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
+    heads, block_n = plan['HEADS'], plan['BLOCK_N']
+    options = launch_options('reduce', block_n, plan['BLOCK_D'], torch.float32)
+    block = options.pop('block')
+    numbers = (2 * plan['WIN'] - 1) ** 2 * heads if plan['HAS_BIAS'] else 0
+    sums = 0 if plan['PAD_MASK'] else 2 * heads * plan['HD']
+    keywords.update(NUMBERS=numbers, BLOCK=block, BLOCK_R=4096 // block_n)
+    return triton.cdiv(numbers, block) + triton.cdiv(sums, block_n), keywords | options
 
 
 def _operator(name: str):
@@ -421,7 +434,11 @@ def _window_attention_backward(
             wrap_triton(_grad_keys)[grid_keys](
                 *sources, grad, grad_qkv, part_pad, stats, *sizes, **keywords_keys
             )
-        _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords)
+        programs, keywords = _plan_reduce(keywords)
+        if programs:
+            wrap_triton(_reduce)[(programs,)](
+                part_bias, part_pad, grad_table, grad_pad, chunks, rows, **keywords
+            )
     return grads
 
 
@@ -433,21 +450,6 @@ def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor
         pad.new_zeros(pad.shape),
         table.new_empty(table.shape),
     )
-
-
-def _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords) -> None:
-    """Launch :func:`_reduce` for what there is to add."""
-    block_n, options = keywords['BLOCK_N'], launch_options('reduce', 0, 0, part_pad.dtype)
-    block, numbers = options.pop('block'), grad_table.numel()
-    programs = triton.cdiv(numbers, block)
-    if not keywords['PAD_MASK']:
-        programs += triton.cdiv(2 * grad_pad.numel() // 3, block_n)
-    if programs:
-        shape = {name: keywords[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
-        wrap_triton(_reduce)[(programs,)](
-            part_bias, part_pad, grad_table, grad_pad, chunks, rows, NUMBERS=numbers, BLOCK=block,
-            BLOCK_R=4096 // block_n, **shape, **options,
-        )  # fmt: skip
 
 
 @_window_attention_backward.register_fake
