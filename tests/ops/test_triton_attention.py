@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +162,23 @@ def test_errors_name_the_tensor_that_does_not_fit(triton_attention, shapes, name
     tensors = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=f'^{named} has shape'):
         triton_attention.window_attention(*tensors, num_heads=2, window=2, scale=1.0)
+
+
+def test_kernels_compile_for_a_gpu_and_fit_into_its_registers():
+    """The interpreter knows no types; a process of its own has no interpreter."""
+    if reason := triton_support.why_not():
+        pytest.skip(reason)
+    script = Path(__file__).parents[2] / 'benchmarks/triton_resources.py'
+    only = 'bf16 .*(8 x 32, window 7|2 x 32, window 15)'
+    result = subprocess.run(
+        [sys.executable, script, '--capability', '90', '--only', only],
+        env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kernels = ['forward', 'queries', 'reduce'] + ['forward', 'queries', 'reduce', 'keys']
+    assert re.findall(r'sm_90 bf16 (\w+) .* spilled 0,', result.stdout) == kernels
 
 
 def test_the_package_does_not_import_triton():
