@@ -110,6 +110,17 @@ def test_results_are_the_same_bits_each_time(triton_attention):
     assert all(map(torch.equal, *results))
 
 
+def test_large_biases_and_empty_batches(triton_attention):
+    tensors, options = inputs(CASES[8])
+    with torch.no_grad():
+        tensors[2] *= 1000
+    results = run(triton_attention.window_attention, tensors, options)
+    assert all(result.isfinite().all() for result in results)
+    tensors[0] = tensors[0].detach()[:0].requires_grad_()
+    results = run(triton_attention.window_attention, tensors, options)
+    assert [result.abs().sum() for result in results] == [0, 0, 0, 0]
+
+
 def test_memory_formats_do_not_matter(triton_attention):
     tensors, options = inputs(CASES[2])
     strided = [
@@ -162,6 +173,20 @@ def test_errors_name_the_tensor_that_does_not_fit(triton_attention, shapes, name
     tensors = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=f'^{named} has shape'):
         triton_attention.window_attention(*tensors, num_heads=2, window=2, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'window', 'dtype', 'message'),
+    [
+        (48, 2, torch.float64, 'qkv is torch.float64'),
+        (48, 17, torch.float32, 'window=17'),
+        (240, 2, torch.float32, 'head_dim=80'),
+    ],
+)
+def test_errors_name_what_no_kernel_computes(triton_attention, channels, window, dtype, message):
+    qkv = torch.zeros(1, 4, 4, channels, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        triton_attention.window_attention(qkv, qkv[0, 0, 0], None, 1, window, scale=1.0)
 
 
 def test_kernels_compile_for_a_gpu_and_fit_into_its_registers():
