@@ -30,17 +30,19 @@ def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
         qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
         part_pad='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
     )  # fmt: skip
-    kernels = dict(
-        forward=attention._forward, queries=attention._grad_queries, keys=attention._grad_keys
-    )
     for heads, head_dim, window in ATTENTION:
         qkv = torch.empty(1, 1, 1, 3 * heads * head_dim, dtype=dtype, device='meta')
-        for kind, kernel in kernels.items():
-            grid, keywords = attention._plan(kind, qkv, qkv, heads, window, False)
-            if kind == 'queries':
-                keywords['WHOLE'] = grid[1] == 1
-            if kind != 'keys' or grid[1] > 1:
-                yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
+        arguments = (qkv, qkv, heads, window, False)
+        grid, queries = attention._plan('queries', *arguments)
+        kernels = dict(
+            forward=(attention._forward, attention._plan('forward', *arguments)[1]),
+            queries=(attention._grad_queries, queries | dict(WHOLE=grid[1] == 1)),
+            reduce=(attention._reduce, attention._plan_reduce(queries)[1]),
+        )
+        if grid[1] > 1:
+            kernels['keys'] = (attention._grad_keys, attention._plan('keys', *arguments)[1])
+        for kind, (kernel, keywords) in kernels.items():
+            yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
 
 
 def dump(file: str, option: str) -> str:
@@ -67,7 +69,7 @@ def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
         usage, code = dump(file.name, '-res-usage'), dump(file.name, '-sass')
     registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
     loads = re.findall(r'\b(?:LDG|LDGSTS)\.E(\S*)', code)
-    widths = [int((re.search(r'\.(\d+)', load) or [0, '32'])[1]) for load in loads]
+    widths = [int((re.search(r'\.[US]?(\d+)', load) or [0, '32'])[1]) for load in loads]
     return dict(
         registers=int(registers),
         spilled=int(stack),
@@ -85,16 +87,16 @@ def main() -> None:
     """Print a line for each kernel, shape and data type."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--capability', type=int, nargs='+', default=[80, 90])
-    parser.add_argument('--only', default='', help='a part of the names of the kernels to compile')
+    parser.add_argument('--only', default='', help='a regular expression that names are to match')
     args = parser.parse_args()
     for capability in args.capability:
-        for dtype in TYPES:
-            for kernels in KERNELS:
-                for name, *kernel in kernels(dtype):
-                    if args.only in name:
-                        print(f'sm_{capability} {TYPES[dtype][1:]} {name}:', end=' ', flush=True)
-                        found = resources(*kernel, capability)
-                        print(', '.join(f'{key} {value}' for key, value in found.items()))
+        for dtype, pointer in TYPES.items():
+            for name, *kernel in (kernel for kernels in KERNELS for kernel in kernels(dtype)):
+                name = f'sm_{capability} {pointer[1:]} {name}'
+                if re.search(args.only, name):
+                    found = resources(*kernel, capability)
+                    counts = ', '.join(f'{key} {value}' for key, value in found.items())
+                    print(f'{name}: {counts}', flush=True)
 
 
 if __name__ == '__main__':

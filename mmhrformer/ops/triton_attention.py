@@ -51,6 +51,8 @@ def launch_options(kernel: str, block_n: int, block_d: int, dtype: torch.dtype) 
     return options | OPTIONS[kernel]
 
 
+# Of larger ones neither keys nor logits fit into a multiprocessor.
+MAX_WINDOW, MAX_HEAD_DIM = 16, 64
 LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ['B', 'H', 'W']  # never compiled for: strides are multiples of the channels, which are
 
@@ -263,12 +265,12 @@ def _grad_keys(
         k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
         v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
-        log = tl.load(place, mask=real_q, other=0.0)
+        log = tl.load(place, mask=real_q, other=float('inf'))  # p = 0
         delta = tl.load(place + B * H * W, mask=real_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
-        p = tl.exp2(s - log[None, :])
         if PAD_MASK:
-            p = tl.where(real[:, None], p, 0.0)
+            s = tl.where(real[:, None], s, float('-inf'))
+        p = tl.exp2(s - log[None, :])
         dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, input_precision=PRECISION) * scale
@@ -311,15 +313,16 @@ def _reduce(
             chunk = (first + r % BLOCK_R)[:, None]
             at = chunk * (HEADS * N * N)
             total += tl.load(place + at, mask=pair & (chunk < chunks), other=0.0)
-        sums = tl.sum(tl.reshape(total, (BLOCK, BLOCK_R * BLOCK_N)), 1)
-        number = program * BLOCK + tl.arange(0, BLOCK)
-        tl.store(grad_table + number, sums.to(grad_table.dtype.element_ty), mask=number < NUMBERS)
+        entries = tl.sum(tl.reshape(total, (BLOCK, BLOCK_R * BLOCK_N)), 1)
+        numbers = program * BLOCK + tl.arange(0, BLOCK)
+        entries = entries.to(grad_table.dtype.element_ty)
+        tl.store(grad_table + numbers, entries, mask=numbers < NUMBERS)
     else:
         c = (program - PROGRAMS) * BLOCK_N + tl.arange(0, BLOCK_N)
         for first in range(0, rows, BLOCK * BLOCK_R):
             row = (first + r)[:, None]
-            mask = (row < rows) & (c < 2 * C)[None, :]
-            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=mask, other=0.0)
+            real = (row < rows) & (c < 2 * C)[None, :]
+            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=real, other=0.0)
         sums = tl.sum(total, 0).to(grad_pad.dtype.element_ty)
         tl.store(grad_pad + C + c, sums, mask=c < 2 * C)
 
@@ -339,7 +342,7 @@ def _plan(
     block, programs = options.pop('block'), options.pop('programs')
     blocks = triton.cdiv(window**2, block)
     windows = B * window_count(H, window) * window_count(W, window)
-    per = (windows * heads * blocks + programs - 1) // programs  # windows of a program
+    per = torch.sym_max(1, (windows * heads * blocks + programs - 1) // programs)
     keywords = dict(
         HEADS=heads,
         HD=head_dim,
@@ -352,6 +355,18 @@ def _plan(
         PRECISION='tf32x3' if qkv.dtype == torch.float32 else 'tf32',
     )
     return ((windows + per - 1) // per * heads, blocks), keywords | options
+
+
+def _plan_reduce(plan: dict) -> tuple[int, dict]:
+    """The programs of :func:`_reduce` and its keywords, by those of a kernel on maps."""
+    keywords = {name: plan[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
+    heads, block_n = plan['HEADS'], plan['BLOCK_N']
+    options = launch_options('reduce', block_n, plan['BLOCK_D'], torch.float32)
+    block = options.pop('block')
+    numbers = (2 * plan['WIN'] - 1) ** 2 * heads if plan['HAS_BIAS'] else 0
+    sums = 0 if plan['PAD_MASK'] else 2 * heads * plan['HD']
+    keywords.update(NUMBERS=numbers, BLOCK=block, BLOCK_R=4096 // block_n)
+    return triton.cdiv(numbers, block) + triton.cdiv(sums, block_n), keywords | options
 
 
 def _operator(name: str):
@@ -421,7 +436,11 @@ def _window_attention_backward(
             wrap_triton(_grad_keys)[grid_keys](
                 *sources, grad, grad_qkv, part_pad, stats, *sizes, **keywords_keys
             )
-        _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords)
+        programs, keywords = _plan_reduce(keywords)
+        if programs:
+            wrap_triton(_reduce)[(programs,)](
+                part_bias, part_pad, grad_table, grad_pad, chunks, rows, **keywords
+            )
     return grads
 
 
@@ -433,21 +452,6 @@ def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor
         pad.new_zeros(pad.shape),
         table.new_empty(table.shape),
     )
-
-
-def _add_parts(part_bias, part_pad, grad_table, grad_pad, chunks, rows, keywords) -> None:
-    """Launch :func:`_reduce` for what there is to add."""
-    block_n, options = keywords['BLOCK_N'], launch_options('reduce', 0, 0, part_pad.dtype)
-    block, numbers = options.pop('block'), grad_table.numel()
-    programs = triton.cdiv(numbers, block)
-    if not keywords['PAD_MASK']:
-        programs += triton.cdiv(2 * grad_pad.numel() // 3, block_n)
-    if programs:
-        shape = {name: keywords[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
-        wrap_triton(_reduce)[(programs,)](
-            part_bias, part_pad, grad_table, grad_pad, chunks, rows, NUMBERS=numbers, BLOCK=block,
-            BLOCK_R=4096 // block_n, **shape, **options,
-        )  # fmt: skip
 
 
 @_window_attention_backward.register_fake
@@ -501,7 +505,7 @@ def window_attention(
         data type.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes, data type, window (up to 16) or head_dim (up to 64) do not fit.
 
     Examples:
         >>> import torch
@@ -512,11 +516,18 @@ def window_attention(
         >>> window_attention(qkv, pad, table, num_heads=2, window=7, scale=0.25).shape
         torch.Size([2, 8, 6, 32])
     """
+    _check(qkv, pad, table, num_heads, window)
+    return _window_attention(qkv, pad, table, num_heads, window, scale, pad_mask)
+
+
+def _check(qkv: Tensor, pad: Tensor, table: Tensor | None, num_heads: int, window: int) -> None:
     C3 = qkv.shape[-1]
     if qkv.dim() != 4 or C3 % (3 * num_heads):
         raise ValueError(
             f'qkv has shape {tuple(qkv.shape)}: give a map (B, H, W, 3 * {num_heads} * head_dim)'
         )
+    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f'qkv is {qkv.dtype}: give float32, float16 or bfloat16')
     if pad.shape != (C3,):
         raise ValueError(f'pad has shape {tuple(pad.shape)}: give one number a channel, ({C3},)')
     if table is not None and table.shape != ((2 * window - 1) ** 2, num_heads):
@@ -524,4 +535,8 @@ def window_attention(
             f'table has shape {tuple(table.shape)}: window={window} and num_heads={num_heads} '
             f'make ({(2 * window - 1) ** 2}, {num_heads})'
         )
-    return _window_attention(qkv, pad, table, num_heads, window, scale, pad_mask)
+    if window > MAX_WINDOW or C3 // 3 // num_heads > MAX_HEAD_DIM:
+        raise ValueError(
+            f'window={window} and head_dim={C3 // 3 // num_heads} do not fit into a GPU: '
+            f'up to {MAX_WINDOW} and {MAX_HEAD_DIM} do, use sdpa() for more'
+        )

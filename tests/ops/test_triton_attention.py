@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,17 @@ def test_results_are_the_same_bits_each_time(triton_attention):
     assert all(map(torch.equal, *results))
 
 
+def test_large_biases_and_empty_batches(triton_attention):
+    tensors, options = inputs(CASES[8])
+    with torch.no_grad():
+        tensors[2] *= 1000
+    results = run(triton_attention.window_attention, tensors, options)
+    assert all(result.isfinite().all() for result in results)
+    tensors[0] = tensors[0].detach()[:0].requires_grad_()
+    results = run(triton_attention.window_attention, tensors, options)
+    assert [result.abs().sum() for result in results] == [0, 0, 0, 0]
+
+
 def test_memory_formats_do_not_matter(triton_attention):
     tensors, options = inputs(CASES[2])
     strided = [
@@ -159,6 +173,37 @@ def test_errors_name_the_tensor_that_does_not_fit(triton_attention, shapes, name
     tensors = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=f'^{named} has shape'):
         triton_attention.window_attention(*tensors, num_heads=2, window=2, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'window', 'dtype', 'message'),
+    [
+        (48, 2, torch.float64, 'qkv is torch.float64'),
+        (48, 17, torch.float32, 'window=17'),
+        (240, 2, torch.float32, 'head_dim=80'),
+    ],
+)
+def test_errors_name_what_no_kernel_computes(triton_attention, channels, window, dtype, message):
+    qkv = torch.zeros(1, 4, 4, channels, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        triton_attention.window_attention(qkv, qkv[0, 0, 0], None, 1, window, scale=1.0)
+
+
+def test_kernels_compile_for_a_gpu_and_fit_into_its_registers():
+    """The interpreter knows no types; a process of its own has no interpreter."""
+    if reason := triton_support.why_not():
+        pytest.skip(reason)
+    script = Path(__file__).parents[2] / 'benchmarks/triton_resources.py'
+    only = 'bf16 .*(8 x 32, window 7|2 x 32, window 15)'
+    result = subprocess.run(
+        [sys.executable, script, '--capability', '90', '--only', only],
+        env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kernels = ['forward', 'queries', 'reduce'] + ['forward', 'queries', 'reduce', 'keys']
+    assert re.findall(r'sm_90 bf16 (\w+) .* spilled 0,', result.stdout) == kernels
 
 
 def test_the_package_does_not_import_triton():
