@@ -12,6 +12,7 @@ import pytest
 import torch
 from configs.test_steps import prepare
 from mmengine.optim import build_optim_wrapper
+from mmengine.utils import digit_version
 from small_runs import Reading, amp, pointed, train
 
 pytestmark = pytest.mark.gpu
@@ -115,7 +116,9 @@ def test_processes_train_as_one(processes, tmp_path, device):
 
 
 @pytest.mark.parametrize('processes', PROCESSES)
-def test_sharded_training(processes, tmp_path, device):
+def test_sharded_training(processes, tmp_path, device, on_cuda):
     """FSDP by mmengine's FlexibleRunner, which stock tools build for runner_type=FlexibleRunner."""
+    if not on_cuda and digit_version(torch.__version__) < digit_version('2.5'):
+        pytest.skip('FSDP of this torch wants GPUs')
     said = torchrun(processes, 'fsdp', tmp_path, device)
-    assert said.count('trained with FullyShardedDataParallel') == processes
+    assert said.count('trained sharded') == processes
