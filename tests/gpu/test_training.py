@@ -34,6 +34,8 @@ def test_200_steps_in_half_precision(task, dtype, device, on_cuda):
     torch.manual_seed(0)
     _, model, _, batch = prepare(DEMOS[task])
     model = model.to(device).train()
+    if task == 'pose':  # mmpose counts an accuracy in NumPy, which has no bfloat16
+        model.train_cfg = dict(compute_acc=False)
     optimizer = build_optim_wrapper(model, amp(dtype, on_cuda))
     losses = []
     for _ in range(200):
