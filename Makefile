@@ -9,7 +9,7 @@ MODERN_PYTHON = $(firstword $(foreach name,$(PYTHON) python3.11 python3.12 pytho
 	$(shell "$(name)" -c '$(IS_MODERN)' 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo docs test test-fast test-modern lint format clean distclean
+.PHONY: help env demo docs test test-fast test-gpu test-modern lint format clean distclean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -32,11 +32,14 @@ test: test-fast ## run all tests: the fast ones on both stacks, then the end-to-
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m e2e
 
 test-fast: env ## run the tests that take seconds
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e and not gpu"
 
 test-modern: ## run the fast tests on current torch and NumPy, in their own environment
 	$(or $(MODERN_PYTHON),$(PYTHON),python3) tools/setup_env.py --stack modern --venv "$(VENV)-modern"
-	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python -m pytest -n 2 -m "not e2e" --ignore=tests/e2e
+	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python -m pytest -n 2 -m "not e2e and not gpu" --ignore=tests/e2e
+
+test-gpu: ## run the tests that need a GPU; PY=python for the current environment
+	$(PY) -m pytest -m gpu tests/gpu
 
 docs: env ## build the documentation, warnings are errors
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html

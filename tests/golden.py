@@ -35,13 +35,13 @@ SEG_CONFIGS = {
 }
 
 
-def build(config: str, **options):
-    """Build the model of a shipped config, on the CPU; options as on the command line."""
+def build(config: str, device='cpu', **options):
+    """Build the model of a shipped config; options as on the command line."""
     cfg = Config.fromfile(CONFIGS / config)
     cfg.merge_from_dict(options)
     pytest.importorskip(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return MODELS.build(cfg.model)
+        return MODELS.build(cfg.model).to(device)
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -69,8 +69,8 @@ def official_checkpoint(task: str, keys: str) -> dict:
     return {'config_dict': {}, 'state_dict': {f'module.{k}': v for k, v in state_dict.items()}}
 
 
-def image(shape, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.from_numpy(recipe.make_input(shape, seed)).to(dtype)
+def image(shape, seed: int = 0, dtype=torch.float32, device='cpu') -> torch.Tensor:
+    return torch.from_numpy(recipe.make_input(shape, seed)).to(device, dtype)
 
 
 def difference(golden, name: str, tensor: torch.Tensor) -> float:
@@ -79,7 +79,7 @@ def difference(golden, name: str, tensor: torch.Tensor) -> float:
     Inside a block our maps are (B, H, W, C); the golden ones are tokens (B, H * W, C) or maps
     (B, C, H, W).
     """
-    array = tensor.detach().numpy()
+    array = tensor.detach().cpu().numpy()
     shape = tuple(golden[f'{name}.shape'])
     if array.ndim == 4 and len(shape) == 3:
         array = array.reshape(shape)

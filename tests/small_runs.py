@@ -1,4 +1,4 @@
-"""Runs of 16 iterations: a model of one layer, eight numbers, our hooks."""
+"""Runs of 16 iterations: a model of one layer or a micro HRFormer, eight numbers, our hooks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
+
+from mmhrformer import HRFormer
+
+MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
 
 class NoisyNumbers(Dataset):
@@ -40,6 +44,23 @@ class Dropping(BaseModel):
         return dict(loss=nn.functional.dropout(self.layer(inputs)).square().mean())
 
 
+class Reading(BaseModel):
+    """An HRFormer that is to read numbers off a pattern."""
+
+    def __init__(self, norm: str = 'BN') -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options = dict(out_indices=(0,), drop_path_rate=0.2, norm_cfg=dict(type=norm))
+        self.backbone = HRFormer(arch=MICRO, **options)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        numbers = torch.stack(inputs) / 8  # (B, 1)
+        waves = torch.linspace(0, 9, 3 * 64 * 64, device=numbers.device).view(3, 64, 64)
+        maps = self.backbone(torch.sin(numbers[..., None, None] * waves))[0]  # (B, 8, 16, 16)
+        return dict(loss=(self.head(maps.mean((2, 3))) - numbers).square().mean())
+
+
 class Losses(Hook):
     """Keeps the losses and stops, as by a kill, before a given iteration is done."""
 
@@ -65,10 +86,21 @@ class GivenScores(Evaluator):
 
 
 def make_runner(work: Path, stop: int | None = None, **options) -> Runner:
-    """A run of 4 epochs, or 16 iterations, of 4 iterations each."""
+    """A run of 4 epochs, or 16 iterations, of 4 iterations each.
+
+    Args:
+        work (Path): Its folder.
+        stop (int, optional): The iteration before whose end it stops.
+        **options: Arguments of the runner, and ``kind`` (its class), ``by_epoch``, ``length`` (of
+            ``train_cfg``), ``hook`` (of the checkpoints), ``workers`` (of the loader).
+
+    Returns:
+        Runner: The run.
+    """
     by_epoch = options.pop('by_epoch', True)
     workers = options.pop('workers', 0)
     hook = options.pop('hook', {})
+    custom_hooks = [Losses(stop), *options.pop('custom_hooks', [])]
     length = dict(max_epochs=4) if by_epoch else dict(max_iters=16, val_interval=4)
     sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
     if 'val_evaluator' in options:
@@ -76,8 +108,8 @@ def make_runner(work: Path, stop: int | None = None, **options) -> Runner:
             batch_size=8, sampler=dict(type='DefaultSampler', shuffle=False), dataset=NoisyNumbers()
         )
         options['val_cfg'] = dict()
-    return Runner(
-        model=Dropping(),
+    return options.pop('kind', Runner)(
+        model=options.pop('model', None) or Dropping(),
         work_dir=str(work),
         train_dataloader=options.pop('train_dataloader', None)
         or dict(
@@ -97,11 +129,18 @@ def make_runner(work: Path, stop: int | None = None, **options) -> Runner:
             ),
             sampler_seed=dict(type='mmhrformer.ResumableSeedHook'),
         ),
-        custom_hooks=[Losses(stop)],
+        custom_hooks=custom_hooks,
         randomness=options.pop('randomness', dict(seed=3)),
         experiment_name=f'{work.name}{np.random.SeedSequence().entropy}',
         **options,
     )
+
+
+def amp(dtype: str, on_cuda: bool, **options) -> dict:
+    """AdamW with mmengine's half precision, which takes GPUs only."""
+    if on_cuda:
+        options.update(type='AmpOptimWrapper', dtype=dtype, loss_scale='dynamic')
+    return dict(optimizer=dict(type='AdamW', lr=1e-3), **options)
 
 
 def losses(runner: Runner) -> dict[int, float]:

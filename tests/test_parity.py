@@ -8,9 +8,19 @@ import torch
 
 from mmhrformer import load_checkpoint
 
-EVAL_TOLERANCE = 1e-4
 TRAIN_TOLERANCE = 3e-4
 GRADIENT_TOLERANCE = 1e-6  # relative, float64
+
+
+# tests/gpu runs the tests of this file with other ones.
+@pytest.fixture
+def device() -> str:
+    return 'cpu'
+
+
+@pytest.fixture
+def tolerance() -> float:
+    return 1e-4
 
 
 def check(name: str, goldens: dict, ours: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -28,31 +38,31 @@ def covered(goldens: dict, ours: dict, prefix: str = '') -> dict:
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-def test_classification_outputs(arch):
+def test_classification_outputs(arch, device, tolerance):
     goldens = golden.load(f'cls_{arch}.npz')
-    model = golden.build(golden.CLS_CONFIGS[arch]).eval()
+    model = golden.build(golden.CLS_CONFIGS[arch], device).eval()
     report = load_checkpoint(model, golden.official_checkpoint('cls', f'keys_cls_{arch}.json'))
     assert not report.missing
     assert not report.unused
     seen = golden.capture(model.backbone)
     fusion, pooling = model.neck
     with torch.no_grad():
-        xs = model.backbone(golden.image((2, 3, 224, 224)))
+        xs = model.backbone(golden.image((2, 3, 224, 224), device=device))
         (pre_pool,) = fusion(xs)
         (pooled,) = pooling((pre_pool,))
         seen.update({f'branch{i}': x for i, x in enumerate(xs)})
         seen['head.incre0'] = fusion.incre_modules[0](xs[0])
         seen['head.down0'] = fusion.downsamp_modules[0](seen['head.incre0'])
         seen.update(pre_pool=pre_pool, pooled=pooled, logits=model.head((pooled,)))
-    check(f'cls {arch}', goldens, covered(goldens, seen), EVAL_TOLERANCE)
+    check(f'cls {arch}', goldens, covered(goldens, seen), tolerance)
 
 
 @pytest.mark.parametrize('mode', ['norpe', 'rpe'])
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-def test_pose_outputs(arch, mode):
+def test_pose_outputs(arch, mode, device, tolerance):
     goldens = golden.load(f'pose_{arch}.npz')
     options = {'model.backbone.with_rpe': mode == 'rpe'}
-    model = golden.build(golden.POSE_CONFIGS[arch], **options).eval()
+    model = golden.build(golden.POSE_CONFIGS[arch], device, **options).eval()
     report = load_checkpoint(model, golden.official_checkpoint('pose', f'keys_pose_{arch}.json'))
     assert not report.missing
     assert not report.unused
@@ -60,10 +70,10 @@ def test_pose_outputs(arch, mode):
         prefix = f'{mode}.{size[0]}x{size[1]}.'
         seen = golden.capture(model.backbone, prefix)
         with torch.no_grad():
-            (x,) = model.backbone(golden.image((1, 3, *size)))
+            (x,) = model.backbone(golden.image((1, 3, *size), device=device))
             seen[prefix + 'branch0'] = x
             seen[prefix + 'heatmap'] = model.head((x,))
-        check(f'pose {arch} {prefix}', goldens, covered(goldens, seen, prefix), EVAL_TOLERANCE)
+        check(f'pose {arch} {prefix}', goldens, covered(goldens, seen, prefix), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +85,11 @@ def test_pose_outputs(arch, mode):
         ('base-w15', 15, [(128, 160)]),
     ],
 )
-def test_segmentation_outputs(arch, window, sizes):
+def test_segmentation_outputs(arch, window, sizes, device, tolerance):
     name = f'seg_{arch.split("-")[0]}_w{window}'
     goldens = golden.load(f'{name}.npz')
     options = {'model.backbone.window_size': 13} if window == 13 else {}
-    model = golden.build(golden.SEG_CONFIGS[arch], **options).eval()
+    model = golden.build(golden.SEG_CONFIGS[arch], device, **options).eval()
     report = load_checkpoint(model, golden.official_checkpoint('seg', f'keys_{name}.json'))
     assert not report.missing
     assert not report.unused
@@ -88,7 +98,7 @@ def test_segmentation_outputs(arch, window, sizes):
         prefix = f'{size[0]}x{size[1]}.'
         seen = golden.capture(model.backbone, prefix)
         with torch.no_grad():
-            xs = model.backbone(golden.image((1, 3, *size)))
+            xs = model.backbone(golden.image((1, 3, *size), device=device))
             seen.update({f'{prefix}branch{i}': x for i, x in enumerate(xs)})
             aux_logits = aux(xs)
             logits = ocr(xs, aux_logits)
@@ -110,7 +120,7 @@ def test_segmentation_outputs(arch, window, sizes):
             f'seg {arch} w{window} {prefix}',
             goldens,
             covered(goldens, seen, prefix),
-            EVAL_TOLERANCE,
+            tolerance,
         )
 
 
@@ -154,60 +164,66 @@ def check_gradients(goldens, prefix, ours) -> None:
             assert golden.difference(goldens, key, grad) <= 1e-6 * scale, key
 
 
-def prepare(config: str, task: str, keys: str, **options):
+def prepare(config: str, device, task: str, keys: str, **options):
     """A float64 model in training mode without stochastic parts, and its official weights."""
-    model = golden.build(config, **{'model.backbone.drop_path_rate': 0.0, **options})
+    model = golden.build(config, device, **{'model.backbone.drop_path_rate': 0.0, **options})
     report = load_checkpoint(model, golden.official_checkpoint(task, keys))
     assert not report.missing
     assert not report.unused
     return model.double().train(), golden.official_state_dict(keys)
 
 
-def test_classification_training():
+def test_classification_training(device):
     goldens = golden.load('train_cls.npz')
     keys = 'keys_cls_tiny.json'
-    model, official = prepare(golden.CLS_CONFIGS['tiny'], 'cls', keys)
-    target = torch.from_numpy(golden.recipe.make_class_targets(2, 1000, 0))
-    logits = model(golden.image((2, 3, 224, 224), dtype=torch.float64), mode='tensor')
+    model, official = prepare(golden.CLS_CONFIGS['tiny'], device, 'cls', keys)
+    target = torch.from_numpy(golden.recipe.make_class_targets(2, 1000, 0)).to(device)
+    logits = model(
+        golden.image((2, 3, 224, 224), dtype=torch.float64, device=device), mode='tensor'
+    )
     loss = torch.nn.functional.cross_entropy(logits, target)
     loss.backward()
     check_training(goldens, '', model, official, {'logits': logits}, loss)
 
 
 @pytest.mark.parametrize('mode', ['norpe', 'rpe'])
-def test_pose_training(mode):
+def test_pose_training(mode, device):
     goldens = golden.load('train_pose.npz')
     keys = 'keys_pose_small.json'
     options = {'model.backbone.with_rpe': mode == 'rpe'}
-    model, official = prepare(golden.POSE_CONFIGS['small'], 'pose', keys, **options)
-    heatmaps = model(golden.image((2, 3, 128, 96), dtype=torch.float64), None, mode='tensor')
+    model, official = prepare(golden.POSE_CONFIGS['small'], device, 'pose', keys, **options)
+    heatmaps = model(
+        golden.image((2, 3, 128, 96), dtype=torch.float64, device=device), None, mode='tensor'
+    )
     target, weight = map(torch.from_numpy, golden.recipe.make_heatmap_targets(heatmaps.shape, 0))
     # mmpose's own loss, as the config sets it.
-    loss = model.head.loss_module(heatmaps, target.double(), weight.squeeze(-1).double())
+    target, weight = target.to(heatmaps), weight.squeeze(-1).to(heatmaps)
+    loss = model.head.loss_module(heatmaps, target, weight)
     loss.backward()
     check_training(goldens, f'{mode}.', model, official, {'heatmap': heatmaps}, loss)
     without_gradient = {str(name) for name in goldens[f'{mode}.no_grad_names']}
     assert all(name.endswith('bias_table') for name in without_gradient)
 
 
-def test_segmentation_training():
+def test_segmentation_training(device):
     """One step through CascadeEncoderDecoder.loss: the auxiliary head runs once."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
     goldens = golden.load('train_seg.npz')
     keys = 'keys_seg_small_w7.json'
-    model, official = prepare(golden.SEG_CONFIGS['small'], 'seg', keys)
+    model, official = prepare(golden.SEG_CONFIGS['small'], device, 'seg', keys)
     aux, ocr = model.decode_head
     ocr.dropout = None
     label = golden.recipe.make_label_map((2, 64, 64), 19, 0, ignore_index=255, ignore_ratio=0.1)
     samples = [
-        SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(one[None]))) for one in label
+        SegDataSample(gt_sem_seg=PixelData(data=one[None]))
+        for one in torch.from_numpy(label).to(device)
     ]
     outputs = {}
     aux.conv_seg.register_forward_hook(lambda m, args, out: outputs.update(aux_logits=out))
     ocr.conv_seg.register_forward_hook(lambda m, args, out: outputs.update(logits=out))
-    losses = model.loss(golden.image((2, 3, 64, 64), dtype=torch.float64), samples)
+    losses = model.loss(golden.image((2, 3, 64, 64), dtype=torch.float64, device=device), samples)
     loss, _ = model.parse_losses(losses)
     loss.backward()
     assert losses['decode_1.loss_ohem'].item() == pytest.approx(goldens['loss.seg_ohem_fp64'])

@@ -1,0 +1,29 @@
+"""The official code's numbers, on a GPU: the tests of the CPU, with this folder's device."""
+
+from __future__ import annotations
+
+import pytest
+from test_parity import (
+    test_classification_outputs,
+    test_classification_training,
+    test_pose_outputs,
+    test_pose_training,
+    test_segmentation_outputs,
+    test_segmentation_training,
+)
+
+__all__ = [
+    'test_classification_outputs',
+    'test_classification_training',
+    'test_pose_outputs',
+    'test_pose_training',
+    'test_segmentation_outputs',
+    'test_segmentation_training',
+]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def tolerance() -> float:
+    """Of outputs in float32; gradients are compared in float64, as on a CPU."""
+    return 1e-3
