@@ -27,6 +27,7 @@ __all__ = [
     'folded_block',
     'has_folded_block',
     'head_padding',
+    'layer_norm',
     'map_attention',
     'norm_gelu_conv',
     'window_attention',
@@ -35,6 +36,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
+MAX_CHANNELS = 1024
 
 
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
@@ -151,6 +153,19 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
     y = norm_linear(x, hidden, ffn.fc1.bias, True, None, block.norm2.eps)  # (B, H, W, 4 C)
     y = depthwise_gelu(y.permute(0, 3, 1, 2), ffn.dw3x3.weight, ffn.dw3x3.bias)
     return norm_linear(y.permute(0, 2, 3, 1), out, ffn.fc2.bias, True, x, None)
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.layer_norm`."""
+    fits = is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    if not fits or {x.dtype, dtype} - {*DTYPES} or x.shape[-1] > MAX_CHANNELS:
+        return norm(x)
+    from .triton_layer_norm import layer_norm as kernel
+
+    # Under autocast torch's is float32, which the next layer would read only to round it to the
+    # data type that this is in already.
+    return kernel(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
