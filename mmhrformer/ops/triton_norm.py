@@ -379,7 +379,7 @@ class BatchNormGELU(torch.autograd.Function):
         # would let them pass as constants unless the incoming one is differentiated, too.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                'batch_norm_gelu has no second derivatives, which create_graph=True asks for: '
+                'normalize_gelu has no second derivatives, which create_graph=True asks for: '
                 "force the plain form by ops.use('reference') or MMHRFORMER_OPS=reference"
             )
         grad = grad.contiguous(memory_format=torch.channels_last)
