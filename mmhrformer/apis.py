@@ -15,6 +15,7 @@ from torch import nn
 from .checkpoints import list_models, load_checkpoint, read_zoo
 from .checkpoints.loading import naming, read
 from .dataset_meta import meta_of_checkpoint
+from .engine.cuda_graph_hook import graph_backbone
 from .inferencers import (
     ClsInferencer,
     Inferencer,
@@ -36,6 +37,7 @@ __all__ = [
     'fuse_for_inference',
     'get_inferencer',
     'get_model',
+    'graph_backbone',
     'inference',
     'list_models',
     'register_in_mmpretrain',

@@ -2,6 +2,7 @@
 
 from .compile_hook import CompileBlocksHook
 from .cpu_dist import CPUDistributedDataParallel
+from .cuda_graph_hook import CUDAGraphHook
 from .optim import DecayGroupsConstructor
 from .preflight import PreflightChecks
 from .safe_checkpoints import ResumableSeedHook, SafeCheckpointHook
@@ -10,6 +11,7 @@ from .schedulers import WarmupCosineLR
 
 __all__ = [
     'CPUDistributedDataParallel',
+    'CUDAGraphHook',
     'CompileBlocksHook',
     'DecayGroupsConstructor',
     'PreflightChecks',

@@ -1,0 +1,320 @@
+"""The backbone as CUDA graphs in training: one launch forward and one backward, not thousands."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from ..ops.state import autocast_dtype, is_compiling
+from ..registry import HOOKS
+
+WARM_UP = 3  # passes before the capture, in which libraries and Triton choose their kernels
+REMEDY = 'leave CUDAGraphHook or graph_backbone out'
+
+
+class Recorder:
+    """Records functions as CUDA graphs that share their memory, so that they run in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != 'cuda':
+            raise RuntimeError(
+                f'the backbone is on device={str(device)!r}, and CUDA graphs are for NVIDIA GPUs: '
+                f'move the model to one, or {REMEDY}'
+            )
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Run what follows on a stream of its own, as a capture will."""
+        with torch.cuda.device(self.device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                yield
+            current.wait_stream(side)
+
+    def capture(self, function: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
+        """Record a function; what replays it, and the tensors that each replay writes anew."""
+        graph = torch.cuda.CUDAGraph()
+        # Not 'global': threads that pin batches or watch NCCL may call CUDA in the meantime.
+        options = dict(pool=self.pool, capture_error_mode='thread_local')
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
+            static = function()
+        return graph.replay, static
+
+
+class Ticket:
+    """One forward pass; it lives as long as its autograd graph."""
+
+    done = False  # whether its backward pass has run
+
+
+class Replay(torch.autograd.Function):
+    """Both graphs as one node of autograd, whose inputs are the parameters.
+
+    DistributedDataParallel waits for gradients at the parameters, where autograd brings what
+    ``backward`` returns. All come at once, so that only the head's exchange overlaps.
+    """
+
+    @staticmethod
+    def forward(ctx, graphed: GraphedForward, images: Tensor, *parameters) -> tuple[Tensor, ...]:
+        ctx.graphed, ctx.ticket = graphed, Ticket()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(parameters[0])  # for autograd to notice a step of the optimizer
+        return graphed.replay_forward(ctx.ticket, images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018  (raises if it has been changed since)
+        return None, None, *ctx.graphed.replay_backward(ctx.ticket, grads)
+
+
+class GraphedForward:
+    """Stands for ``module.forward``: graphs for what they were captured from, else the original.
+
+    Args:
+        module (nn.Module): The backbone, which returns a tuple of tensors.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.ordinary = module, module.forward
+        self.modules = list(module.modules())
+        self.held = [m._parameters for m in self.modules if m._parameters]
+        self.recorder = Recorder(next(module.parameters()).device)
+        self.key, self.last = None, lambda: None
+        self.calls = self.replays = 0
+
+    def __reduce__(self) -> tuple:
+        # Copies, as of EMAHook, and pickles have the forward function of their class.
+        return getattr, (self.module, 'forward')
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps of images (B, C, H, W)."""
+        if is_compiling() or not torch.is_grad_enabled() or images.requires_grad:
+            return self.ordinary(images)
+        if self.key is None and self.module.training:
+            self.capture(images)
+        self.calls += self.module.training
+        # A replay would overwrite what a backward pass still needs.
+        if not getattr(self.last(), 'done', True) or self.key != self._key(images):
+            return self.ordinary(images)
+        self.replays += 1
+        return Replay.apply(self, images, *self.parameters)
+
+    def _key(self, images: Tensor) -> tuple:
+        """All that a graph takes for granted; it costs 0.3 ms for HRFormer-S."""
+        held = [p for place in self.held for p in place.values() if p is not None]
+        weights = [p.data_ptr() for p in held], [p.requires_grad for p in held]
+        modes = autocast_dtype(images.device.type), [m.training for m in self.modules]
+        look = images.shape, images.stride(), images.dtype, images.device
+        return look, modes, weights
+
+    def capture(self, images: Tensor) -> None:
+        """Record both passes for images like these in the modes that are set."""
+        key = self._key(images)
+        self.images, self.grads = images.clone(), None
+        learned = [p for p in self.module.parameters() if p.requires_grad]
+        self.parameters = sorted(learned, key=lambda p: str(p.dtype))
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        try:  # random numbers and statistics of the warm-up shall leave no trace
+            with torch.random.fork_rng([images.device] if images.is_cuda else []):
+                with self.recorder.warm_up():
+                    for _ in range(WARM_UP):
+                        self._forward()
+                        self._backward()
+                self.run_forward, self.outputs = self.recorder.capture(self._forward)
+                self.run_backward, self.flats = self.recorder.capture(self._backward)
+        except RuntimeError as err:
+            raise RuntimeError(
+                f'the backbone, {type(self.module).__name__}, cannot be captured in CUDA graphs: '
+                f'{err}; {REMEDY}'
+            ) from err
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self.key = key
+
+    @contextmanager
+    def _aliases(self) -> Iterator[None]:
+        """Leaves of autograd of their own, of the same memory, in place of the parameters.
+
+        Nodes of the parameters themselves may exist already and belong to the main stream, as
+        DistributedDataParallel makes them: a captured backward pass must not wait for that one.
+        """
+        own = [dict(held) for held in self.held]
+        for held in self.held:
+            held.update({name: self.leaves.get(p) for name, p in held.items()})
+        try:
+            yield
+        finally:
+            for held, before in zip(self.held, own):
+                held.update(before)
+
+    def _forward(self) -> list[Tensor]:
+        """The forward pass on ``self.images``."""
+        held = self.module.parameters()
+        self.leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in held}
+        kind, dtype = self.images.device.type, autocast_dtype(self.images.device.type)
+        # A graph has to cast the weights of each step: none may come from a cache.
+        options = dict(dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        with torch.enable_grad(), torch.autocast(kind, **options), self._aliases():
+            outputs = self.ordinary(self.images)
+        if not (isinstance(outputs, (tuple, list)) and all(o.requires_grad for o in outputs)):
+            raise RuntimeError('it returns something else than a tuple of tensors that it learns')
+        self.live = list(outputs)
+        if self.grads is None:
+            self.grads = [torch.zeros_like(o) for o in outputs]
+        return [o.detach() for o in outputs]
+
+    def _backward(self) -> list[Tensor]:
+        """The backward pass from ``self.grads``; all gradients of a data type in one tensor."""
+        leaves = [self.leaves[p] for p in self.parameters]
+        with torch.autocast(self.images.device.type, enabled=False), self._aliases():
+            grads = torch.autograd.grad(self.live, leaves, self.grads, allow_unused=True)
+        del self.live
+        used = [(p, g) for p, g in zip(self.parameters, grads) if g is not None]
+        self.parameters, self.places, flats = [p for p, _ in used], [], []
+        for _, group in groupby(used, key=lambda pair: pair[0].dtype):
+            pieces, offset = [], 0
+            for parameter, grad in group:
+                stride = torch.empty_like(parameter, device='meta').stride()  # dense, as it lies
+                alike = grad.is_contiguous() and parameter.is_contiguous()
+                if not alike and grad.stride() != stride:
+                    grad = grad.new_empty_strided(grad.shape, stride).copy_(grad)
+                self.places.append((len(flats), (grad.shape, stride, offset)))
+                pieces.append(grad.as_strided((grad.numel(),), (1,)))
+                offset += grad.numel()
+            flats.append(torch.cat(pieces))
+        return flats
+
+    def replay_forward(self, ticket: Ticket, images: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps that later replays leave alone."""
+        self.images.copy_(images)
+        self.run_forward()
+        self.last = weakref.ref(ticket)
+        return tuple(output.clone() for output in self.outputs)
+
+    def replay_backward(self, ticket: Ticket, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of the parameters."""
+        if ticket.done:
+            raise RuntimeError(
+                'a second backward pass through a backbone in CUDA graphs (retain_graph=True): the '
+                f'first one has overwritten what it needs; add the losses up, or {REMEDY}'
+            )
+        if unused := [i for i, grad in enumerate(grads) if grad is None]:
+            raise RuntimeError(
+                f'the loss does not depend on outputs {unused} of the backbone, and CUDA graphs '
+                'have gradients for all: leave these streams out of model.backbone.out_indices'
+            )
+        ticket.done = True
+        for static, grad in zip(self.grads, grads):
+            static.copy_(grad)
+        self.run_backward()
+        # Autograd takes gradients over as p.grad without a copy, detached or not, and the next
+        # replay would write into them: wrong sums with accumulative_counts=2. One copy for all.
+        flats = [flat.clone() for flat in self.flats]
+        return [flats[index].as_strided(*place) for index, place in self.places]
+
+
+def graphed(model: nn.Module) -> GraphedForward:
+    """Build graphs, not captured yet and in nobody's place, for the backbone of a model."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    parts = [] if is_model_wrapper(model) else list(model.modules())
+    kinds = {kind.__name__ for part in parts for kind in type(part).__mro__}
+    if not parts or {'FullyShardedDataParallel', 'FSDPModule'} & kinds:
+        raise ValueError(
+            f'model={type(model).__name__} may move its parameters about, as FSDP and DeepSpeed '
+            f'do, but CUDA graphs know their addresses: use DistributedDataParallel, or {REMEDY}'
+        )
+    module = getattr(model, 'backbone', model)
+    if any(getattr(part, 'with_cp', False) for part in module.modules()):
+        raise ValueError(
+            'with_cp=True restores random numbers, which CUDA graphs cannot: set '
+            f'model.backbone.with_cp=False, or {REMEDY}'
+        )
+    if isinstance(module.forward, GraphedForward):
+        del module.forward
+    return GraphedForward(module)
+
+
+def graph_backbone(
+    model: nn.Module, images: Tensor, autocast_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Capture training of the backbone in CUDA graphs, for training loops of one's own.
+
+    Images of another shape, data type or memory format, other modes or parameters than those of
+    the capture, and a pass before the backward pass of the one before go through the ordinary
+    forward function, as do copies of the model. Changes of anything else in the backbone, such as
+    rates or hooks, are not noticed.
+
+    Args:
+        model (nn.Module): A model with a ``backbone``, or a bare one, in training mode on a GPU;
+            it may be in ``DistributedDataParallel``. It is changed in place, and ``del
+            model.backbone.forward`` brings it back. Its weights stay what they are.
+        images (Tensor): Images (B, C, H, W) as the backbone will get them.
+        autocast_dtype (torch.dtype, optional): What ``torch.autocast`` will be used with. Defaults
+            to None, for training without.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        RuntimeError: If the model is on no GPU, or something in the backbone cannot be captured.
+        ValueError: If it is in evaluation mode, sharded, or has ``with_cp=True``.
+
+    Examples:
+        >>> model = graph_backbone(model, images, torch.bfloat16)  # doctest: +SKIP
+    """
+    graph = graphed(model)
+    if not graph.module.training:
+        raise ValueError('model is in evaluation mode: call model.train() before graph_backbone')
+    options = dict(dtype=autocast_dtype, enabled=autocast_dtype is not None)
+    with torch.autocast(images.device.type, **options):
+        graph.capture(images)
+    graph.module.forward = graph
+    return model
+
+
+@HOOKS.register_module()
+class CUDAGraphHook(Hook):
+    """Captures the backbone in CUDA graphs in the first iteration of training.
+
+    See :func:`mmhrformer.graph_backbone`, which does the same for other training loops. Only the
+    gradients of the head are exchanged between GPUs while others are computed. Synchronized batch
+    normalization puts NCCL's exchange into the graphs.
+
+    Examples:
+        >>> custom_hooks = [dict(type='mmhrformer.CUDAGraphHook')]
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Put the graphs in the place of the backbone's forward function.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        self.graphed = graphed(runner.model)
+        self.graphed.module.forward = self.graphed
+
+    def after_train(self, runner: Runner) -> None:
+        """Tell how much was replayed, and bring the forward function back.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        graph = self.graphed
+        runner.logger.info(f'CUDA graphs: {graph.replays} of {graph.calls} passes of training')
+        del graph.module.forward
