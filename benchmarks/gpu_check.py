@@ -1,0 +1,229 @@
+"""Check and measure mmhrformer on a GPU, in one run of a few minutes.
+
+Tests of parity, then paired times: the candidates of a table take turns, round after round, in a
+process of their own with a limit of time, so that a crash takes nothing else along. All results go
+to one file, FOLDER/<date>-<card>.json, which is complete at any time; gpu_table.py makes Markdown
+of it.
+
+    python benchmarks/gpu_check.py --out benchmarks/results
+    python benchmarks/gpu_check.py --out FOLDER --sections infer train --archs small
+    python benchmarks/gpu_check.py --out FOLDER --dry
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# Processes are forked from this one once everything is imported. It must not start threads, and
+# must not touch CUDA, which mmengine's import would do to see whether there is any.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
+os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '4')  # of each of several processes
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT / 'tools'), str(ROOT)]
+
+import gpu_sections  # noqa: E402
+from gpu_sections import SECTIONS, Job, Settings  # noqa: E402
+
+MIN_TIME = 15  # seconds, without which nothing is started
+
+
+class Report:
+    """The file of results.
+
+    Args:
+        path (Path): Where to write it.
+        facts (dict): What is known at the start.
+    """
+
+    def __init__(self, path: Path, facts: dict) -> None:
+        self.path = path
+        self.start = time.time()
+        self.data = {**facts, 'rows': []}
+        self.write()
+
+    def add(self, *rows: dict) -> None:
+        """Add rows and write the file anew."""
+        for row in rows:
+            print(json.dumps(row, default=str)[:200], flush=True)
+            self.data['rows'].append(dict(row, at=round(time.time() - self.start, 1)))
+        if rows:
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file at once: a reader never finds half of it."""
+        # JSON has no NaN and no infinity; they become text.
+        data = json.loads(json.dumps(self.data, default=str), parse_constant=str)
+        part = self.path.with_suffix('.part')
+        part.write_text(json.dumps(data, indent=1) + '\n')
+        part.replace(self.path)
+
+
+class Child:
+    """A job in a forked process, with files for its output and its rows.
+
+    Args:
+        job (Job): The job.
+        folder (Path): Where to put the files.
+        deadline (float): When to end it, by ``time.time()``.
+    """
+
+    def __init__(self, job: Job, folder: Path, deadline: float) -> None:
+        self.job, self.deadline, self.start = job, deadline, time.time()
+        slug = re.sub(r'[^\w.-]+', '-', job.name)
+        self.log, self.rows = folder / f'{slug}.log', folder / f'{slug}.jsonl'
+        self.rows.write_text('')
+        self.read, self.code = 0, None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            os._exit(self.work())
+
+    def work(self) -> int:
+        """Do the job, in the child; the exit code."""
+        os.setsid()  # it is ended with all that it starts
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            with self.rows.open('a', buffering=1) as file:
+                self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return 0
+
+    def new_rows(self) -> list[dict]:
+        """Rows that were not asked for before."""
+        *lines, _ = self.rows.read_text()[self.read :].split('\n')
+        self.read += sum(len(line) + 1 for line in lines)
+        return [dict(section=self.job.section, table=self.job.name, **json.loads(x)) for x in lines]
+
+    def is_running(self) -> bool:
+        """Whether it still runs; ends it when its time is over."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid and time.time() < self.deadline:
+            return True
+        self.code = os.waitstatus_to_exitcode(status) if pid else 'timed out'
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if not pid:
+            os.waitpid(self.pid, 0)
+        return False
+
+    def verdict(self) -> dict:
+        """A row that says how it ended."""
+        row = dict(section='run', job=self.job.name, code=self.code)
+        row['seconds'] = round(time.time() - self.start, 1)
+        if self.code:
+            row['error'] = ''.join(self.log.read_text(errors='replace').splitlines()[-1:])[-500:]
+        return row
+
+
+def follow(children: list[Child], report: Report) -> None:
+    """Wait for children, and take over their rows as they come."""
+    while children:
+        running = [child for child in children if child.is_running()]
+        for child in children:
+            report.add(*child.new_rows())
+            if child not in running:
+                report.add(child.verdict())
+                if child.code:
+                    gpu_sections.UNFINISHED.add(child.job.name)
+        children = running
+        time.sleep(0.1)
+
+
+def card_name(dry: bool) -> str:
+    """The name of the GPU for a file name, without the help of CUDA."""
+    if dry:
+        return 'cpu'
+    if shutil.which('nvidia-smi') is None:
+        raise SystemExit('gpu_check.py: there is no nvidia-smi, so no GPU; --dry runs on the CPU')
+    command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
+    names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    if not names:
+        raise SystemExit('gpu_check.py: nvidia-smi lists no GPU; --dry runs on the CPU')
+    return re.sub(r'\W+', '-', names[0].removeprefix('NVIDIA ')).lower()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--out', type=Path, required=True, metavar='FOLDER', help='of the file of results')
+    add('--budget', type=float, default=540, metavar='SECONDS', help='of the whole run')
+    add('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS), metavar='NAME',
+        help=f'what to do, of {", ".join(SECTIONS)}; all by default')  # fmt: skip
+    add('--archs', nargs='+', choices=('tiny', 'small', 'base'), default=['small', 'base'])
+    add('--cudnn-benchmark', action='store_true', help='as in the configs; takes minutes more')
+    add('--dry', action='store_true', help='tiny sizes on the CPU, to find mistakes in the tool')
+    return parser.parse_args(argv)
+
+
+def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
+    """The file of results, with what is known at the start."""
+    card = card_name(args.dry)
+    args.out.mkdir(parents=True, exist_ok=True)
+    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
+    commit = shutil.which('git') and subprocess.run(git, capture_output=True, text=True).stdout
+    facts = dict(started=time.strftime('%F %T'), card=card, commit=(commit or '').strip())
+    facts['command'] = ' '.join(['python', 'benchmarks/gpu_check.py', *argv])
+    return Report(args.out / f'{time.strftime("%F-%H%M")}-{card}.json', facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks for; the exit code is 1 if a job failed."""
+    args = parse_arguments(argv)
+    report = make_report(args, sys.argv[1:] if argv is None else argv)
+    deadline = time.time() + args.budget
+    logs = report.path.with_suffix('')
+    logs.mkdir(exist_ok=True)
+    settings = Settings(args.dry, tuple(args.archs), args.cudnn_benchmark)
+    jobs = [job for job in gpu_sections.make_jobs(settings) if job.section in args.sections]
+
+    def start(job: Job) -> Child:
+        return Child(job, logs, min(time.time() + job.cap, deadline))
+
+    follow([start(job) for job in jobs if job.section == 'env'], report)
+    # What is not timed goes on at the same time, beginning with what needs no networks.
+    running = [start(job) for job in jobs if job.section == 'parity']
+    began = time.time()
+    for job in jobs:
+        job.prepare()
+    gc.freeze()  # else each collection, before each turn, looks at all that is inherited: 0.5 s
+    report.add(dict(section='run', job='build networks', seconds=round(time.time() - began, 1)))
+    running += [start(warm) for job in jobs for warm in job.warmers]
+    follow(running, report)
+    for job in jobs:
+        if job.section in ('env', 'parity'):
+            continue
+        if deadline - time.time() < MIN_TIME:
+            report.add(dict(section='run', job=job.name, code='no time left'))
+            continue
+        follow([start(job)], report)
+    report.add(dict(section='run', job='all', seconds=round(time.time() - report.start, 1)))
+    print(report.path)
+    return int(any(row.get('code') for row in report.data['rows']))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

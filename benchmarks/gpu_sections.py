@@ -1,0 +1,467 @@
+"""What gpu_check.py does: its jobs, and the tables of candidates that they time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib.metadata
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+with contextlib.redirect_stderr(io.StringIO()):  # what the frameworks say of absent operators
+    import mmpose.models  # noqa: F401
+    import mmpretrain.models  # noqa: F401
+    import mmseg.models  # noqa: F401
+
+import benchmark_measure as bm
+import benchmark_peers as bp
+import benchmark_steps as bs
+import gpu_sweep
+from torch import Tensor, nn
+
+from mmhrformer import compile_blocks, ops
+from mmhrformer.models import hrformer
+from mmhrformer.models.compiled import allow_many_versions
+
+# Sections in the order in which they run, and seconds that a job of theirs may take.
+CAPS = dict(
+    env=40, parity=200, warm=200, infer=150, seg=90, train=150, kernels=100, compiled=120,
+    profile=60,
+)  # fmt: skip
+SECTIONS = [name for name in CAPS if name != 'warm']
+DTYPE = 'bf16'
+PEERS = ('hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
+PACKAGES = 'torch triton numpy mmengine mmcv mmcv-lite mmpretrain mmpose mmdet mmsegmentation'
+KERNELS_NAMED = 20  # by a profile
+COMPILING_AHEAD = 6  # processes, for the sweep
+# Names of jobs that failed; a table leaves out what was not compiled ahead.
+UNFINISHED: set[str] = set()
+
+Emit = Callable[..., None]
+
+
+class Settings(NamedTuple):
+    """What the command line asks for."""
+
+    dry: bool
+    archs: tuple[str, ...]
+    cudnn_benchmark: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where everything runs."""
+        return 'cpu' if self.dry else 'cuda'
+
+
+class Candidate(NamedTuple):
+    """A model and the way in which it is run.
+
+    Attributes:
+        base (str): A name that ``tools/benchmark.py`` has for it.
+        arch (str): Architecture of HRFormer, empty for other models.
+        backend (str): A form of :mod:`mmhrformer.ops`, empty for models that are not ours.
+        how (str): ``'eager'``, ``'graph'`` (a CUDA graph; in training of all but the optimizer)
+            or ``'compiled'`` (``torch.compile``, and a CUDA graph).
+    """
+
+    base: str
+    arch: str = ''
+    backend: str = ''
+    how: str = 'eager'
+
+
+class Table(NamedTuple):
+    """Candidates that are timed in turn.
+
+    Attributes:
+        name (str): Its name.
+        task (str): ``'pose'`` or ``'seg'``.
+        mode (str): ``'infer'``, cast to bfloat16, or ``'train'``, with autocast.
+        size (tuple[int, int]): Height and width of the images.
+        batch (int): Images in a batch.
+        candidates (list[Candidate]): The candidates.
+    """
+
+    name: str
+    task: str
+    mode: str
+    size: tuple[int, int]
+    batch: int
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process of its own does.
+
+    Attributes:
+        name (str): Its name.
+        section (str): A key of :data:`CAPS`.
+        run (Callable[[Emit], None]): Does it, and calls its argument with each result.
+        cap (float): Seconds that it may take.
+        table (Table, optional): Whose networks are to be built before.
+        warmers (list[Job]): What to compile before, while nothing is timed.
+    """
+
+    name: str
+    section: str
+    run: Callable[[Emit], None]
+    cap: float
+    table: Table | None = None
+    warmers: list[Job] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Build the networks, for all processes that are forked later."""
+        for candidate in self.table.candidates if self.table else ():
+            network(self.table, candidate)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def ways(candidates: list[Candidate], *hows: str) -> list[Candidate]:
+    """Each candidate in each way."""
+    return [one._replace(how=how) for one in candidates for how in hows]
+
+
+def network(table: Table, candidate: Candidate) -> nn.Module:
+    """The network of a candidate on the CPU, built once; memory formats are no part of it."""
+    base = candidate.base.removesuffix('-nchw')
+    return _network(base, candidate.arch, table.task, table.size, table.mode == 'train')
+
+
+@cache
+def _network(base: str, arch: str, task: str, size: tuple[int, int], drop: bool) -> nn.Module:
+    spec = bp.parse_spec(base)
+    weights = _weights(task, arch) if arch else {}
+    return bp.build_network(
+        spec, bp.model_config(spec, task, arch, size, None, drop), weights, drop
+    )
+
+
+@cache
+def _weights(task: str, arch: str) -> dict[str, Tensor]:
+    return bp.make_weights(task, arch, None)
+
+
+def capture(run: Callable, pool: object, device: str) -> Callable:
+    """Record what a function launches, and return what launches it all at once.
+
+    Args:
+        run (Callable): The function; its result is what the replay leaves, too.
+        pool (object): Memory of graphs that never run at the same time.
+        device (str): On ``'cpu'`` there are no graphs: the function itself is returned.
+
+    Returns:
+        Callable: The replay.
+    """
+    if device == 'cpu':
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries set themselves up
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def make_step(table: Table, candidate: Candidate, settings: Settings, pool: object) -> Callable:
+    """What is timed of a candidate.
+
+    Args:
+        table (Table): Its table.
+        candidate (Candidate): The candidate.
+        settings (Settings): What the command line asks for.
+        pool (object): Memory of CUDA graphs.
+
+    Returns:
+        Callable: A forward pass, which returns the outputs, or a training step.
+    """
+    trains = table.mode == 'train'
+    options = dict(mode=table.mode, device=settings.device, channels_last=True, autocast=trains)
+    net = copy.deepcopy(network(table, candidate))
+    entrant = bs.Entrant(bp.parse_spec(candidate.base), net, SimpleNamespace(**options))
+    entrant.prepare(DTYPE)
+    if candidate.how == 'compiled':
+        allow_many_versions(1024)  # one piece of code serves all candidates
+        options = dict(backend='eager') if settings.dry else {}
+        if candidate.backend:
+            compile_blocks(net, **options)
+        else:
+            entrant.call = torch.compile(net, dynamic=False, **options)
+    step = bs.make_step(entrant, bs.Case(table.size, table.batch))
+    form = candidate.backend
+    if form == 'kernels' and settings.dry:
+        form = 'cpu'  # Triton kernels would take minutes there
+    if candidate.how == 'eager':
+        return within(form, step)
+    if trains:
+        return captured_training(step, form, pool, settings.device)
+    return capture(within(form, step), pool, settings.device)
+
+
+def within(form: str, step: Callable) -> Callable:
+    """A step with a form of our operators."""
+
+    def run() -> object:
+        with ops.use(form):
+            return step()
+
+    return run if form else step
+
+
+def captured_training(step: bs.TrainingStep, form: str, pool: object, device: str) -> Callable:
+    """A training step with forward pass, loss and backward pass in one CUDA graph."""
+    entrant = step.entrant
+    entrant.make_optimizer()
+
+    def run() -> None:
+        # Gradients that are absent when it is recorded are written by a replay, not added to.
+        entrant.network.zero_grad(set_to_none=True)
+        step.backward()
+
+    replay = capture(within(form, run), pool, device)
+
+    def train() -> None:
+        replay()
+        entrant.optimizer.step()
+
+    return train
+
+
+# ---------------------------------------------------------------- tables
+
+
+def first_call(step: Callable, device: str) -> tuple[object, dict]:
+    """Run a step twice: its result, and how long the first and how much memory the second took."""
+    wait = bm.synchronizer(device)
+    start = time.perf_counter()
+    step()
+    wait()
+    row = dict(first_call_s=round(time.perf_counter() - start, 3))
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    result = step()
+    wait()
+    return result, row
+
+
+def difference(outs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Norm of the difference of the last outputs, relative to the norm of what is expected."""
+    a, b = outs[-1].double(), expected[-1].double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candidate, Callable]]:
+    """Make the steps of a table; what fails becomes a row."""
+    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
+    device, expected, start = settings.device, {}, time.time()
+    pool = None if settings.dry else torch.cuda.graph_pool_handle()
+    for candidate in table.candidates:
+        if time.time() - start > CAPS[table.name.split()[0]] / 2 and not settings.dry:
+            emit(**candidate._asdict(), error='not measured: the time is over')
+            continue
+        if warm_name(table, candidate) in UNFINISHED:
+            emit(**candidate._asdict(), error='not measured: it was not compiled in time')
+            continue
+        try:
+            before = 0 if settings.dry else torch.cuda.memory_allocated()
+            step = make_step(table, candidate, settings, pool)
+            result, row = first_call(step, device)
+            if device == 'cuda' and candidate.how == 'eager':  # graphs share their memory
+                row['peak_mb'] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
+            if candidate.arch and table.mode == 'infer':  # those have the same weights
+                reference = expected.setdefault(candidate.arch, [out.clone() for out in result])
+                row['differs'] = difference(result, reference)
+            emit(**candidate._asdict(), **row)
+            yield candidate, step
+        except Exception as err:
+            traceback.print_exc()
+            emit(**candidate._asdict(), error=f'{type(err).__name__}: {err}'[:500])
+        gc.collect()
+        if device == 'cuda':
+            torch.cuda.empty_cache()
+
+
+def time_table(table: Table, settings: Settings, emit: Emit) -> None:
+    """Time the candidates of a table in turn."""
+    steps = dict(ready(table, settings, emit))
+    options = (2, 1, 0.0) if settings.dry else (7, 3, 0.1)
+    times = bm.time_rounds(steps, *options, settings.device) if steps else {}
+    facts = dict(task=table.task, mode=table.mode, size=table.size, batch=table.batch, dtype=DTYPE)
+    for candidate, found in times.items():
+        low, median, high = (round(1e3 * x, 4) for x in bm.quartiles(found.seconds))
+        rounds = [round(1e3 * seconds, 4) for seconds in found.seconds]
+        row = dict(ms=median, q1=low, q3=high, images_s=round(1e3 * table.batch / median, 1))
+        emit(**candidate._asdict(), **facts, **row, rounds=rounds)
+
+
+def profile_table(table: Table, settings: Settings, emit: Emit) -> None:
+    """Count and name the kernels of the candidates of a table."""
+    for candidate, step in ready(table, settings, emit):
+        emit(**candidate._asdict(), mode=table.mode, batch=table.batch,
+             **bm.profile(step, settings.device, KERNELS_NAMED))  # fmt: skip
+
+
+def warm_name(table: Table, candidate: Candidate) -> str:
+    """The name of the job that compiles a candidate ahead; empty if none does."""
+    if candidate.how != 'compiled':
+        return ''
+    return f'warm {table.name} {candidate.base} {candidate.arch}'.strip()
+
+
+# ---------------------------------------------------------------- other jobs
+
+
+def run_env(settings: Settings, emit: Emit) -> None:
+    """Versions, the card, and what it can do at most."""
+    versions = {'python': sys.version.split()[0]}
+    for name in PACKAGES.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    emit(what='versions', cores=os.cpu_count(), **versions)
+    if settings.dry:
+        return
+    card = torch.cuda.get_device_properties(0)
+    emit(what='card', name=card.name, gb=round(card.total_memory / 2**30, 1),
+         multiprocessors=card.multi_processor_count, cuda=torch.version.cuda,
+         cudnn=torch.backends.cudnn.version())  # fmt: skip
+    numbers = torch.randn(2**30, dtype=torch.bfloat16, device='cuda')
+    other, square = torch.empty_like(numbers), numbers[: 2**26].view(2**13, 2**13)
+    limits = dict(
+        copy=lambda: other.copy_(numbers),
+        product=lambda: square @ square,
+        launch=lambda: numbers[:1].add_(1),
+    )
+    times = bm.time_rounds(limits, 5, 3, 0.1, 'cuda')
+    seconds = {name: bm.quartiles(found.seconds)[1] for name, found in times.items()}
+    emit(what='ceilings', copy_tb_s=2**32 / seconds['copy'] / 1e12,
+         bf16_tflops=2 * 2**39 / seconds['product'] / 1e12,
+         operator_us=1e6 * seconds['launch'])  # fmt: skip
+
+
+def run_parity(settings: Settings, emit: Emit) -> None:
+    """Run the tests on the GPU; in a dry run find them only."""
+    command = [sys.executable, '-m', 'pytest', 'tests/gpu', '-q', '-p', 'no:cacheprovider']
+    command += ['--collect-only'] if settings.dry else []
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    emit(code=done.returncode, failures=re.findall(r'^(?:FAILED|ERROR) .*', done.stdout, re.M),
+         **counts(done.stdout))  # fmt: skip
+
+
+def counts(text: str) -> dict[str, int]:
+    """How many tests passed, failed and so on.
+
+    Args:
+        text (str): Output of pytest.
+
+    Returns:
+        dict[str, int]: Numbers by outcome.
+
+    Examples:
+        >>> counts('FAILED a.py::b\\n1 failed, 20 passed, 2 skipped in 3.10s')
+        {'failed': 1, 'passed': 20, 'skipped': 2}
+    """
+    last = (text.strip().splitlines() or [''])[-1]
+    found = re.findall(r'(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)\b', last)
+    return {outcome: int(number) for number, outcome in found}
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
+    """The tables, with their sections."""
+    dry, archs = settings.dry, settings.archs
+    size, batch = ((64, 64), 2) if dry else ((256, 192), 64)
+    few = 1 if dry else None  # models of each kind
+    plain = [Candidate('ours', arch, 'cuda') for arch in archs]
+    folded = [Candidate('ours-fused', arch, 'cuda') for arch in archs]
+    kernels = [Candidate('ours-fused', arch, 'kernels') for arch in archs]
+    mmpose = [Candidate('mmpose-nchw', arch) for arch in archs]  # as it is shipped
+    peers = [Candidate(name) for name in (PEERS[2:3] if dry else PEERS)]
+    models = [*plain, *folded, *kernels, *mmpose, *peers]
+    for number in (batch, 1):
+        name = f'infer batch {number}'
+        yield 'infer', Table(name, 'pose', 'infer', size, number, ways(models, 'eager', 'graph'))
+    name, arch = 'seg', 'small' if dry else 'base'
+    models = [Candidate('ours-fused', arch, form) for form in ('cuda', 'kernels')]
+    models = ways([*models, Candidate('hrnet-w48')][:few], 'eager', 'graph')
+    wide = ((64, 64), 1) if dry else ((512, 1024), 4)
+    yield 'seg', Table(name, 'seg', 'infer', *wide, models)
+    trained = [*plain, *(one._replace(backend='kernels') for one in plain), *mmpose, *peers[:few]]
+    models = ways(trained if dry else [*trained, *peers[1:]], 'eager', 'graph')
+    yield 'train', Table('train', 'pose', 'train', size, 2 if dry else 32, models)
+    models = ways([*([] if dry else [*folded, mmpose[0]]), *peers], 'compiled')
+    models = [*ways(kernels, 'graph'), *models]
+    yield 'compiled', Table('compiled', 'pose', 'infer', size, batch, models)
+    models = [*kernels, Candidate('hrnet-w48')][: few or 3]
+    yield 'profile', Table('profile infer', 'pose', 'infer', size, batch, models)
+    models = [one._replace(backend='kernels') for one in plain]
+    yield 'profile', Table('profile train', 'pose', 'train', size, 2 if dry else 32, models)
+
+
+def make_jobs(settings: Settings) -> list[Job]:
+    """All jobs.
+
+    Args:
+        settings (Settings): What the command line asks for.
+
+    Returns:
+        list[Job]: The jobs, in the order of :data:`SECTIONS`.
+    """
+
+    def job(name: str, section: str, *run: object, **options) -> Job:
+        # In a dry run nothing is in a hurry: two cores may be all there is.
+        return Job(name, section, partial(*run), 1000 if settings.dry else CAPS[section], **options)
+
+    if settings.dry:
+        for arch in hrformer.ARCHS.values():  # of the depth nothing depends
+            arch.update(num_modules=(1, 1, 1), num_blocks=1)
+    device = settings.device
+    jobs = [job('env', 'env', run_env, settings), job('parity', 'parity', run_parity, settings)]
+    for section, table in make_tables(settings):
+        measure = profile_table if section == 'profile' else time_table
+        ahead = [] if settings.dry else [one for one in table.candidates if warm_name(table, one)]
+        warmers = [job(warm_name(table, one), 'warm', warm, table, one, settings) for one in ahead]
+        jobs.append(
+            job(table.name, section, measure, table, settings, table=table, warmers=warmers)
+        )
+    parts = 0 if settings.dry else COMPILING_AHEAD
+    warmers = [
+        job(f'warm kernels {part}', 'warm', gpu_sweep.warm, device, part, parts)
+        for part in range(parts)
+    ]
+    jobs.append(job('kernels', 'kernels', gpu_sweep.run, device, capture, warmers=warmers))
+    return sorted(jobs, key=lambda job: SECTIONS.index(job.section))
+
+
+def warm(table: Table, candidate: Candidate, settings: Settings, emit: Emit) -> None:
+    """Fill the compiler's caches."""
+    make_step(table, candidate, settings, torch.cuda.graph_pool_handle())()
+    torch.cuda.synchronize()

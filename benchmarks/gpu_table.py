@@ -1,0 +1,129 @@
+"""Print the results of gpu_check.py as Markdown tables.
+
+python benchmarks/gpu_table.py benchmarks/results/FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+NAMES = {'hrnet-w32': 'HRNet-W32', 'hrnet-w48': 'HRNet-W48', 'vit-s': 'ViT-S', 'vit-b': 'ViT-B'}
+FORMS = {'cuda': 'torch', 'kernels': 'Triton'}
+HOWS = {'eager': 'eager', 'graph': 'CUDA graph', 'compiled': 'compiled'}
+# Kernels of a sweep or a profile that are printed.
+FEW = 12
+
+
+def title(row: dict) -> str:
+    """The name of a candidate, without the way in which it is run."""
+    if not row['arch']:
+        return NAMES.get(row['base'], row['base'])
+    model = f'HRFormer-{row["arch"][0].upper()}'
+    if row['base'].startswith('mmpose'):
+        return f'{model}, mmpose'
+    return f'{model}, {FORMS[row["backend"]]}' + ', folded' * ('fused' in row['base'])
+
+
+def markdown(head: list[str], lines: Iterable[list]) -> str:
+    """A Markdown table; columns but the first are aligned to the right."""
+    rows = [head, ['---', *['---:'] * (len(head) - 1)], *lines]
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
+
+
+def ratio(row: dict, peer: dict | None) -> str:
+    """How often a candidate runs in the time of another: the median over the rounds."""
+    if peer is None:
+        return ''
+    return f'{statistics.median(b / a for a, b in zip(row["rounds"], peer["rounds"])):.2f}'
+
+
+def times_table(rows: list[dict]) -> str:
+    """Times of a table, and each candidate's best time against the best of its peers."""
+    models: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if 'ms' in row:
+            models.setdefault(title(row), {})[row['how']] = row
+    memory = {title(row): row['peak_mb'] for row in rows if row.get('peak_mb') is not None}
+    best = {name: min(found.values(), key=lambda row: row['ms']) for name, found in models.items()}
+    hows = [how for how in HOWS if any(how in found for found in models.values())]
+    peers = [name for name in best if name in NAMES.values()]
+    head = ['model', *(f'{HOWS[how]}, ms' for how in hows), 'images/s', 'peak, MB']
+    head += ['against mmpose', *(f'against {name}' for name in peers)]
+    lines = []
+    for name, found in models.items():
+        top = best[name]
+        ms = [f'{found[how]["ms"]:.2f}' if how in found else '' for how in hows]
+        original = best.get(f'{name.split(",")[0]}, mmpose')
+        ratios = [ratio(top, original), *(ratio(top, best[peer]) for peer in peers)]
+        lines.append([name, *ms, f'{top["images_s"]:.0f}', memory.get(name, ''), *ratios])
+    return markdown(head, lines)
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """The fastest options of each kernel in each shape, beside torch."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if 'us' in row:
+            groups.setdefault((row['kernel'], row['shape']), []).append(row)
+    lines = []
+    for (kernel, shape), found in groups.items():
+        plain = [row['us'] for row in found if row['option'] == 'torch']
+        found = sorted((row for row in found if row['option'] != 'torch'), key=lambda r: r['us'])
+        options = '; '.join(f'{row["option"]} {row["us"]:.1f}' for row in found[:3])
+        fastest = [f'{found[0]["us"]:.1f}', f'{found[0]["tb_s"]:.2f}'] if found else ['', '']
+        lines.append([kernel, shape, *fastest, *(plain or ['']), options])
+    return markdown(['kernel', 'shape', 'µs', 'TB/s', 'torch, µs', 'fastest options, µs'], lines)
+
+
+def profile_tables(rows: list[dict]) -> str:
+    """The kernels of each candidate."""
+    parts = []
+    for row in rows:
+        if 'top' in row:
+            lines = [
+                [f'`{top["name"][:80]}`', f'{100 * top["share"]:.1f}', top['calls']]
+                for top in row['top'][:FEW]
+            ]
+            facts = f'{row["kernels"]} kernels, {row["launches"]} launches'
+            parts.append(f'{title(row)}, {row["mode"]}, batch {row["batch"]}: {facts}\n')
+            parts.append(markdown(['kernel', 'share, %', 'calls'], lines) + '\n')
+    return '\n'.join(parts)
+
+
+def facts_list(rows: list[dict]) -> str:
+    """Rows of facts, one a line."""
+    skip = ('section', 'table', 'at', 'what')
+    facts = [{key: value for key, value in row.items() if key not in skip} for row in rows]
+    return '\n'.join('- ' + ', '.join(f'{k} {v}' for k, v in fact.items()) for fact in facts)
+
+
+def render(data: dict) -> str:
+    """All tables of a file.
+
+    Args:
+        data (dict): What gpu_check.py wrote.
+
+    Returns:
+        str: Markdown.
+    """
+    forms = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
+    tables: dict[str, list[dict]] = {}
+    for row in data['rows']:
+        if row['section'] != 'run':
+            tables.setdefault(row['table'], []).append(row)
+    parts = [f'# {data["card"]}, {data["started"]}, {data["commit"]}\n\n`{data["command"]}`']
+    for name, rows in tables.items():
+        parts.append(f'## {name}\n\n{forms.get(rows[0]["section"], times_table)(rows)}')
+    failed = [row for row in data['rows'] if row.get('error') or row.get('code')]
+    parts += [f'## Failed\n\n{facts_list(failed)}'] if failed else []
+    return '\n\n'.join(parts)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('file', type=Path, help='what gpu_check.py wrote')
+    print(render(json.loads(parser.parse_args().file.read_text())))
