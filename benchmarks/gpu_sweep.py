@@ -18,31 +18,31 @@ CALLS = 10  # in one CUDA graph, so that the launches are not what is timed
 DTYPE = torch.bfloat16
 BATCH = 64
 # Height, width, heads, numbers of a head: the streams of HRFormer-S, and of -B, padded or not.
-STREAMS = dict(
-    S0=(64, 48, 1, 32), S1=(32, 24, 2, 32), S2=(16, 12, 4, 32), S3=(8, 6, 8, 32),
-    B0=(64, 48, 2, 40), B0u=(64, 48, 2, 39), B1=(32, 24, 4, 40),
-)  # fmt: skip
+STREAMS = dict(S0=(64, 48, 1, 32), S1=(32, 24, 2, 32), B0=(64, 48, 2, 40))
 # Height, width and channels inside FFNs.
-HIDDEN = dict(S0=(64, 48, 128), S1=(32, 24, 256), S3=(8, 6, 1024), B0=(64, 48, 312))
+HIDDEN = dict(S0=(64, 48, 128), S2=(16, 12, 512), B0=(64, 48, 312))
 # Inputs, outputs and rows of an image of the linear layers of FFNs.
 LINEAR = [
-    (32, 128, 3072), (128, 32, 3072), (64, 256, 768), (256, 64, 768), (128, 512, 192),
-    (256, 1024, 48), (1024, 256, 48), (78, 312, 3072), (312, 78, 3072), (156, 624, 768),
+    (32, 128, 3072), (128, 32, 3072), (32, 96, 3072), (64, 256, 768), (256, 64, 768),
+    (512, 128, 192), (78, 312, 3072), (312, 78, 3072), (624, 156, 768),
 ]  # fmt: skip
 DEPTHWISE_TILES = [
-    (16, 8, 64, 4, 1), (8, 8, 64, 4, 1), (32, 8, 64, 4, 1), (16, 16, 64, 4, 1), (16, 16, 64, 8, 1),
-    (16, 4, 64, 2, 1), (16, 4, 128, 4, 1), (16, 8, 32, 2, 1), (16, 16, 32, 4, 1), (16, 8, 64, 4, 2),
-    (32, 4, 64, 2, 2), (8, 4, 64, 2, 1), (8, 16, 64, 4, 1), (4, 8, 64, 4, 1), (16, 8, 128, 8, 1),
+    (16, 8, 64, 4), (8, 8, 64, 4), (32, 8, 64, 4), (16, 16, 64, 4), (16, 16, 64, 8), (16, 4, 64, 2),
+    (16, 4, 128, 4), (16, 16, 32, 4), (16, 8, 64, 4, False, 1), (16, 8, 64, 4, False, 3),
+    (32, 4, 64, 2), (16, 8, 128, 8), (64, 8, 64, 4), (32, 8, 64, 4, False, 3),
 ]  # fmt: skip
 LINEAR_TILES = [
     (128, 128, 64, 1, 4, 3), (128, 128, 64, 1, 8, 3), (128, 64, 64, 1, 4, 3),
     (128, 32, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (64, 64, 64, 1, 4, 3), (256, 64, 64, 1, 8, 3),
-    (256, 32, 64, 1, 4, 2), (64, 32, 64, 1, 4, 2), (64, 256, 64, 1, 8, 3), (128, 64, 32, 1, 4, 4),
-    (128, 128, 64, 8, 8, 4),
+    (64, 32, 64, 1, 4, 2), (64, 256, 64, 1, 8, 3), (128, 64, 32, 1, 4, 4), (128, 128, 64, 8, 8, 4),
 ]  # fmt: skip
 NORM_LAUNCHES = [
-    (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (4096, 512, 4), (2048, 1024, 4),
-    (2048, 4096, 4), (8192, 1024, 8), (8192, 1024, 4), (8192, 4096, 8),
+    (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
+    (8192, 4096, 8),
+]  # fmt: skip
+LAYER_NORM_LAUNCHES = [
+    (4096, 1 << 30, 4), (2048, 1 << 30, 4), (8192, 1 << 30, 4), (2048, 1024, 4), (2048, 2048, 4),
+    (4096, 1024, 4), (4096, 2048, 8),
 ]  # fmt: skip
 # Maps read or written, by kernel of batch normalization.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
@@ -82,8 +82,8 @@ def attention_sweeps(batch: int, streams: dict, device: str) -> Iterator[Sweep]:
     from mmhrformer.ops import triton_attention as attention
 
     grids = dict(
-        forward=itertools.product((528, 1056, 2112), (2, 4, 8), (1, 2)),
-        queries=itertools.product((132, 264, 528), (4, 8), (1, 2)),
+        forward=itertools.product((528, 1056, 2112), (2, 4), (1, 2)),
+        queries=itertools.product((264, 528), (4, 8), (1, 2)),
     )
     for (kind, grid), (name, (H, W, heads, dim)) in itertools.product(
         [(kind, list(grid)) for kind, grid in grids.items()], streams.items()
@@ -177,14 +177,44 @@ def norm_sweeps(batch: int, hidden: dict, device: str) -> Iterator[Sweep]:
         yield Sweep(f'norm {stage}', name, moved, NORM_LAUNCHES, apply, make)
 
 
+def layer_norm_sweeps(batch: int, streams: dict, device: str) -> Iterator[Sweep]:
+    """Layer normalization and its gradients."""
+    from mmhrformer.ops import triton_layer_norm as norm
+
+    for (stage, passes), (name, (H, W, heads, dim)) in itertools.product(
+        dict(forward=2, backward=3).items(), streams.items()
+    ):
+        C = 78 if name == 'B0' else heads * dim
+
+        def apply(option: tuple, stage: str = stage) -> None:
+            norm.LAUNCH[stage] = option
+            norm._tiling.cache_clear()
+
+        def make(form: str = '', stage: str = stage, H: int = H, W: int = W, C: int = C):
+            x, grad = (random(batch, H, W, C, device=device) for _ in range(2))
+            weight, bias = torch.rand(C, device=device), torch.rand(C, device=device)
+            if form:
+                half = weight.to(DTYPE), bias.to(DTYPE)
+                return lambda: F.layer_norm(x, (C,), *half, 1e-6)
+            if stage == 'forward':
+                return lambda: norm.forward(x, weight, bias, 1e-6, DTYPE)
+            return lambda: norm.backward(grad, x, weight, 1e-6, True)
+
+        others = dict(torch=lambda make=make: make('torch')) if stage == 'forward' else {}
+        moved = 2 * passes * batch * H * W * C
+        yield Sweep(f'layer norm {stage}', name, moved, LAYER_NORM_LAUNCHES, apply, make, others)
+
+
 def sweeps(device: str) -> Iterator[Sweep]:
     """All sweeps; on a CPU one small shape of each, with two ways to launch it."""
     if device == 'cuda':
         streams, hidden, linear, batch = STREAMS, HIDDEN, LINEAR, BATCH
     else:
         streams, hidden, linear, batch = dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), [(16, 32, 8)], 2
-    kinds = attention_sweeps, depthwise_sweeps, linear_sweeps, norm_sweeps
-    for kind, shapes in zip(kinds, (streams, hidden, linear, hidden)):
+    kinds = (
+        layer_norm_sweeps, attention_sweeps, depthwise_sweeps, linear_sweeps, norm_sweeps,
+    )  # fmt: skip
+    for kind, shapes in zip(kinds, (streams, streams, hidden, linear, hidden)):
         for sweep in kind(batch, shapes, device):
             yield sweep if device == 'cuda' else sweep._replace(options=sweep.options[:2])
 
@@ -221,11 +251,7 @@ def run(device: str, capture: Callable, emit: Callable) -> None:
         capture (Callable): Records a function in a CUDA graph.
         emit (Callable): Takes the results.
     """
-    reason = triton_support.why_not()
-    if not reason and device == 'cpu':
-        from mmhrformer.ops import triton_conv
-
-        reason = '' if triton_conv.INTERPRETED else 'TRITON_INTERPRET=1 is not set'
+    reason = triton_support.why_not(torch.device(device))
     if reason:
         emit(skipped=reason)
         return

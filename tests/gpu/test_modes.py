@@ -226,16 +226,18 @@ def test_more_windows_than_a_grid_has_places(device):
 def test_gradients_are_those_of_the_plain_forms(arch, dtype, device):
     """Those of all parameters together; both on the GPU, so that rounding alone differs."""
     found = {}
-    for form in ('reference', device.type):
+    forms = ['reference', 'cuda', 'kernels'] if device.type == 'cuda' else ['reference', 'cpu']
+    for form in forms:
         model = copy.deepcopy(make(arch)).to(device).train()
         with ops.use(form), autocast(device, dtype):
             outs = model(images().to(device))
             loss = sum(out.float().square().mean() for out in outs)
         loss.backward()
         found[form] = [p.grad for p in model.parameters() if p.grad is not None]
-    assert len(found['reference']) == len(found[device.type])
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}[dtype]
-    check(found[device.type], found['reference'], limit)
+    for form in forms[1:]:
+        assert len(found['reference']) == len(found[form])
+        check(found[form], found['reference'], limit)
 
 
 # ---------------------------------------------------------------- compiler, determinism, memory
