@@ -328,7 +328,8 @@ def profile_table(table: Table, settings: Settings, emit: Emit) -> None:
 
 def warm_name(table: Table, candidate: Candidate) -> str:
     """The name of the job that compiles a candidate ahead; empty if none does."""
-    has_kernels = candidate.backend == 'kernels' and candidate.how == 'eager' and table.batch > 1
+    is_timed = table.batch > 1 and not table.name.startswith('profile')
+    has_kernels = candidate.backend == 'kernels' and candidate.how == 'eager' and is_timed
     if candidate.how != 'compiled' and not has_kernels:
         return ''
     return f'warm {table.name} {candidate.base} {candidate.arch}'.strip()

@@ -167,7 +167,7 @@ class GraphedForward:
         held = self.module.parameters()
         self.leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in held}
         kind, dtype = self.images.device.type, autocast_dtype(self.images.device.type)
-        # A graph has to cast the weights of each step: none may come from a cache.
+        # Weights are cast anew in each replay; a cache would keep memory of the graphs.
         options = dict(dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         with torch.enable_grad(), torch.autocast(kind, **options), self._aliases():
             outputs = self.ordinary(self.images)
