@@ -95,18 +95,15 @@ class Child:
     def work(self) -> int:
         """Do the job, in the child; the exit code."""
         os.setsid()  # it is ended with all that it starts
-        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        sys.stdout = sys.stderr = log = self.log.open('w', buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
         try:
             with self.rows.open('a', buffering=1) as file:
                 self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
         except BaseException:
             traceback.print_exc()
             return 1
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
         return 0
 
     def new_rows(self) -> list[dict]:

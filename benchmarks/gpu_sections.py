@@ -208,6 +208,9 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
     if candidate.how == 'compiled':
         allow_many_versions(1024)  # one piece of code serves all candidates
         options = dict(backend='eager') if settings.dry else {}
+        for module in net.modules():
+            if hasattr(module, 'drop_prob'):
+                module.drop_prob = float(module.drop_prob)  # not of NumPy, which torch would trace
         if candidate.backend:
             compile_blocks(net, **options)
         else:
@@ -369,11 +372,14 @@ def run_parity(settings: Settings, emit: Emit) -> None:
     """Run the tests on the GPU; in a dry run find them only."""
     command = [sys.executable, '-m', 'pytest', 'tests/gpu', '-q', '-p', 'no:cacheprovider']
     command += ['--collect-only'] if settings.dry else []
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    emit(code=done.returncode, failures=re.findall(r'^(?:FAILED|ERROR) .*', done.stdout, re.M),
-         **counts(done.stdout))  # fmt: skip
+    text = ''
+    options = dict(cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as tests:
+        for line in tests.stdout:
+            print(line, end='', flush=True)  # to the log, should the time be over
+            text += line
+    failures = re.findall(r'^(?:FAILED|ERROR) .*', text, re.M)
+    emit(code=tests.returncode, failures=failures, **counts(text))
 
 
 def counts(text: str) -> dict[str, int]:

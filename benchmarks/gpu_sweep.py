@@ -259,8 +259,12 @@ def run(device: str, capture: Callable, emit: Callable) -> None:
     for sweep in sweeps(device):
         what, steps = dict(kernel=sweep.kernel, shape=sweep.shape), {}
         for name, step in entries(sweep):
+
+            def repeat(step: Callable = step) -> None:
+                for _ in range(calls):
+                    step()
+
             try:
-                repeat = lambda step=step: [step() for _ in range(calls)] and None  # noqa: E731
                 repeat()
                 steps[name] = capture(repeat, None, device)
             except Exception as err:
