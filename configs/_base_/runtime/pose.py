@@ -17,7 +17,8 @@ default_hooks = dict(
     visualization=dict(type='PoseVisualizationHook', enable=False),
 )
 # Averages the statistics of batch normalization over the GPUs before each validation.
-custom_hooks = [dict(type='SyncBuffersHook')]
+# BFloat16PoseHook turns off an accuracy that mmpose cannot count in bf16.
+custom_hooks = [dict(type='SyncBuffersHook'), dict(type='mmhrformer.BFloat16PoseHook')]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
