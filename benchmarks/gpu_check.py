@@ -41,12 +41,7 @@ MIN_TIME = 15  # seconds, without which nothing is started
 
 
 class Report:
-    """The file of results.
-
-    Args:
-        path (Path): Where to write it.
-        facts (dict): What is known at the start.
-    """
+    """The file of results, and what is known at the start."""
 
     def __init__(self, path: Path, facts: dict) -> None:
         self.path = path
@@ -72,13 +67,7 @@ class Report:
 
 
 class Child:
-    """A job in a forked process, with files for its output and its rows.
-
-    Args:
-        job (Job): The job.
-        folder (Path): Where to put the files.
-        deadline (float): When to end it, by ``time.time()``.
-    """
+    """A job in a forked process, with files for its output and its rows; ended at a deadline."""
 
     def __init__(self, job: Job, folder: Path, deadline: float) -> None:
         self.job, self.deadline, self.start = job, deadline, time.time()

@@ -68,37 +68,21 @@ class Settings(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A model and the way in which it is run.
+    """A model, and the way in which it is run."""
 
-    Attributes:
-        base (str): A name that ``tools/benchmark.py`` has for it.
-        arch (str): Architecture of HRFormer, empty for other models.
-        backend (str): A form of :mod:`mmhrformer.ops`, empty for models that are not ours.
-        how (str): ``'eager'``, ``'graph'`` (a CUDA graph; in training of all but the optimizer)
-            or ``'compiled'`` (``torch.compile``, and a CUDA graph).
-    """
-
-    base: str
-    arch: str = ''
-    backend: str = ''
+    base: str  # as in tools/benchmark.py
+    arch: str = ''  # of HRFormer
+    backend: str = ''  # of ours: a form of mmhrformer.ops
+    # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': that, too
     how: str = 'eager'
 
 
 class Table(NamedTuple):
-    """Candidates that are timed in turn.
-
-    Attributes:
-        name (str): Its name.
-        task (str): ``'pose'`` or ``'seg'``.
-        mode (str): ``'infer'``, cast to bfloat16, or ``'train'``, with autocast.
-        size (tuple[int, int]): Height and width of the images.
-        batch (int): Images in a batch.
-        candidates (list[Candidate]): The candidates.
-    """
+    """Candidates that are timed in turn."""
 
     name: str
-    task: str
-    mode: str
+    task: str  # 'pose' or 'seg'
+    mode: str  # 'infer', cast to bfloat16, or 'train', with autocast
     size: tuple[int, int]
     batch: int
     candidates: list[Candidate]
@@ -106,23 +90,14 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of its own does.
-
-    Attributes:
-        name (str): Its name.
-        section (str): A key of :data:`CAPS`.
-        run (Callable[[Emit], None]): Does it, and calls its argument with each result.
-        cap (float): Seconds that it may take.
-        table (Table, optional): Whose networks are to be built before.
-        warmers (list[Job]): What to compile before, while nothing is timed.
-    """
+    """What a process of its own does."""
 
     name: str
     section: str
-    run: Callable[[Emit], None]
-    cap: float
-    table: Table | None = None
-    warmers: list[Job] = field(default_factory=list)
+    run: Callable[[Emit], None]  # calls its argument with each result
+    cap: float  # seconds that it may take
+    table: Table | None = None  # whose networks are to be built before
+    warmers: list[Job] = field(default_factory=list)  # what to compile ahead, nothing being timed
 
     def prepare(self) -> None:
         """Build the networks, for all processes that are forked later."""
@@ -159,16 +134,7 @@ def _weights(task: str, arch: str) -> dict[str, Tensor]:
 
 
 def capture(run: Callable, pool: object, device: str) -> Callable:
-    """Record what a function launches, and return what launches it all at once.
-
-    Args:
-        run (Callable): The function; its result is what the replay leaves, too.
-        pool (object): Memory of graphs that never run at the same time.
-        device (str): On ``'cpu'`` there are no graphs: the function itself is returned.
-
-    Returns:
-        Callable: The replay.
-    """
+    """Record a function in a CUDA graph, and return its replay; on a CPU the function itself."""
     if device == 'cpu':
         return run
     stream = torch.cuda.Stream()
@@ -189,16 +155,9 @@ def capture(run: Callable, pool: object, device: str) -> Callable:
 
 
 def make_step(table: Table, candidate: Candidate, settings: Settings, pool: object) -> Callable:
-    """What is timed of a candidate.
+    """What is timed of a candidate: a forward pass, which returns the outputs, or a training step.
 
-    Args:
-        table (Table): Its table.
-        candidate (Candidate): The candidate.
-        settings (Settings): What the command line asks for.
-        pool (object): Memory of CUDA graphs.
-
-    Returns:
-        Callable: A forward pass, which returns the outputs, or a training step.
+    The pool is the memory of CUDA graphs, which never run at the same time.
     """
     trains = table.mode == 'train'
     options = dict(mode=table.mode, device=settings.device, channels_last=True, autocast=trains)
@@ -383,13 +342,7 @@ def run_parity(settings: Settings, emit: Emit) -> None:
 
 
 def counts(text: str) -> dict[str, int]:
-    """How many tests passed, failed and so on.
-
-    Args:
-        text (str): Output of pytest.
-
-    Returns:
-        dict[str, int]: Numbers by outcome.
+    """How many tests passed, failed and so on, by the output of pytest.
 
     Examples:
         >>> counts('FAILED a.py::b\\n1 failed, 20 passed, 2 skipped in 3.10s')
@@ -435,14 +388,7 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
 
 
 def make_jobs(settings: Settings) -> list[Job]:
-    """All jobs.
-
-    Args:
-        settings (Settings): What the command line asks for.
-
-    Returns:
-        list[Job]: The jobs, in the order of :data:`SECTIONS`.
-    """
+    """All jobs, in the order of :data:`SECTIONS`."""
 
     def job(name: str, section: str, *run: object, **options) -> Job:
         # In a dry run nothing is in a hurry: two cores may be all there is.

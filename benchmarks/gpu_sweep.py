@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import benchmark_measure as bm
@@ -44,69 +45,46 @@ LAYER_NORM_LAUNCHES = [
     (4096, 1 << 30, 4), (2048, 1 << 30, 4), (8192, 1 << 30, 4), (2048, 1024, 4), (2048, 2048, 4),
     (4096, 1024, 4), (4096, 2048, 8),
 ]  # fmt: skip
-# Maps read or written, by kernel of batch normalization.
+# Maps that are read or written, by kernel.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
+LAYER_NORM_PASSES = dict(forward=2, backward=3)
+ATTENTION_OPTIONS = dict(
+    forward=list(itertools.product((528, 1056, 2112), (2, 4), (1, 2))),
+    queries=list(itertools.product((264, 528), (4, 8), (1, 2))),
+)
 
 
 class Sweep(NamedTuple):
-    """A kernel in a shape, and the ways to launch it.
-
-    Attributes:
-        kernel (str): Name of the kernel.
-        shape (str): Name of the shape.
-        moved (int): Bytes that must be read and written.
-        options (list): The ways to launch it, and names of what else computes the same.
-        apply (Callable): Takes one of the ways, and sets it.
-        make (Callable): Makes the inputs, and returns the function that runs the kernel.
-        others (dict): Makers of functions of torch for the same inputs, by name.
-    """
+    """A kernel in a shape, and the ways to launch it."""
 
     kernel: str
     shape: str
-    moved: int
+    moved: int  # numbers that must be read and written
     options: list
-    apply: Callable
-    make: Callable[[], Callable]
-    others: dict[str, Callable[[], Callable]] = {}
+    apply: Callable  # takes one of the options, and sets it
+    run: Callable
+    torch: Callable | None = None  # what torch has for the same
 
 
-def random(*size: int, device: str, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Random numbers; maps (B, C, H, W) are channels-last in memory."""
-    x = torch.randn(*size, device=device).to(dtype)
-    is_map = len(size) == 4 and size[-1] < size[1]
-    return x.contiguous(memory_format=torch.channels_last) if is_map else x
-
-
-def attention_sweeps(batch: int, streams: dict, device: str) -> Iterator[Sweep]:
-    """Window attention and its gradients."""
+def attention(kind: str, name: str, B: int, H: int, W: int, heads: int, dim: int) -> Sweep:
+    """Window attention or its gradients."""
     from mmhrformer.ops import triton_attention as attention
 
-    grids = dict(
-        forward=itertools.product((528, 1056, 2112), (2, 4), (1, 2)),
-        queries=itertools.product((264, 528), (4, 8), (1, 2)),
-    )
-    for (kind, grid), (name, (H, W, heads, dim)) in itertools.product(
-        [(kind, list(grid)) for kind, grid in grids.items()], streams.items()
-    ):
+    def apply(option: tuple) -> None:
+        attention.OPTIONS[kind] = dict(zip(('programs', 'num_warps', 'num_stages'), option))
 
-        def apply(option: tuple, kind: str = kind) -> None:
-            keys = 'programs', 'num_warps', 'num_stages'
-            attention.OPTIONS[kind] = dict(zip(keys, option))
-
-        def make(kind: str = kind, H: int = H, W: int = W, heads: int = heads, dim: int = dim):
-            qkv, pad = (random(*s, 3 * heads * dim, device=device) for s in ((batch, H, W), ()))
-            table, scale = torch.randn(169, heads, device=device), dim**-0.5
-            if kind == 'forward':
-                return lambda: attention.window_attention(qkv, pad, table, heads, 7, scale)
-            grad = random(batch, H, W, heads * dim, device=device)
-            backward = attention._window_attention_backward
-            return lambda: backward(grad, qkv, pad, table, heads, 7, scale, False)
-
-        moved = (8 if kind == 'forward' else 14) * batch * H * W * heads * dim
-        yield Sweep(f'attention {kind}', name, moved, grid, apply, make)
+    C = heads * dim
+    qkv, pad, grad = random(B, H, W, 3 * C), random(3 * C), random(B, H, W, C)
+    args = qkv, pad, torch.randn(169, heads), heads, 7, dim**-0.5
+    run = lambda: attention.window_attention(*args)  # noqa: E731
+    if kind == 'queries':
+        run = lambda: attention._window_attention_backward(grad, *args, False)  # noqa: E731
+    passes = 4 if kind == 'forward' else 7
+    options = ATTENTION_OPTIONS[kind]
+    return Sweep(f'attention {kind}', name, passes * grad.numel(), options, apply, run)
 
 
-def depthwise_sweeps(batch: int, hidden: dict, device: str) -> Iterator[Sweep]:
+def depthwise(name: str, B: int, H: int, W: int, C: int) -> Sweep:
     """Depth-wise convolution with GELU."""
     from mmhrformer.ops import triton_conv as conv
 
@@ -114,21 +92,13 @@ def depthwise_sweeps(batch: int, hidden: dict, device: str) -> Iterator[Sweep]:
         conv.DEPTHWISE_TILES.clear()
         conv.DEPTHWISE_TILES[1 << 31] = conv.DepthwiseTile(*option)
 
-    for name, (H, W, C) in hidden.items():
-
-        def make(form: str = '', H: int = H, W: int = W, C: int = C) -> Callable:
-            x = random(batch, C, H, W, device=device)
-            weight, bias = random(C, 1, 3, 3, device=device), random(C, device=device)
-            if form:
-                return lambda: F.gelu(F.conv2d(x, weight, bias, padding=1, groups=C))
-            return lambda: conv.depthwise_gelu(x, weight, bias)
-
-        others = dict(torch=lambda make=make: make('torch'))
-        moved = 4 * batch * H * W * C
-        yield Sweep('depthwise', name, moved, DEPTHWISE_TILES, apply, make, others)
+    x, weight, bias = random(B, H, W, C).permute(0, 3, 1, 2), random(C, 1, 3, 3), random(C)
+    run = lambda: conv.depthwise_gelu(x, weight, bias)  # noqa: E731
+    plain = lambda: F.gelu(F.conv2d(x, weight, bias, padding=1, groups=C))  # noqa: E731
+    return Sweep('depthwise', name, 2 * x.numel(), DEPTHWISE_TILES, apply, run, plain)
 
 
-def linear_sweeps(batch: int, shapes: list, device: str) -> Iterator[Sweep]:
+def linear(B: int, K: int, N: int, rows: int) -> Sweep:
     """Linear layer with GELU."""
     from mmhrformer.ops import triton_conv as conv
 
@@ -136,107 +106,91 @@ def linear_sweeps(batch: int, shapes: list, device: str) -> Iterator[Sweep]:
         for key in conv.LINEAR_TILES:
             conv.LINEAR_TILES[key] = conv.LinearTile(*option)
 
-    for K, N, rows in shapes:
-
-        def make(form: str = '', K: int = K, N: int = N, rows: int = rows) -> Callable:
-            x, weight = random(batch * rows, K, device=device), random(N, K, device=device)
-            bias = random(N, device=device)
-            if form:
-                return lambda: F.gelu(F.linear(x, weight, bias))
-            return lambda: conv.linear_gelu(x, weight, bias)
-
-        others = dict(torch=lambda make=make: make('torch'))
-        tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
-        moved = 2 * batch * rows * (K + N)
-        yield Sweep('linear', f'{K} to {N}', moved, tiles or LINEAR_TILES, apply, make, others)
+    x, weight, bias = random(B * rows, K), random(N, K), random(N)
+    tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
+    run = lambda: conv.linear_gelu(x, weight, bias)  # noqa: E731
+    plain = lambda: F.gelu(F.linear(x, weight, bias))  # noqa: E731
+    return Sweep('linear', f'{K} to {N}', B * rows * (K + N), tiles, apply, run, plain)
 
 
-def norm_sweeps(batch: int, hidden: dict, device: str) -> Iterator[Sweep]:
-    """The four kernels of batch normalization with GELU."""
+def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
+    """A kernel of batch normalization with GELU."""
     from mmhrformer.ops import triton_norm as norm
 
-    for (stage, passes), (name, (H, W, C)) in itertools.product(
-        NORM_PASSES.items(), hidden.items()
-    ):
+    def apply(option: tuple) -> None:
+        norm.LAUNCH[stage] = option
 
-        def apply(option: tuple, stage: str = stage) -> None:
-            norm.LAUNCH[stage] = option
-
-        def make(stage: str = stage, H: int = H, W: int = W, C: int = C) -> Callable:
-            x, grad = (random(batch, C, H, W, device=device) for _ in range(2))
-            weight, bias, mean, var = (torch.rand(C, device=device) for _ in range(4))
-            if stage == 'moments':
-                return lambda: norm.moments(x, mean, var, 0.1)
-            args = (*norm.moments(x, mean, var, 0.1).unbind(), weight, bias)
-            if stage == 'input_gradient':
-                args += (torch.randn(2, C, device=device),)
-            inputs = (x,) if stage == 'normalize' else (grad, x)
-            return lambda: getattr(norm, stage)(*inputs, *args, 1e-5, True, True)
-
-        moved = 2 * passes * batch * H * W * C
-        yield Sweep(f'norm {stage}', name, moved, NORM_LAUNCHES, apply, make)
+    x, grad = (random(B, H, W, C).permute(0, 3, 1, 2) for _ in range(2))
+    weight, bias, mean, var = torch.rand(4, C).unbind()
+    inputs, options = (x, mean, var), (0.1,)
+    if stage != 'moments':
+        statistics = norm.moments(*inputs, *options).unbind()
+        sums = (torch.randn(2, C),) if stage == 'input_gradient' else ()
+        inputs = (x,) if stage == 'normalize' else (grad, x)
+        options = (*statistics, weight, bias, *sums, 1e-5, True, True)
+    run = lambda: getattr(norm, stage)(*inputs, *options)  # noqa: E731
+    moved = NORM_PASSES[stage] * x.numel()
+    return Sweep(f'norm {stage}', name, moved, NORM_LAUNCHES, apply, run)
 
 
-def layer_norm_sweeps(batch: int, streams: dict, device: str) -> Iterator[Sweep]:
-    """Layer normalization and its gradients."""
+def layer_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
+    """Layer normalization or its gradients."""
     from mmhrformer.ops import triton_layer_norm as norm
 
-    for (stage, passes), (name, (H, W, heads, dim)) in itertools.product(
-        dict(forward=2, backward=3).items(), streams.items()
-    ):
-        C = 78 if name == 'B0' else heads * dim
+    def apply(option: tuple) -> None:
+        norm.LAUNCH[stage] = option
+        norm._tiling.cache_clear()
 
-        def apply(option: tuple, stage: str = stage) -> None:
-            norm.LAUNCH[stage] = option
-            norm._tiling.cache_clear()
+    x, grad, (weight, bias) = random(B, H, W, C), random(B, H, W, C), torch.rand(2, C)
+    half = weight.to(DTYPE), bias.to(DTYPE)
+    run = lambda: norm.backward(grad, x, weight, 1e-6, True)  # noqa: E731
+    plain = None
+    if stage == 'forward':
+        run = lambda: norm.forward(x, weight, bias, 1e-6, DTYPE)  # noqa: E731
+        plain = lambda: F.layer_norm(x, (C,), *half, 1e-6)  # noqa: E731
+    moved = LAYER_NORM_PASSES[stage] * x.numel()
+    return Sweep(f'layer norm {stage}', name, moved, LAYER_NORM_LAUNCHES, apply, run, plain)
 
-        def make(form: str = '', stage: str = stage, H: int = H, W: int = W, C: int = C):
-            x, grad = (random(batch, H, W, C, device=device) for _ in range(2))
-            weight, bias = torch.rand(C, device=device), torch.rand(C, device=device)
-            if form:
-                half = weight.to(DTYPE), bias.to(DTYPE)
-                return lambda: F.layer_norm(x, (C,), *half, 1e-6)
-            if stage == 'forward':
-                return lambda: norm.forward(x, weight, bias, 1e-6, DTYPE)
-            return lambda: norm.backward(grad, x, weight, 1e-6, True)
 
-        others = dict(torch=lambda make=make: make('torch')) if stage == 'forward' else {}
-        moved = 2 * passes * batch * H * W * C
-        yield Sweep(f'layer norm {stage}', name, moved, LAYER_NORM_LAUNCHES, apply, make, others)
+def random(*size: int) -> Tensor:
+    """Random numbers."""
+    return torch.randn(size).to(DTYPE)
 
 
 def sweeps(device: str) -> Iterator[Sweep]:
-    """All sweeps; on a CPU one small shape of each, with two ways to launch it."""
-    if device == 'cuda':
-        streams, hidden, linear, batch = STREAMS, HIDDEN, LINEAR, BATCH
-    else:
-        streams, hidden, linear, batch = dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), [(16, 32, 8)], 2
-    kinds = (
-        layer_norm_sweeps, attention_sweeps, depthwise_sweeps, linear_sweeps, norm_sweeps,
-    )  # fmt: skip
-    for kind, shapes in zip(kinds, (streams, streams, hidden, linear, hidden)):
-        for sweep in kind(batch, shapes, device):
-            yield sweep if device == 'cuda' else sweep._replace(options=sweep.options[:2])
+    """All sweeps, their inputs made when it is their turn; on a CPU one small shape of each."""
+    B, streams, hidden, layers, few = BATCH, STREAMS, HIDDEN, LINEAR, None
+    if device == 'cpu':
+        B, streams, hidden, few = 2, dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), 2
+        layers = [(32, 128, 8)]
+    rows = {name: (H, W, heads * dim) for name, (H, W, heads, dim) in streams.items()}
+    rows['B0'] = (64, 48, 78) if device == 'cuda' else (6, 5, 39)  # heads are padded, maps not
+    calls = [(layer_norm, s, name, B, *rows[name]) for s in LAYER_NORM_PASSES for name in rows]
+    calls += [(attention, k, name, B, *s) for k in ATTENTION_OPTIONS for name, s in streams.items()]
+    calls += [(depthwise, name, B, *size) for name, size in hidden.items()]
+    calls += [(linear, B, *layer) for layer in layers]
+    calls += [(batch_norm, s, name, B, *size) for s in NORM_PASSES for name, size in hidden.items()]
+    for make, *args in calls:
+        with torch.device(device):
+            sweep = make(*args)
+        yield sweep._replace(options=sweep.options[:few])
 
 
-def entries(sweep: Sweep) -> Iterator[tuple[str, Callable]]:
-    """What is timed of a sweep, by the names of the options."""
-    run = sweep.make()
-    for option in sweep.options:
+def entries(sweep: Sweep) -> dict[str, Callable]:
+    """What is timed of a sweep."""
 
-        def step(option: tuple = option) -> None:
-            sweep.apply(option)
-            run()
+    def step(option: tuple) -> None:
+        sweep.apply(option)
+        sweep.run()
 
-        yield str(option), step
-    for name, make in sweep.others.items():
-        yield name, make()
+    steps = {str(option): partial(step, option) for option in sweep.options}
+    return {**steps, **({'torch': sweep.torch} if sweep.torch else {})}
 
 
 def warm(device: str, part: int, parts: int, emit: Callable) -> None:
     """Compile one part of all kernels ahead."""
-    steps = ((sweep, step) for sweep in sweeps(device) for _, step in entries(sweep))
-    for _, step in itertools.islice(steps, part, None, parts):
+    steps = (step for sweep in sweeps(device) for step in entries(sweep).values())
+    for step in itertools.islice(steps, part, None, parts):
         try:
             step()
         except Exception:
@@ -244,21 +198,14 @@ def warm(device: str, part: int, parts: int, emit: Callable) -> None:
 
 
 def run(device: str, capture: Callable, emit: Callable) -> None:
-    """Time all sweeps.
-
-    Args:
-        device (str): ``'cuda'``, or ``'cpu'`` with Triton's interpreter.
-        capture (Callable): Records a function in a CUDA graph.
-        emit (Callable): Takes the results.
-    """
-    reason = triton_support.why_not(torch.device(device))
-    if reason:
+    """Time all sweeps, in CUDA graphs; on a CPU with Triton's interpreter."""
+    if reason := triton_support.why_not(torch.device(device)):
         emit(skipped=reason)
         return
-    calls = CALLS if device == 'cuda' else 1
+    calls, time = (CALLS, 0.01) if device == 'cuda' else (1, 0.0)
     for sweep in sweeps(device):
         what, steps = dict(kernel=sweep.kernel, shape=sweep.shape), {}
-        for name, step in entries(sweep):
+        for name, step in entries(sweep).items():
 
             def repeat(step: Callable = step) -> None:
                 for _ in range(calls):
@@ -270,10 +217,8 @@ def run(device: str, capture: Callable, emit: Callable) -> None:
             except Exception as err:
                 traceback.print_exc()
                 emit(**what, option=name, error=f'{type(err).__name__}: {err}'[:300])
-        options = 3, 2, 0.01 if device == 'cuda' else 0.0
-        times = bm.time_rounds(steps, *options, device) if steps else {}
+        times = bm.time_rounds(steps, 3, 2, time, device) if steps else {}
         for name, found in times.items():
             us = 1e6 * bm.quartiles(found.seconds)[1] / calls
-            rounds = [round(1e6 * seconds / calls, 3) for seconds in found.seconds]
-            emit(**what, option=name, us=round(us, 3), tb_s=round(sweep.moved / us / 1e6, 3),
-                 rounds=rounds)  # fmt: skip
+            tb_s = sweep.moved * DTYPE.itemsize / us / 1e6
+            emit(**what, option=name, us=round(us, 3), tb_s=round(tb_s, 3))

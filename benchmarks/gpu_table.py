@@ -102,14 +102,7 @@ def facts_list(rows: list[dict]) -> str:
 
 
 def render(data: dict) -> str:
-    """All tables of a file.
-
-    Args:
-        data (dict): What gpu_check.py wrote.
-
-    Returns:
-        str: Markdown.
-    """
+    """All tables of what gpu_check.py wrote."""
     forms = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
     tables: dict[str, list[dict]] = {}
     for row in data['rows']:
