@@ -31,25 +31,22 @@ class Recorder:
                 f'the backbone is on device={str(device)!r}, and CUDA graphs are for NVIDIA GPUs: '
                 f'move the model to one, or {REMEDY}'
             )
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """Run what follows on a stream of its own, as a capture will."""
-        with torch.cuda.device(self.device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                yield
-            current.wait_stream(side)
+        """Run what follows on the stream of the captures."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
         """Record a function; what replays it, and the tensors that each replay writes anew."""
         graph = torch.cuda.CUDAGraph()
         # Not 'global': threads that pin batches or watch NCCL may call CUDA in the meantime.
-        options = dict(pool=self.pool, capture_error_mode='thread_local')
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
+        with torch.cuda.graph(graph, self.pool, self.stream, 'thread_local'):
             static = function()
         return graph.replay, static
 
@@ -93,8 +90,7 @@ class GraphedForward:
         self.modules = list(module.modules())
         self.held = [m._parameters for m in self.modules if m._parameters]
         self.recorder = Recorder(next(module.parameters()).device)
-        self.key, self.last = None, lambda: None
-        self.calls = self.replays = 0
+        self.key, self.last, self.calls, self.replays = None, lambda: None, 0, 0
 
     def __reduce__(self) -> tuple:
         # Copies, as of EMAHook, and pickles have the forward function of their class.
@@ -116,10 +112,9 @@ class GraphedForward:
     def _key(self, images: Tensor) -> tuple:
         """All that a graph takes for granted; it costs 0.3 ms for HRFormer-S."""
         held = [p for place in self.held for p in place.values() if p is not None]
-        weights = [p.data_ptr() for p in held], [p.requires_grad for p in held]
+        weights = [(p.data_ptr(), p.requires_grad) for p in held]
         modes = autocast_dtype(images.device.type), [m.training for m in self.modules]
-        look = images.shape, images.stride(), images.dtype, images.device
-        return look, modes, weights
+        return images.shape, images.stride(), images.dtype, images.device, modes, weights
 
     def capture(self, images: Tensor) -> None:
         """Record both passes for images like these in the modes that are set."""
@@ -166,10 +161,10 @@ class GraphedForward:
         """The forward pass on ``self.images``."""
         held = self.module.parameters()
         self.leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in held}
-        kind, dtype = self.images.device.type, autocast_dtype(self.images.device.type)
+        dtype = autocast_dtype(self.images.device.type)
         # Weights are cast anew in each replay; a cache would keep memory of the graphs.
-        options = dict(dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-        with torch.enable_grad(), torch.autocast(kind, **options), self._aliases():
+        cast = torch.autocast(self.images.device.type, dtype, dtype is not None, False)
+        with torch.enable_grad(), cast, self._aliases():
             outputs = self.ordinary(self.images)
         if not (isinstance(outputs, (tuple, list)) and all(o.requires_grad for o in outputs)):
             raise RuntimeError('it returns something else than a tuple of tensors that it learns')
@@ -281,8 +276,7 @@ def graph_backbone(
     graph = graphed(model)
     if not graph.module.training:
         raise ValueError('model is in evaluation mode: call model.train() before graph_backbone')
-    options = dict(dtype=autocast_dtype, enabled=autocast_dtype is not None)
-    with torch.autocast(images.device.type, **options):
+    with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None):
         graph.capture(images)
     graph.module.forward = graph
     return model

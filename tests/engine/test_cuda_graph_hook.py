@@ -119,6 +119,30 @@ def test_gradients_are_one_copy_in_the_layout_of_the_weights():
     assert model.backbone.forward.replays == 2
 
 
+class Odd(nn.Module):
+    """A weight that lies in columns, whose gradient is an expanded row, and one that is idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 4, generator=torch.manual_seed(0)).t())
+        self.idle = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.mean() * self.weight.sum(0) * torch.tensor([1.0, 2.0, 3.0]),)
+
+
+@pytest.mark.usefixtures('_on_cpu')
+def test_odd_layouts_and_idle_weights():
+    plain = Odd().train()
+    model = graph_backbone(copy.deepcopy(plain), images())
+    for m in (model, plain):
+        m(images(1))[0].square().sum().backward()
+    assert model.forward.replays == 1
+    assert model.idle.grad is None
+    assert model.weight.grad.stride() == model.weight.stride()
+    assert_same(model, plain)
+
+
 @pytest.mark.usefixtures('_on_cpu')
 def test_weights_of_two_data_types():
     plain = Squares().train()
