@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,18 @@ __all__ = ['batch_norm_gelu']
 
 # For each kernel over maps: elements of a tile, programs at most, warps.
 LAUNCH = {
-    'moments': (4096, 1024, 4),
+    'moments': (4096, 512, 4),
     'normalize': (4096, 4096, 4),
-    'gradient_sums': (2048, 1024, 4),
+    'gradient_sums': (2048, 512, 4),
     'input_gradient': (4096, 4096, 4),
 }
-# Columns of a tile: the number that leaves the fewest of them empty, of two as good the first.
+# Columns of a tile: the number that leaves the fewest of them empty, of two that leave less than a
+# sixteenth the first.
 COLUMNS = (128, 64, 32)
 # Of the kernel that combines moments: how many at a time, of how many channels, warps.
 COMBINE = (128, 16, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 
 @triton.jit
@@ -68,11 +71,12 @@ def _phi(z):
     """Distribution function of the normal distribution, and its density times sqrt(2 pi).
 
     Formula 7.1.26 of Abramowitz and Stegun, at most 7.5e-8 off: float32 knows no better near 1.
-    With the exponential in common a derivative of GELU takes 29 instructions, not 51 by ``tl.erf``.
+    As the exponential is shared, a loop over gradients takes 28 instructions an element, of 51 with
+    ``tl.erf``: more than it can take at the speed of the memory.
     """
     e = tl.exp2(-0.72134752 * z * z)
     t = 1.0 + 0.23164188 * tl.abs(z)
-    t = tl.rsqrt(t * t)
+    t = tl.rsqrt(t * t)  # a reciprocal in two instructions, not seven
     q = 0.5307027 * t - 0.72657603
     q = q * t + 0.7107069
     q = q * t - 0.14224837
@@ -88,12 +92,12 @@ def _gelu_slope(z):
     return phi + z * e * 0.3989422804014327
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R'])
 def _moments(
     x, parts, R, C: tl.constexpr, COLS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Moments of the columns of a program's rows, to ``parts`` (programs * COLS / C, 3, C).
+    """Moments of the channels in a program's rows, to ``parts`` (parts, 3, C).
 
     Sums of squares are of distances from the mean of the first tile, without which nothing would be
     left of the variance of a channel whose mean is large.
@@ -121,7 +125,7 @@ def _moments(
     tl.store(out + 2 * C, tl.where(m2 < 0, 0.0, m2), mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['P'])
 def _combine(
     parts, out, running_mean, running_var, momentum, P, C,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UPDATE: tl.constexpr,
@@ -163,7 +167,7 @@ def _combine(
         tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R'])
 def _normalize(
     x, count, mean, spread, weight, bias, out, eps, R, C: tl.constexpr, COLS: tl.constexpr,
     TRAINING: tl.constexpr, GELU: tl.constexpr,
@@ -183,13 +187,13 @@ def _normalize(
         tl.store(out + here, v.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R'])
 def _gradient_sums(
     grad, x, count, mean, spread, weight, bias, parts, eps, R, C: tl.constexpr, COLS: tl.constexpr,
     TRAINING: tl.constexpr, GELU: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a program's gradients of bias and weight, to ``parts`` (programs * COLS / C, 2, C)."""
+    """A program's part of the gradients of bias and weight, to ``parts`` (parts, 2, C)."""
     at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
     in_c = col < COLS
     m, invstd, w, b = _affine(count, mean, spread, weight, bias, eps, col % C, in_c, TRAINING)
@@ -211,7 +215,7 @@ def _gradient_sums(
     tl.store(out + C, tl.sum(sum_w, 0) * invstd, mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R'])
 def _input_gradient(
     grad, x, count, mean, spread, weight, bias, sums, out, eps, R,
     C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
@@ -241,28 +245,26 @@ def _input_gradient(
 
 
 def _tiling(name: str, x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, rows and constants of a kernel over a map.
+    """Grid, rows and constants of a kernel over a map."""
+    return _tile(x.numel() // x.shape[1], x.shape[1], x.element_size(), *LAUNCH[name])
+
+
+@cache  # it takes a CPU as long as the launch
+def _tile(rows: int, C: int, size: int, elements: int, programs: int, num_warps: int) -> tuple:
+    """Lay tiles over a matrix of elements of a size.
 
     Rows that are no multiple of 16 bytes, of 78 channels for example, are joined to such that are,
     if the map has a multiple of as many: a thread then loads 16 bytes instead of 4 at once.
     """
-    elements, programs, warps = LAUNCH[name]
-    C = x.shape[1]
-    rows = x.numel() // C
-    fold = 16 // math.gcd(C * x.element_size(), 16)
-    fold = math.gcd(fold, rows)
+    fold = math.gcd(16 // math.gcd(C * size, 16), rows)
     rows, cols = rows // fold, fold * C
-    block_c = min(COLUMNS, key=lambda block: -cols % block)
+    block_c = min(COLUMNS, key=lambda block: max(-cols % block, cols // 16))
     block_r = elements // block_c
     blocks = triton.cdiv(cols, block_c)
     chunks = max(1, triton.cdiv(rows, block_r))  # processes may share statistics of no image
     tiles = triton.next_power_of_2(triton.cdiv(chunks * blocks, programs))
-    grid = blocks, triton.cdiv(chunks, tiles)
-    constants = dict(C=C, COLS=cols, BLOCK_R=block_r, BLOCK_C=block_c, TILES=tiles, num_warps=warps)
-    return grid, rows, constants
-
-
-LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
+    constants = dict(C=C, COLS=cols, BLOCK_R=block_r, BLOCK_C=block_c, TILES=tiles)
+    return (blocks, triton.cdiv(chunks, tiles)), rows, dict(constants, num_warps=num_warps)
 
 
 def _operator(schema: str, fake: Callable) -> Callable:
@@ -299,10 +301,11 @@ def combine_moments(
     block_p, block_c, warps = COMBINE
     P, _, C = parts.shape
     out = parts.new_empty(3, C)
-    _combine[(triton.cdiv(C, block_c),)](
+    tiles = 1 << (-(-P // block_p) - 1).bit_length()  # a power of 2: else a kernel for each number
+    _combine[(-(-C // block_c),)](
         parts, out, running_mean, running_var, momentum, P, C,
-        BLOCK_P=block_p, BLOCK_C=block_c, TILES=triton.next_power_of_2(triton.cdiv(P, block_p)),
-        UPDATE=running_mean is not None, num_warps=warps,
+        BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles, UPDATE=running_mean is not None,
+        num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -463,11 +466,11 @@ def batch_norm_gelu(
             make statistics of, or if there are no running statistics to normalize by.
 
     Examples:
-        >>> norm = nn.BatchNorm2d(32).cuda()
-        >>> x = torch.rand(2, 32, 8, 6).cuda()
+        >>> x = torch.rand(2, 32, 8, 6, device='cuda')  # doctest: +SKIP
+        >>> zeros, ones = x.new_zeros(32), x.new_ones(32)  # doctest: +SKIP
         >>> batch_norm_gelu(
-        ...     x, norm.weight, norm.bias, norm.running_mean, norm.running_var, 0.1, 1e-5, True
-        ... ).shape
+        ...     x, ones, zeros, zeros.clone(), ones.clone(), 0.1, 1e-5, training=True
+        ... ).shape  # doctest: +SKIP
         torch.Size([2, 32, 8, 6])
     """
     if x.dtype not in DTYPES:

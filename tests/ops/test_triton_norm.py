@@ -101,7 +101,7 @@ def test_contiguous_map():
 @pytest.fixture
 def small(monkeypatch):
     """So small tiles, and so few programs, that all loops run several times."""
-    launch = {name: (256, 6, 1) for name in triton_norm.LAUNCH}
+    launch = dict.fromkeys(triton_norm.LAUNCH, (256, 6, 1))
     monkeypatch.setattr(triton_norm, 'LAUNCH', launch)
     monkeypatch.setattr(triton_norm, 'COMBINE', (2, 16, 1))
 
@@ -151,9 +151,10 @@ def test_single_gradients(name, training):
     tensors = make((2, 24, 5, 3))
     grads = []
     for function in (fused, plain):
-        args = [tensors[n].clone().requires_grad_(n == name) for n in ('x', 'weight', 'bias')]
-        out = function(*args, tensors['running_mean'], tensors['running_var'], training=training)
-        grads.append(*torch.autograd.grad(out, [a for a in args if a.requires_grad], tensors['grad']))
+        args = {n: tensors[n].clone().requires_grad_(n == name) for n in ('x', 'weight', 'bias')}
+        running = tensors['running_mean'], tensors['running_var']
+        out = function(*args.values(), *running, training=training)
+        grads.append(*torch.autograd.grad(out, args[name], tensors['grad']))
     torch.testing.assert_close(*grads)
 
 
