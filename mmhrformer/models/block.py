@@ -9,6 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.recompute import recompute
 from ..registry import MODELS
 from .ffn import DepthwiseConv2d
@@ -143,5 +144,5 @@ class HRFormerBlock(BaseModule):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        x = x + self.drop_path(self.attn(ops.layer_norm(x, self.norm1)))
+        return x + self.drop_path(self.ffn(ops.layer_norm(x, self.norm2)))

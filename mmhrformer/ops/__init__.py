@@ -19,6 +19,7 @@ __all__ = [
     'backend',
     'conv_gelu',
     'depthwise_conv',
+    'layer_norm',
     'map_attention',
     'norm_gelu_conv',
     'padding_mask',
@@ -101,6 +102,20 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
         the input.
     """
     return backend(x).depthwise_conv(x, weight, bias, stride)
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """Compute ``norm(x)`` for a layer that brings its input to the data type of autocast.
+
+    Args:
+        x (Tensor): Tokens of shape (..., C).
+        norm (nn.Module): The normalization. It is called, whatever it is, unless it is a plain
+            ``nn.LayerNorm``.
+
+    Returns:
+        Tensor: Normalized tokens of shape (..., C).
+    """
+    return backend(x).layer_norm(x, norm)
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:

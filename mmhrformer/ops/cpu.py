@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from . import reference
 from .recompute import norm_gelu_conv
-from .reference import attends_on_map
+from .reference import attends_on_map, layer_norm
 from .sdpa import sdpa
 from .state import autocast_dtype, needs_grad
 
-__all__ = ['attends_on_map', 'conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']
+__all__ = [
+    'attends_on_map',
+    'conv_gelu',
+    'depthwise_conv',
+    'head_padding',
+    'layer_norm',
+    'norm_gelu_conv',
+    'window_attention',
+]
 
 # Before, attention with a mask is the plain formula, in slower steps than ours.
 HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from .recompute import norm_gelu_conv
-from .reference import attends_on_map, conv_gelu, depthwise_conv
+from .reference import attends_on_map, conv_gelu, depthwise_conv, layer_norm
 from .sdpa import sdpa
 
-__all__ = ['attends_on_map', 'conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']
+__all__ = [
+    'attends_on_map',
+    'conv_gelu',
+    'depthwise_conv',
+    'head_padding',
+    'layer_norm',
+    'norm_gelu_conv',
+    'window_attention',
+]
 
 # The attention kernels put the windows on an axis of the grid that has no more places.
 MAX_WINDOWS = 65_535

@@ -16,6 +16,7 @@ __all__ = [
     'conv_gelu',
     'depthwise_conv',
     'head_padding',
+    'layer_norm',
     'map_attention',
     'norm_gelu_conv',
     'window_attention',
@@ -68,6 +69,20 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     if conv.kernel_size == (3, 3) and conv.groups == x.shape[1] and conv.padding == (1, 1):
         return depthwise_gelu(x, weight, bias)
     return cuda.conv_gelu(x, conv)
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.layer_norm`."""
+    from .triton_layer_norm import MAX_CHANNELS
+    from .triton_layer_norm import layer_norm as kernel
+
+    fits = is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    if not fits or x.dtype not in DTYPES or x.shape[-1] > MAX_CHANNELS:
+        return norm(x)
+    # Under autocast torch's is float32, which the next layer would read only to round it to the
+    # data type that this is in already.
+    return kernel(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:

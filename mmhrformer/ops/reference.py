@@ -39,6 +39,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     return F.conv2d(x, weight, bias, stride, padding=1, groups=x.shape[1])
 
 
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """See :func:`mmhrformer.ops.layer_norm`."""
+    return norm(x)
+
+
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
     """See :func:`mmhrformer.ops.norm_gelu_conv`."""
     x = gelu(norm(x))

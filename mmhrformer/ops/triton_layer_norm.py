@@ -1,0 +1,289 @@
+"""Layer normalization of the last axis in Triton.
+
+torch gives each row a block of threads, most of which find nothing to do on rows of 32 to 312
+numbers: 10 to 30 times the time that the bytes take. Here a program has many rows. It reads and
+writes each number once, and the backward pass gets mean and variance from the input again instead
+of keeping them. Gradients of weight and bias are sums in an order that depends on sizes alone: the
+same bits each time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .state import needs_grad
+from .triton_norm import DTYPES, _operator
+
+__all__ = ['MAX_CHANNELS', 'layer_norm']
+
+# For each kernel: elements of a tile, warps.
+LAUNCH = {'forward': (4096, 4), 'backward': (2048, 4)}
+# Programs of the backward kernel at most: what an H100 runs at once. So many tiles are worth the
+# write of a program's part of the gradients of weight and bias.
+PROGRAMS = 640
+MIN_TILES = 4
+# Rows are read in blocks of columns of one of these widths, the one that leaves the fewest columns
+# empty, of two that leave less than an eighth the first: 78 numbers as 5 x 16, for which the
+# forward kernel takes 13 instructions a number, not the 49 of one block of 128, and the backward
+# kernel 23, not 90. Few threads share a row, so that sums over it take few exchanges; in wider
+# blocks warps would share one, and wait for each other. Narrower blocks are for shorter rows only,
+# as memory moves 32 bytes at once.
+WIDTHS = (64, 32, 16)
+NARROW = 8
+MAX_CHANNELS = 1024
+
+
+@triton.jit
+def _load(x, at, row, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of C numbers as column blocks (BLOCK_R, WIDTH), in float32."""
+    blocks = ()
+    for i in tl.static_range(BLOCKS):
+        mask = row & (col + i * WIDTH < C)[None, :]
+        v = tl.load(x + at + i * WIDTH, mask=mask, other=0.0).to(tl.float32)
+        blocks = blocks + (v,)
+    return blocks
+
+
+@triton.jit
+def _vector(
+    x, default: tl.constexpr, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """C numbers as blocks (1, WIDTH) in float32, all of one value if there are none."""
+    blocks = ()
+    for i in tl.static_range(BLOCKS):
+        v = tl.full((WIDTH,), default, tl.float32)
+        if x is not None:
+            v = tl.load(x + col + i * WIDTH, mask=col + i * WIDTH < C, other=0.0).to(tl.float32)
+        blocks = blocks + (v[None, :],)
+    return blocks
+
+
+@triton.jit
+def _mean(blocks, C: tl.constexpr, BLOCKS: tl.constexpr):
+    """Means of rows, of shape (BLOCK_R, 1)."""
+    total = blocks[0]
+    for i in tl.static_range(1, BLOCKS):
+        total += blocks[i]
+    return (tl.sum(total, 1) / C)[:, None]
+
+
+@triton.jit
+def _mean_of_products(a, b, C: tl.constexpr, BLOCKS: tl.constexpr):
+    """Means of products in rows, of shape (BLOCK_R, 1)."""
+    total = a[0] * b[0]
+    for i in tl.static_range(1, BLOCKS):
+        total += a[i] * b[i]
+    return (tl.sum(total, 1) / C)[:, None]
+
+
+@triton.jit
+def _center(x, mean, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows without their means, zero where there are no columns."""
+    blocks = ()
+    for i in tl.static_range(BLOCKS):
+        v = x[i] - mean
+        if (i + 1) * WIDTH > C:
+            v = tl.where((col + i * WIDTH < C)[None, :], v, 0.0)
+        blocks = blocks + (v,)
+    return blocks
+
+
+@triton.jit(do_not_specialize=['R'])
+def _forward(
+    x, weight, bias, out, eps, R,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
+    at = row[:, None] * C + col[None, :]
+    row = (row < R - first)[:, None]
+    x += first * C
+    out += first * C
+    v = _load(x, at, row, col, C, BLOCKS, WIDTH)
+    v = _center(v, _mean(v, C, BLOCKS), col, C, BLOCKS, WIDTH)
+    rstd = tl.rsqrt(_mean_of_products(v, v, C, BLOCKS) + eps)
+    w = _vector(weight, 1.0, col, C, BLOCKS, WIDTH)
+    b = _vector(bias, 0.0, col, C, BLOCKS, WIDTH)
+    for i in tl.static_range(BLOCKS):
+        mask = row & (col + i * WIDTH < C)[None, :]
+        result = v[i] * rstd * w[i] + b[i]
+        tl.store(out + at + i * WIDTH, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['R'])
+def _backward(
+    grad, x, weight, out, parts, eps, R,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the input, and a program's part of those of weight and bias, to ``parts``
+    (programs, 2, C).
+    """
+    row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
+    at = row[:, None] * C + col[None, :]
+    w = _vector(weight, 1.0, col, C, BLOCKS, WIDTH)
+    sum_w, sum_b = (), ()
+    for _ in tl.static_range(BLOCKS):
+        sum_w = sum_w + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
+        sum_b = sum_b + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
+    tile = tl.program_id(0).to(tl.int64)
+    while tile * BLOCK_R < R:
+        first = tile * BLOCK_R
+        in_r = (row < R - first)[:, None]
+        v = _load(x + first * C, at, in_r, col, C, BLOCKS, WIDTH)
+        g = _load(grad + first * C, at, in_r, col, C, BLOCKS, WIDTH)
+        v = _center(v, _mean(v, C, BLOCKS), col, C, BLOCKS, WIDTH)
+        rstd = tl.rsqrt(_mean_of_products(v, v, C, BLOCKS) + eps)
+        new_w, new_b, scaled = (), (), ()
+        for i in tl.static_range(BLOCKS):
+            new_w = new_w + (sum_w[i] + g[i] * (v[i] * rstd),)
+            new_b = new_b + (sum_b[i] + g[i],)
+            scaled = scaled + (g[i] * w[i],)
+        sum_w, sum_b = new_w, new_b
+        mean = _mean(scaled, C, BLOCKS)
+        slope = _mean_of_products(scaled, v, C, BLOCKS) * rstd * rstd
+        for i in tl.static_range(BLOCKS):
+            mask = in_r & (col + i * WIDTH < C)[None, :]
+            result = (scaled[i] - mean - v[i] * slope) * rstd
+            result = result.to(out.dtype.element_ty)
+            tl.store(out + first * C + at + i * WIDTH, result, mask=mask)
+        tile += tl.num_programs(0)
+    if parts is not None:
+        parts += tl.program_id(0) * (2 * C) + col
+        for i in tl.static_range(BLOCKS):
+            in_c = col + i * WIDTH < C
+            tl.store(parts + i * WIDTH, tl.sum(sum_w[i], 0), mask=in_c)
+            tl.store(parts + C + i * WIDTH, tl.sum(sum_b[i], 0), mask=in_c)
+
+
+@cache  # it takes a CPU as long as the launch
+def _tiling(name: str, rows: int, C: int) -> tuple[int, dict[str, int]]:
+    """Programs and constants of a kernel over a matrix."""
+    elements, warps = LAUNCH[name]
+    width = NARROW
+    if C // WIDTHS[-1] > 1:
+        width = min(WIDTHS, key=lambda width: max(-C % width, C // 8))
+    blocks = -(-C // width)
+    block_r = 1 << max(0, (elements // (blocks * width)).bit_length() - 1)
+    programs = -(-rows // block_r)
+    if name == 'backward':
+        programs = min(PROGRAMS, -(-programs // MIN_TILES))
+    constants = dict(C=C, BLOCK_R=block_r, BLOCKS=blocks, WIDTH=width, num_warps=warps)
+    return programs, constants
+
+
+@_operator(
+    'layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor',
+    lambda x, weight, bias, eps, dtype: torch.empty_like(x, dtype=dtype),
+)
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The normalized rows of a contiguous tensor."""
+    out = torch.empty_like(x, dtype=dtype)
+    rows = x.numel() // x.shape[-1]
+    programs, constants = _tiling('forward', rows, x.shape[-1])
+    _forward[(programs,)](x, weight, bias, out, eps, rows, **constants)
+    return out
+
+
+@_operator(
+    'layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_parameters)'
+    ' -> (Tensor, Tensor)',
+    lambda grad, x, weight, eps, of_parameters: (
+        torch.empty_like(x),
+        x.new_empty((2 * of_parameters, x.shape[-1]), dtype=torch.float32),
+    ),
+)
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, of_parameters: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the rows, and those of weight and bias, (2, C), or (0, C) if not asked for."""
+    out, C = torch.empty_like(x), x.shape[-1]
+    programs, constants = _tiling('backward', x.numel() // C, C)
+    parts = x.new_empty((programs, 2 * of_parameters, C), dtype=torch.float32)
+    _backward[(programs,)](
+        grad, x, weight, out, parts if of_parameters else None, eps, x.numel() // C, **constants
+    )
+    return out, parts.sum(0)
+
+
+class LayerNorm(torch.autograd.Function):
+    """See :func:`layer_norm`."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Keep the input alone."""
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return forward(x, weight, bias, eps, dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows, the weight and the bias."""
+        # Gradients are on here if these gradients are to be differentiated. @once_differentiable
+        # would let them pass as constants unless the incoming one is differentiated, too.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'layer_norm has no second derivatives, which create_graph=True asks for: '
+                "force the plain form by ops.use('reference') or MMHRFORMER_OPS=reference"
+            )
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        grad_x, sums = backward(grad.contiguous(), x, weight, ctx.eps, of_weight or of_bias)
+        return grad_x, sums[0] if of_weight else None, sums[1] if of_bias else None, None, None
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Normalize rows, and for the backward pass keep ``x`` and ``weight`` alone.
+
+    The arithmetic is in float32 whatever the data types, and the result is rounded once. There are
+    no second derivatives.
+
+    Args:
+        x (Tensor): Rows of shape (..., C), in float32, float16 or bfloat16; they are copied if they
+            are not contiguous.
+        weight (Tensor, optional): Weight of shape (C,), in float32 or the data type of ``x``.
+        bias (Tensor, optional): Bias of shape (C,), likewise.
+        eps (float): What is added to the variance.
+        dtype (torch.dtype, optional): Data type of the result, one of those three. Defaults to
+            None: that of ``x``.
+
+    Returns:
+        Tensor: Normalized rows of shape (..., C).
+
+    Raises:
+        ValueError: If a data type is none of those, or if rows are longer than 1024.
+
+    Examples:
+        >>> x = torch.rand(2, 8, 6, 32, device='cuda')  # doctest: +SKIP
+        >>> layer_norm(x, x.new_ones(32), x.new_zeros(32), 1e-6).shape  # doctest: +SKIP
+        torch.Size([2, 8, 6, 32])
+    """
+    dtype = dtype or x.dtype
+    for name, given in (('x', x.dtype), ('dtype', dtype)):
+        if given not in DTYPES:
+            raise ValueError(f'{name} is {given}: choose one of {DTYPES}')
+    if x.shape[-1] > MAX_CHANNELS:
+        raise ValueError(
+            f'x of shape {tuple(x.shape)} has rows of more than {MAX_CHANNELS} numbers: use '
+            'torch.nn.functional.layer_norm, which is fast on long rows'
+        )
+    x = x.contiguous()
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if needs_grad(x, weight, bias):
+            return LayerNorm.apply(x, weight, bias, eps, dtype)
+        return forward(x, weight, bias, eps, dtype)
