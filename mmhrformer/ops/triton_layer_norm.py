@@ -102,7 +102,7 @@ def _forward(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
     at = row[:, None] * C + col[None, :]
-    row = (row < R - first)[:, None]
+    row = (row < tl.minimum(R - first, BLOCK_R).to(tl.int32))[:, None]
     x += first * C
     out += first * C
     v = _load(x, at, row, col, C, BLOCKS, WIDTH)
@@ -134,7 +134,7 @@ def _backward(
     tile = tl.program_id(0).to(tl.int64)
     while tile * BLOCK_R < R:
         first = tile * BLOCK_R
-        in_r = (row < R - first)[:, None]
+        in_r = (row < tl.minimum(R - first, BLOCK_R).to(tl.int32))[:, None]
         v = _load(x + first * C, at, in_r, col, C, BLOCKS, WIDTH)
         g = _load(grad + first * C, at, in_r, col, C, BLOCKS, WIDTH)
         v = _center(v, _mean(v, C, BLOCKS), col, C, BLOCKS, WIDTH)
