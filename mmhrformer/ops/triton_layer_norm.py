@@ -30,7 +30,7 @@ MIN_TILES = 4
 # Rows are read in blocks of columns of one of these widths, the one that leaves the fewest columns
 # empty, of two that leave less than an eighth the first: 78 numbers as 5 x 16, for which the
 # forward kernel takes 13 instructions a number, not the 49 of one block of 128, and the backward
-# kernel 23, not 90. Few threads share a row, so that sums over it take few exchanges; in wider
+# kernel 25, not 90. Few threads share a row, so that sums over it take few exchanges; in wider
 # blocks warps would share one, and wait for each other. Narrower blocks are for shorter rows only,
 # as memory moves 32 bytes at once.
 WIDTHS = (64, 32, 16)
@@ -102,7 +102,7 @@ def _forward(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
     at = row[:, None] * C + col[None, :]
-    row = (row < tl.minimum(R - first, BLOCK_R).to(tl.int32))[:, None]
+    row = (row < R - first)[:, None]
     x += first * C
     out += first * C
     v = _load(x, at, row, col, C, BLOCKS, WIDTH)
@@ -134,7 +134,7 @@ def _backward(
     tile = tl.program_id(0).to(tl.int64)
     while tile * BLOCK_R < R:
         first = tile * BLOCK_R
-        in_r = (row < tl.minimum(R - first, BLOCK_R).to(tl.int32))[:, None]
+        in_r = (row < R - first)[:, None]
         v = _load(x + first * C, at, in_r, col, C, BLOCKS, WIDTH)
         g = _load(grad + first * C, at, in_r, col, C, BLOCKS, WIDTH)
         v = _center(v, _mean(v, C, BLOCKS), col, C, BLOCKS, WIDTH)
