@@ -17,6 +17,7 @@ from . import cuda, reference
 from .cuda import head_padding, window_attention
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, needs_grad
+from .triton_support import DTYPES
 
 __all__ = [
     'add_path',
@@ -33,10 +34,8 @@ __all__ = [
     'window_attention',
 ]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
-MAX_CHANNELS = 1024
 
 
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
@@ -157,12 +156,13 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """See :func:`mmhrformer.ops.layer_norm`."""
-    fits = is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if not fits or {x.dtype, dtype} - {*DTYPES} or x.shape[-1] > MAX_CHANNELS:
-        return norm(x)
+    from .triton_layer_norm import MAX_CHANNELS
     from .triton_layer_norm import layer_norm as kernel
 
+    fits = is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    if not fits or x.dtype not in DTYPES or x.shape[-1] > MAX_CHANNELS:
+        return norm(x)
     # Under autocast torch's is float32, which the next layer would read only to round it to the
     # data type that this is in already.
     return kernel(x, norm.weight, norm.bias, norm.eps, dtype)

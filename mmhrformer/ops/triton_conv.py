@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from .triton_support import thin_operator
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .triton_support import DTYPES, thin_operator
 
 
 class DepthwiseTile(NamedTuple):

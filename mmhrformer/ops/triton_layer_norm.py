@@ -17,26 +17,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
-from .triton_norm import DTYPES
-from .triton_support import thin_operator
+from .triton_support import DTYPES, thin_operator
 
 __all__ = ['MAX_CHANNELS', 'layer_norm']
 
-# For each kernel: elements of a tile, programs at most, warps.
-LAUNCH = {
-    'forward': (4096, 1 << 30, 4),
-    'backward': (2048, 1024, 4),
-}
+# For each kernel: elements of a tile, warps.
+LAUNCH = {'forward': (4096, 4), 'backward': (2048, 4)}
+# Programs of the backward kernel at most: what an H100 runs at once. So many tiles are worth the
+# write of a program's part of the gradients of weight and bias.
+PROGRAMS = 640
+MIN_TILES = 4
 # Rows are read in blocks of columns of one of these widths, the one that leaves the fewest columns
-# empty: 78 numbers as 5 x 16, for which the forward kernel takes 13 instructions a number, of 49
-# with one block of 128, the backward kernel 24 of 90. Few threads have a row, and sums over it need
-# few exchanges. float32 in wider blocks would need several warps for a row, which wait for each
-# other; narrower ones are for shorter rows only, as memory moves 32 bytes at once.
+# empty, of two that leave less than an eighth the first: 78 numbers as 5 x 16, for which the
+# forward kernel takes 13 instructions a number, not the 49 of one block of 128, and the backward
+# kernel 25, not 90. Few threads share a row, so that sums over it take few exchanges; in wider
+# blocks warps would share one, and wait for each other. Narrower blocks are for shorter rows only,
+# as memory moves 32 bytes at once.
 WIDTHS = (64, 32, 16)
 NARROW = 8
 MAX_CHANNELS = 1024
-# So many tiles are worth the write of a program's part of the gradients of weight and bias.
-MIN_TILES = 4
 
 
 @triton.jit
@@ -132,9 +131,9 @@ def _backward(
     for _ in tl.static_range(BLOCKS):
         sum_w = sum_w + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
         sum_b = sum_b + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
-    tile = tl.program_id(0)
-    while tile < tl.cdiv(R, BLOCK_R):
-        first = tile.to(tl.int64) * BLOCK_R
+    tile = tl.program_id(0).to(tl.int64)
+    while tile * BLOCK_R < R:
+        first = tile * BLOCK_R
         in_r = (row < R - first)[:, None]
         v = _load(x + first * C, at, in_r, col, C, BLOCKS, WIDTH)
         g = _load(grad + first * C, at, in_r, col, C, BLOCKS, WIDTH)
@@ -165,15 +164,17 @@ def _backward(
 @cache  # it takes a CPU as long as the launch
 def _tiling(name: str, rows: int, C: int) -> tuple[int, dict[str, int]]:
     """Programs and constants of a kernel over a matrix."""
-    elements, programs, warps = LAUNCH[name]
-    width = NARROW if 2 * WIDTHS[-1] > C else min(WIDTHS, key=lambda width: -C % width)
+    elements, warps = LAUNCH[name]
+    width = NARROW
+    if C // WIDTHS[-1] > 1:
+        width = min(WIDTHS, key=lambda width: max(-C % width, C // 8))
     blocks = -(-C // width)
     block_r = 1 << max(0, (elements // (blocks * width)).bit_length() - 1)
-    tiles = -(-rows // block_r)
+    programs = -(-rows // block_r)
     if name == 'backward':
-        programs = min(programs, -(-tiles // MIN_TILES))
+        programs = min(PROGRAMS, -(-programs // MIN_TILES))
     constants = dict(C=C, BLOCK_R=block_r, BLOCKS=blocks, WIDTH=width, num_warps=warps)
-    return min(tiles, programs), constants
+    return programs, constants
 
 
 @thin_operator(

@@ -37,7 +37,6 @@ LAUNCH = {
 COLUMNS = (128, 64, 32)
 # Of the kernel that combines moments: how many at a time, of how many channels, warps.
 COMBINE = (128, 16, 8)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from mmengine.utils import digit_version
 MIN_TRITON = '3.2'
 # The first with bfloat16 and TF32 in its matrix units.
 MIN_CAPABILITY = (8, 0)
+# What the kernels compute with.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @cache

@@ -83,6 +83,14 @@ def test_depthwise_conv(form, dtype, grad):
                 assert out.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_layer_norm(form, dtype):
+    for norm in (nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False), nn.Identity()):
+        tensors = make(3, 5, 4, 6, dtype=dtype, grad=True), *norm.to(dtype).parameters()
+        check(form, dtype, lambda x, *_, n=norm: ops.layer_norm(x, n), *tensors)
+
+
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('form', FORMS)
