@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from . import cuda, reference
 from .cuda import head_padding, window_attention
 from .recompute import is_plain, is_recomputed
-from .state import autocast_dtype, needs_grad
+from .state import autocast_dtype, in_same_form, needs_grad
 from .triton_support import DTYPES
 
 __all__ = [
@@ -115,14 +115,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     from .triton_conv import depthwise_gelu
 
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
-    if x.dtype not in DTYPES or not DEPTHWISE:
+    if x.dtype not in DTYPES:
         return reference.depthwise_conv(x, weight, bias, stride)
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
     out = depthwise_gelu(x, weight, bias, stride, gelu=False)
     return out if is_last else out.contiguous()
-
-
-DEPTHWISE = True
 
 
 def has_folded_block(x: Tensor, block: nn.Module) -> bool:
@@ -185,19 +182,11 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     x = x.contiguous(memory_format=torch.channels_last)
     if conv is None:
         return normalize(x)
-    if (
-        RECOMPUTE
-        and is_plain(conv, nn.Conv2d)
-        and not is_recomputed()
-        and needs_grad(x, conv.weight)
-    ):
-        return checkpoint(
-            lambda x: conv(normalize(x)), x, use_reentrant=False, preserve_rng_state=False
-        )
+    plain = is_plain(conv, nn.Conv2d) and not is_recomputed()
+    if plain and needs_grad(x, conv.weight):
+        again = in_same_form(lambda x: conv(normalize(x)))
+        return checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
     return conv(normalize(x))
-
-
-RECOMPUTE = True
 
 
 def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .state import is_compiling, needs_grad
+from .state import in_same_form, is_compiling, needs_grad
 
 # Whether something around is recomputed as a whole already.
 _inside: ContextVar[bool] = ContextVar('mmhrformer_recompute', default=False)
@@ -70,14 +70,14 @@ def recompute(
         finally:
             _inside.reset(token)
 
-    return checkpoint(run, *args, **options)
+    return checkpoint(in_same_form(run), *args, **options)
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
     """Whether a module computes what one of some classes does, and nothing else happens.
 
-    Not so if it has a forward function, a parametrization or hooks of its own, as what LoRA,
-    quantization, pruning, FSDP and the like make of modules.
+    Not so if it has a forward function, compiled code, a parametrization or hooks of its own, as
+    what LoRA, quantization, pruning, FSDP and the like make of modules.
 
     Args:
         module (nn.Module): The module.
@@ -97,7 +97,8 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
-    changed = 'forward' in vars(module) or is_parametrized(module)
+    compiled = getattr(module, '_compiled_call_impl', None) is not None
+    changed = 'forward' in vars(module) or is_parametrized(module) or compiled
     return is_known and not hooked and not changed
 
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import wraps
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# The name of the form of all functions that ops.use forces, see dispatch.py.
+forced: ContextVar[str | None] = ContextVar('mmhrformer_ops', default=None)
+
 # Whether torch.compile (or torch.export) is tracing the code; public since torch 2.3.
 is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
+
+
+def in_same_form(function: Callable) -> Callable:
+    """A function that computes with the form of operators that is forced now, whoever calls it.
+
+    What is computed again in a backward pass on a GPU is called by a thread of autograd.
+    """
+    form = forced.get()
+
+    @wraps(function)
+    def run(*args):
+        token = forced.set(form)
+        try:
+            return function(*args)
+        finally:
+            forced.reset(token)
+
+    return run
 
 
 def is_transformed() -> bool:

@@ -22,10 +22,10 @@ from .triton_support import DTYPES, thin_operator
 __all__ = ['MAX_CHANNELS', 'layer_norm']
 
 # For each kernel: elements of a tile, warps.
-LAUNCH = {'forward': (4096, 4), 'backward': (2048, 4)}
+LAUNCH = {'forward': (4096, 4), 'backward': (4096, 4)}
 # Programs of the backward kernel at most: what an H100 runs at once. So many tiles are worth the
 # write of a program's part of the gradients of weight and bias.
-PROGRAMS = 640
+PROGRAMS = 1024
 MIN_TILES = 4
 # Rows are read in blocks of columns of one of these widths, the one that leaves the fewest columns
 # empty, of two that leave less than an eighth the first: 78 numbers as 5 x 16, for which the

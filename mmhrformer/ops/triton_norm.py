@@ -27,10 +27,10 @@ __all__ = ['batch_statistics', 'normalize_gelu']
 
 # For each kernel over maps: elements of a tile, programs at most, warps.
 LAUNCH = {
-    'moments': (4096, 512, 4),
+    'moments': (4096, 1024, 4),
     'normalize': (4096, 4096, 4),
-    'gradient_sums': (2048, 512, 4),
-    'input_gradient': (4096, 4096, 4),
+    'gradient_sums': (4096, 1024, 4),
+    'input_gradient': (2048, 4096, 4),
 }
 # Columns of a tile: the number that leaves the fewest of them empty, of two that leave less than a
 # sixteenth the first.

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 from mmengine.utils import digit_version
 
-# What torch 2.6 comes with, the first that knows Triton kernels as operators.
-MIN_TRITON = '3.2'
+# What torch 2.7 comes with: the first that has tuples in kernels.
+MIN_TRITON = '3.3'
 # The first with bfloat16 and TF32 in its matrix units.
 MIN_CAPABILITY = (8, 0)
 # What the kernels compute with.
@@ -30,7 +30,7 @@ def why_not(device: torch.device | None = None) -> str:
         str: The reason, empty if they can run.
     """
     if not hasattr(torch.library, 'triton_op'):
-        return f'torch {torch.__version__} has no torch.library.triton_op: install torch>=2.6'
+        return f'torch {torch.__version__} has no torch.library.triton_op: install torch>=2.7'
     if find_spec('triton') is None:
         return f'Triton is not installed: install triton>={MIN_TRITON}'
     import triton
@@ -46,6 +46,17 @@ def why_not(device: torch.device | None = None) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f'{device} has compute capability {capability}, the kernels need {MIN_CAPABILITY}'
+    return try_kernel(device)
+
+
+def try_kernel(device: torch.device) -> str:
+    """Compile and run a small kernel, for which Triton needs a C compiler; why that failed."""
+    from .triton_layer_norm import layer_norm
+
+    try:
+        layer_norm(torch.ones(1, 32, device=device), None, None, 1e-6)
+    except Exception as err:
+        return f'Triton fails on {device}, {type(err).__name__}: {err}'
     return ''
 
 
