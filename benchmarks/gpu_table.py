@@ -13,7 +13,12 @@ from pathlib import Path
 
 NAMES = {'hrnet-w32': 'HRNet-W32', 'hrnet-w48': 'HRNet-W48', 'vit-s': 'ViT-S', 'vit-b': 'ViT-B'}
 FORMS = {'cuda': 'torch', 'kernels': 'Triton'}
-HOWS = {'eager': 'eager', 'graph': 'CUDA graph', 'compiled': 'compiled'}
+HOWS = {
+    'eager': 'eager',
+    'graph': 'CUDA graph',
+    'hook': 'CUDAGraphHook',
+    'compiled': 'compiled, CUDA graph',
+}
 # Kernels of a sweep or a profile that are printed.
 FEW = 12
 
@@ -24,8 +29,9 @@ def title(row: dict) -> str:
         return NAMES.get(row['base'], row['base'])
     model = f'HRFormer-{row["arch"][0].upper()}'
     if row['base'].startswith('mmpose'):
-        return f'{model}, mmpose'
-    return f'{model}, {FORMS[row["backend"]]}' + ', folded' * ('fused' in row['base'])
+        return f'{model}, mmpose' + ', channels-last' * (row['base'] == 'mmpose')
+    form = FORMS.get(row['backend'], row['backend'])
+    return f'{model}, {form}' + ', folded' * ('fused' in row['base'])
 
 
 def markdown(head: list[str], lines: Iterable[list]) -> str:
@@ -35,9 +41,11 @@ def markdown(head: list[str], lines: Iterable[list]) -> str:
 
 
 def ratio(row: dict, peer: dict | None) -> str:
-    """How often a candidate runs in the time of another: the median over the rounds."""
+    """How often a candidate runs in the time of another: the median over the rounds, if known."""
     if peer is None:
         return ''
+    if 'rounds' not in row or 'rounds' not in peer:
+        return f'{peer["ms"] / row["ms"]:.2f}'
     return f'{statistics.median(b / a for a, b in zip(row["rounds"], peer["rounds"])):.2f}'
 
 
@@ -49,9 +57,10 @@ def times_table(rows: list[dict]) -> str:
             models.setdefault(title(row), {})[row['how']] = row
     memory = {title(row): row['peak_mb'] for row in rows if row.get('peak_mb') is not None}
     best = {name: min(found.values(), key=lambda row: row['ms']) for name, found in models.items()}
-    hows = [how for how in HOWS if any(how in found for found in models.values())]
+    names = dict.fromkeys([*HOWS, *(how for found in models.values() for how in found)])
+    hows = [how for how in names if any(how in found for found in models.values())]
     peers = [name for name in best if name in NAMES.values()]
-    head = ['model', *(f'{HOWS[how]}, ms' for how in hows), 'images/s', 'peak, MB']
+    head = ['model', *(f'{HOWS.get(how, how)}, ms' for how in hows), 'images/s', 'peak, MB']
     head += ['against mmpose', *(f'against {name}' for name in peers)]
     lines = []
     for name, found in models.items():

@@ -116,7 +116,12 @@ def _timed(step: Step, calls: int, wait: Step) -> float:
 
 
 def time_rounds(
-    steps: dict[Hashable, Step], rounds: int, warmup: int, min_time: float, device: str
+    steps: dict[Hashable, Step],
+    rounds: int,
+    warmup: int,
+    min_time: float,
+    device: str,
+    tell: Callable[[Hashable, Times], None] = lambda name, times: None,
 ) -> dict[Hashable, Times]:
     """Time steps in turn, round after round.
 
@@ -130,6 +135,8 @@ def time_rounds(
         min_time (float): Seconds that a turn shall at least take; a step is called again until
             then, as often in each round.
         device (str): ``'cpu'`` or ``'cuda'``.
+        tell (Callable): Is called after each turn, with the name of the step and its times so far.
+            Defaults to nothing.
 
     Returns:
         dict[Hashable, Times]: The times, by the names of the steps.
@@ -148,6 +155,7 @@ def time_rounds(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].seconds.append(_timed(steps[name], times[name].calls, wait))
+            tell(name, times[name])
     return times
 
 
