@@ -287,7 +287,13 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
     timed, kernels, launches = on_cpu, sum(map(_kernels, tree)), None
     if device == 'cuda':
         on_device = (event for event in events if event.device_type == DeviceType.CUDA)
-        timed = [event for event in on_device if not event.name.startswith(('Memcpy', 'Memset'))]
+        # Of a span, as of an optimizer's step, only the kernels in it count, which are listed, too.
+        timed = [
+            event
+            for event in on_device
+            if not event.name.startswith(('Memcpy', 'Memset'))
+            and not getattr(event, 'is_user_annotation', False)
+        ]
         kernels = len(timed)
         launches = sum(bool(re.match('(cuda|cu)(Graph)?Launch', event.name)) for event in on_cpu)
     return dict(
