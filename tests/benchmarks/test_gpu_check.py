@@ -130,7 +130,7 @@ def test_a_captured_step_keeps_its_network(tool, monkeypatch, trains):
     images = torch.ones(1, 2)
     alive = weakref.ref(module), weakref.ref(images)
     if trains:
-        optimizer = torch.optim.SGD(module.parameters())
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         entrant = SimpleNamespace(network=module, make_optimizer=int, optimizer=optimizer)
         step = SimpleNamespace(
             entrant=entrant, backward=lambda m=module, x=images: m(x).sum().backward()
