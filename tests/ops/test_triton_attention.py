@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from triton_on_cpu import DEVICE, let_range_take_numbers
+from triton_on_cpu import DEVICE, make_tiles_small
 
 from mmhrformer import ops
 from mmhrformer.models.attention import LocalWindowSelfAttention
@@ -42,10 +42,7 @@ def triton_attention(monkeypatch):
     from mmhrformer.ops import triton_attention
 
     if DEVICE == 'cpu':
-        let_range_take_numbers()
-        for kernel in ('forward', 'queries', 'keys'):
-            monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
-        monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))
+        make_tiles_small(monkeypatch)
     return triton_attention
 
 
