@@ -15,7 +15,6 @@ if not hasattr(torch.library, 'triton_op'):
     pytest.skip('needs torch 2.6 and its Triton', allow_module_level=True)
 pytest.importorskip('triton')
 
-from mmhrformer.ops import triton_conv
 from mmhrformer.ops.triton_conv import depthwise_gelu, linear_gelu
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
