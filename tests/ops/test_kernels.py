@@ -278,7 +278,7 @@ def second(form: str, x: Tensor, module: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize('module', [LocalWindowSelfAttention(6, 1, 3), DepthwiseConv2d(6)])
 def test_second_derivatives_are_refused(module):
-    with pytest.raises(RuntimeError, match='no autograd formula was registered'):
+    with pytest.raises(RuntimeError, match=r'no second derivatives.* MMHRFORMER_OPS=reference'):
         second('kernels', make(1, 6, 3, 6), module)
 
 
@@ -292,23 +292,15 @@ def test_second_derivatives_of_a_strided_convolution_are_right():
 
 
 def test_another_thread_recomputes_in_the_form_of_the_forward_pass(calls):
-    seen = []
-
-    def function(x: Tensor) -> Tensor:
-        seen.append(ops.backend(x))
-        return x.square()
-
-    x, block = make(2, 6, 4, 3), nn.Identity()
-    norm, conv = nn.BatchNorm2d(6), DepthwiseConv2d(6)
+    x, norm, conv = make(2, 6, 4, 3), nn.BatchNorm2d(6), DepthwiseConv2d(6)
     with ops.use('kernels'):
-        loss = recompute(block, function, x).sum() + ops.norm_gelu_conv(x, norm, conv).sum()
-    assert calls == ['batch_statistics', 'normalize_gelu', 'depthwise_gelu']
+        loss = ops.norm_gelu_conv(x, norm, conv).sum()
     thread = threading.Thread(target=loss.backward)
     thread.start()
     thread.join()
     assert x.grad is not None
-    assert seen == [kernels, kernels]
-    assert calls[3:] == ['normalize_gelu', 'depthwise_gelu']
+    again = ['normalize_gelu', 'depthwise_gelu']
+    assert calls == ['batch_statistics', *again, *again]
 
 
 # ------------------------------------------------------------------------------- folded blocks
