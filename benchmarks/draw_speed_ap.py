@@ -1,6 +1,6 @@
-"""Draw images/s against reported AP, from a file of results: docs/images/speed_ap.svg.
+"""Draw images/s against reported AP, from a file of benchmarks/results.
 
-python benchmarks/draw_speed_ap.py benchmarks/results/2026-11-26-h200-1.json docs/images/speed_ap.svg
+    python benchmarks/draw_speed_ap.py RESULTS.json docs/images/speed_ap.svg
 """
 
 from __future__ import annotations
