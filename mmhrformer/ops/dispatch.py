@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, cpu, cuda, kernels, reference
-from .state import forced, is_compiling, is_transformed
+from .state import forced, is_compiling, is_transformed, needs_grad
 from .triton_support import why_not
 
 BACKENDS = {
@@ -38,7 +38,7 @@ def backend(x: Tensor) -> ModuleType:
     Returns:
         ModuleType: ``compiled`` under a compiler, ``reference`` if it was asked for, in tracing,
         export and transforms of ``torch.func``, else what suits the device: ``cpu``; ``cuda``, or
-        without gradients and where Triton can run ``kernels``; ``reference`` for others.
+        where no gradient will come back and Triton can run ``kernels``; ``reference`` for others.
 
     Raises:
         ValueError: If a form was asked for that is unknown or cannot run.
@@ -53,9 +53,8 @@ def backend(x: Tensor) -> ModuleType:
     if torch.jit.is_tracing() or is_transformed():
         return reference
     if x.is_cuda:
-        # Measured in inference only (docs/speed.md): 3.6 times as fast for HRFormer-S on an H200.
-        has_kernels = not torch.is_grad_enabled() and not why_not(x.device)
-        return kernels if has_kernels else cuda
+        # Measured in inference only, where they halve the time of HRFormer-S: docs/kernels.md.
+        return cuda if needs_grad(x) or why_not(x.device) else kernels
     return cpu if x.device.type == 'cpu' else reference
 
 
