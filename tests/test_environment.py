@@ -305,7 +305,7 @@ def test_forms_of_the_operators_are_reported(monkeypatch):
     (result,) = environment.try_features([forms])
     assert (result.works, result.says) == (True, 'reference: MMHRFORMER_OPS')
     monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
-    with pytest.raises(ValueError, match="'fast' is no form .* choose one of"):
+    with pytest.raises(ValueError, match=r"'fast' is no form .* choose one of"):
         dispatch.describe()
 
 
