@@ -114,13 +114,21 @@ class LocalWindowSelfAttention(BaseModule):
         Returns:
             Tensor: Map of the same shape.
         """
-        if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
+        on_map = ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size)
+        if on_map and not self._is_changed():
             table, options = self.relative_position_bias_table, (self.num_heads, self.window_size)
             return ops.attend_on_map(x, self.qkv, self.proj, table, *options, self.pad_mask)
         size = x.shape[1:3]
         windows = window_partition(x, self.window_size)  # (B * nW, N, C)
         windows = self._attend(windows, size)
         return window_merge(windows, self.window_size, size)
+
+    def _is_changed(self) -> bool:
+        """Whether a sub-class, or someone else, attends in another way."""
+        ours = (self._attend, self.attention_bias, self.relative_position_bias)
+        kind = LocalWindowSelfAttention
+        plain = (kind._attend, kind.attention_bias, kind.relative_position_bias)
+        return any(getattr(a, '__func__', None) is not b for a, b in zip(ours, plain))
 
     def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
         head_dim = self.embed_dims // self.num_heads

@@ -120,7 +120,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     from .triton_conv import depthwise_gelu
 
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPES or stride > 2:
         return reference.depthwise_conv(x, weight, bias, stride)
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
     out = depthwise_gelu(x, weight, bias, stride, gelu=False)

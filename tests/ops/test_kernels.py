@@ -303,6 +303,30 @@ def test_another_thread_recomputes_in_the_form_of_the_forward_pass(calls):
     assert calls == ['batch_statistics', *again, *again]
 
 
+class Colder(LocalWindowSelfAttention):
+    """Another bias, and the forward function of its base."""
+
+    def attention_bias(self, size: tuple[int, int], qkv: Tensor) -> Tensor:
+        return super().attention_bias(size, qkv) - qkv.sum(dim=(2, 4)).mT[:, :, None].to(qkv.dtype)
+
+
+def test_attention_that_is_changed_by_a_subclass(calls):
+    attn, x = fill(Colder(32, 2, window_size=3)), make(1, 4, 5, 32)
+    outs = []
+    for form in ('kernels', 'reference'):
+        with ops.use(form):
+            outs.append(attn(x))
+    torch.testing.assert_close(*outs)
+    assert 'window_attention' not in calls
+
+
+def test_a_depthwise_convolution_of_any_stride():
+    tensors = make(1, 6, 7, 8), make(6, 1, 3, 3), make(6)
+    with ops.use('kernels'):
+        ours = ops.depthwise_conv(*tensors, stride=3)
+    torch.testing.assert_close(ours, nn.functional.conv2d(*tensors, 3, 1, groups=6))
+
+
 # ------------------------------------------------------------------------------- folded blocks
 
 
