@@ -1,12 +1,19 @@
 """Check and measure mmhrformer on a GPU, in one run of a few minutes.
 
-Tests of parity, then paired times: the candidates of a table take turns, round after round, in a
-process of their own with a limit of time, so that a crash takes nothing else along. All results go
-to one file, FOLDER/<date>-<card>.json, which is complete at any time; gpu_table.py makes Markdown
-of it.
+The candidates of a table take turns, round after round, in a process of their own with a limit of
+time, so that a crash takes nothing else along. All results go to one file,
+FOLDER/<date>-<card>.json, which is complete at any time, up to the last turn of the last candidate;
+gpu_table.py makes Markdown of it.
 
-    python benchmarks/gpu_check.py --out benchmarks/results
-    python benchmarks/gpu_check.py --out FOLDER --sections infer train --archs small
+The tests of parity come last and have the time that is left, which may not be enough. Two runs,
+each with a budget of its own, are as good as one:
+
+    python benchmarks/gpu_check.py --out FOLDER --budget 540 --sections parity
+    python benchmarks/gpu_check.py --out FOLDER --budget 540 --sections env infer train seg kernels
+
+Other ways to run it:
+
+    python benchmarks/gpu_check.py --out FOLDER --sections infer --archs small
     python benchmarks/gpu_check.py --out FOLDER --dry
 """
 
@@ -37,6 +44,8 @@ sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT / 'tools'), str(ROOT)]
 import gpu_sections  # noqa: E402
 from gpu_sections import SECTIONS, Job, Settings  # noqa: E402
 
+# What is timed.
+IDENTITY = ('section', 'table', 'base', 'arch', 'backend', 'how', 'kernel', 'shape', 'option')
 MIN_TIME = 15  # seconds, without which nothing is started
 
 
@@ -46,21 +55,25 @@ class Report:
     def __init__(self, path: Path, facts: dict) -> None:
         self.path = path
         self.start = time.time()
-        self.data = {**facts, 'rows': []}
+        self.facts, self.rows = facts, {}
         self.write()
 
     def add(self, *rows: dict) -> None:
         """Add rows and write the file anew."""
         for row in rows:
             print(json.dumps(row, default=str)[:200], flush=True)
-            self.data['rows'].append(dict(row, at=round(time.time() - self.start, 1)))
+            row = dict(row, at=round(time.time() - self.start, 1))
+            # More rounds of a candidate take the place of fewer.
+            key = tuple(row.get(name) for name in IDENTITY) if 'rounds' in row else len(self.rows)
+            self.rows[key] = row
         if rows:
             self.write()
 
     def write(self) -> None:
         """Replace the file at once: a reader never finds half of it."""
         # JSON has no NaN and no infinity; they become text.
-        data = json.loads(json.dumps(self.data, default=str), parse_constant=str)
+        data = {**self.facts, 'rows': list(self.rows.values())}
+        data = json.loads(json.dumps(data, default=str), parse_constant=str)
         part = self.path.with_suffix('.part')
         part.write_text(json.dumps(data, indent=1) + '\n')
         part.replace(self.path)
@@ -121,6 +134,13 @@ class Child:
             row['error'] = ''.join(self.log.read_text(errors='replace').splitlines()[-1:])[-500:]
         return row
 
+    def summary(self) -> list[dict]:
+        """A row that the job makes of its log, if it does."""
+        if self.job.summary is None:
+            return []
+        row = self.job.summary(self.log.read_text(errors='replace'))
+        return [dict(section=self.job.section, table=self.job.name, **row)]
+
 
 def follow(children: list[Child], report: Report) -> None:
     """Wait for children, and take over their rows as they come."""
@@ -129,7 +149,7 @@ def follow(children: list[Child], report: Report) -> None:
         for child in children:
             report.add(*child.new_rows())
             if child not in running:
-                report.add(child.verdict())
+                report.add(*child.summary(), child.verdict())
                 if child.code:
                     gpu_sections.UNFINISHED.add(child.job.name)
         children = running
@@ -190,17 +210,16 @@ def main(argv: list[str] | None = None) -> int:
         return Child(job, logs, min(time.time() + job.cap, deadline))
 
     follow([start(job) for job in jobs if job.section == 'env'], report)
-    # What is not timed goes on at the same time, beginning with what needs no networks.
-    running = [start(job) for job in jobs if job.section == 'parity']
     began = time.time()
     for job in jobs:
         job.prepare()
     gc.freeze()  # else each collection, before each turn, looks at all that is inherited: 0.5 s
     report.add(dict(section='run', job='build networks', seconds=round(time.time() - began, 1)))
-    running += [start(warm) for job in jobs for warm in job.warmers]
-    follow(running, report)
+    # What is not timed goes on at the same time.
+    warmers = {warm.name: warm for job in jobs for warm in job.warmers}
+    follow([start(warm) for warm in warmers.values()], report)
     for job in jobs:
-        if job.section in ('env', 'parity'):
+        if job.section == 'env':
             continue
         if deadline - time.time() < MIN_TIME:
             report.add(dict(section='run', job=job.name, code='no time left'))
@@ -208,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         follow([start(job)], report)
     report.add(dict(section='run', job='all', seconds=round(time.time() - report.start, 1)))
     print(report.path)
-    return int(any(row.get('code') for row in report.data['rows']))
+    return int(any(row.get('code') for row in report.rows.values()))
 
 
 if __name__ == '__main__':

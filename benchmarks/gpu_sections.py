@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import importlib.metadata
+import importlib.util
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -33,17 +35,19 @@ import benchmark_steps as bs
 import gpu_sweep
 from torch import Tensor, nn
 
-from mmhrformer import compile_blocks, ops
+from mmhrformer import compile_blocks, graph_backbone, ops
 from mmhrformer.models import hrformer
 from mmhrformer.models.compiled import allow_many_versions
 
-# Sections in the order in which they run, and seconds that a job of theirs may take.
+# Sections in the order in which they run, and seconds that a job of theirs may take. The tests have
+# what is left.
 CAPS = dict(
-    env=40, parity=170, warm=170, infer=150, train=150, profile=60, seg=90, compiled=120,
-    kernels=100,
+    env=40, warm=170, infer=150, train=200, seg=90, compiled=120, profile=60, kernels=100,
+    parity=900,
 )  # fmt: skip
 SECTIONS = [name for name in CAPS if name != 'warm']
 DTYPE = 'bf16'
+ROUNDS = 7
 PEERS = ('hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
 PACKAGES = 'torch triton numpy mmengine mmcv mmcv-lite mmpretrain mmpose mmdet mmsegmentation'
 KERNELS_NAMED = 20  # by a profile
@@ -73,7 +77,8 @@ class Candidate(NamedTuple):
     base: str  # as in tools/benchmark.py
     arch: str = ''  # of HRFormer
     backend: str = ''  # of ours: a form of mmhrformer.ops
-    # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': that, too
+    # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': that, too; 'hook': as
+    # CUDAGraphHook trains, the backbone in two graphs
     how: str = 'eager'
 
 
@@ -98,6 +103,8 @@ class Job:
     cap: float  # seconds that it may take
     table: Table | None = None  # whose networks are to be built before
     warmers: list[Job] = field(default_factory=list)  # what to compile ahead, nothing being timed
+    # Makes a row of the log, however the job ended.
+    summary: Callable[[str], dict] | None = None
 
     def prepare(self) -> None:
         """Build the networks, for all processes that are forked later."""
@@ -133,25 +140,31 @@ def _weights(task: str, arch: str) -> dict[str, Tensor]:
     return bp.make_weights(task, arch, None)
 
 
+class Replay:
+    """A function recorded in a CUDA graph, which is called by address.
+
+    The function is kept: with it would go the weights and images that the graph reads.
+    """
+
+    def __init__(self, run: Callable, pool: object) -> None:
+        self.run, self.graph = run, torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.result = run()
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.result
+
+
 def capture(run: Callable, pool: object, device: str) -> Callable:
     """Record a function in a CUDA graph, and return its replay; on a CPU the function itself."""
-    if device == 'cpu':
-        return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = run()
-
-    def replay() -> object:
-        graph.replay()
-        return result
-
-    return replay
+    return run if device == 'cpu' else Replay(run, pool)
 
 
 def make_step(table: Table, candidate: Candidate, settings: Settings, pool: object) -> Callable:
@@ -178,7 +191,9 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
     form = candidate.backend
     if form == 'kernels' and settings.dry:
         form = 'cpu'  # Triton kernels would take minutes there
-    if candidate.how == 'eager':
+    if candidate.how == 'hook' and not settings.dry:
+        within(form, partial(graph_backbone, net, step.images, torch.bfloat16))()
+    if candidate.how in ('eager', 'hook'):
         return within(form, step)
     if trains:
         return captured_training(step, form, pool, settings.device)
@@ -269,16 +284,38 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
 
 
 def time_table(table: Table, settings: Settings, emit: Emit) -> None:
-    """Time the candidates of a table in turn."""
-    steps = dict(ready(table, settings, emit))
-    options = (2, 1, 0.0) if settings.dry else (7, 3, 0.1)
-    times = bm.time_rounds(steps, *options, settings.device) if steps else {}
+    """Time the candidates of a table in turn, and tell what is known after each turn.
+
+    A step that raises is left out from then on. An error of the GPU itself raises wherever CUDA is
+    called next, and ends the process.
+    """
+    broken = set()
+
+    def guarded(candidate: Candidate, step: Callable) -> None:
+        if candidate not in broken:
+            try:
+                step()
+            except Exception as err:
+                traceback.print_exc()
+                emit(**candidate._asdict(), error=f'{type(err).__name__}: {err}'[:500])
+                broken.add(candidate)
+
+    def tell(candidate: Candidate, found: bm.Times) -> None:
+        if candidate not in broken:
+            emit(**candidate._asdict(), **facts, **measured(table.batch, found.seconds))
+
     facts = dict(task=table.task, mode=table.mode, size=table.size, batch=table.batch, dtype=DTYPE)
-    for candidate, found in times.items():
-        low, median, high = (round(1e3 * x, 4) for x in bm.quartiles(found.seconds))
-        rounds = [round(1e3 * seconds, 4) for seconds in found.seconds]
-        row = dict(ms=median, q1=low, q3=high, images_s=round(1e3 * table.batch / median, 1))
-        emit(**candidate._asdict(), **facts, **row, rounds=rounds)
+    steps = {one: partial(guarded, one, step) for one, step in ready(table, settings, emit)}
+    options = (2, 1, 0.0) if settings.dry else (ROUNDS, 3, 0.1)
+    if steps:
+        bm.time_rounds(steps, *options, settings.device, tell)
+
+
+def measured(batch: int, seconds: list[float]) -> dict:
+    """What a row tells of the rounds of a candidate."""
+    low, median, high = (round(1e3 * x, 4) for x in bm.quartiles(seconds))
+    rounds = [round(1e3 * x, 4) for x in seconds]
+    return dict(ms=median, q1=low, q3=high, images_s=round(1e3 * batch / median, 1), rounds=rounds)
 
 
 def profile_table(table: Table, settings: Settings, emit: Emit) -> None:
@@ -289,12 +326,12 @@ def profile_table(table: Table, settings: Settings, emit: Emit) -> None:
 
 
 def warm_name(table: Table, candidate: Candidate) -> str:
-    """The name of the job that compiles a candidate ahead; empty if none does."""
-    is_timed = table.batch > 1 and not table.name.startswith('profile')
-    has_kernels = candidate.backend == 'kernels' and candidate.how == 'eager' and is_timed
-    if candidate.how != 'compiled' and not has_kernels:
+    """The name of the job that compiles a candidate ahead, for all tables; empty if none does."""
+    way = 'compiled' if candidate.how == 'compiled' else candidate.backend
+    if way not in ('compiled', 'kernels'):
         return ''
-    return f'warm {table.name} {candidate.base} {candidate.arch}'.strip()
+    what = f'{table.task} {table.mode} {table.batch} {candidate.base} {candidate.arch}'
+    return f'warm {what.strip()} {way}'
 
 
 # ---------------------------------------------------------------- other jobs
@@ -328,29 +365,31 @@ def run_env(settings: Settings, emit: Emit) -> None:
 
 
 def run_parity(settings: Settings, emit: Emit) -> None:
-    """Run the tests on the GPU; in a dry run find them only."""
-    command = [sys.executable, '-m', 'pytest', 'tests/gpu', '-q', '-p', 'no:cacheprovider']
+    """Run the tests on the GPU, into the log; in a dry run find them only."""
+    command = [sys.executable, '-m', 'pytest', 'tests/gpu', '-v', '-p', 'no:cacheprovider']
+    if importlib.util.find_spec('xdist') is not None:
+        command += ['-n', str(min(8, max(1, os.cpu_count() // 2)))]
     command += ['--collect-only'] if settings.dry else []
-    text = ''
-    options = dict(cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **options) as tests:
-        for line in tests.stdout:
-            print(line, end='', flush=True)  # to the log, should the time be over
-            text += line
-    failures = re.findall(r'^(?:FAILED|ERROR) .*', text, re.M)
-    emit(code=tests.returncode, failures=failures, **counts(text))
+    env = dict(os.environ, PYTHONUNBUFFERED='1')  # each line is in the log when its test is done
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=env, check=True)
 
 
-def counts(text: str) -> dict[str, int]:
-    """How many tests passed, failed and so on, by the output of pytest.
+def outcomes(log: str) -> dict:
+    """How many tests passed, failed and so on, by the output of ``pytest -v``, complete or not.
 
     Examples:
-        >>> counts('FAILED a.py::b\\n1 failed, 20 passed, 2 skipped in 3.10s')
-        {'failed': 1, 'passed': 20, 'skipped': 2}
+        >>> outcomes('a.py::b FAILED [ 50%]\\n[gw1] [100%] PASSED a.py::c \\n')
+        {'failed': 1, 'passed': 1, 'failures': ['a.py::b']}
+        >>> outcomes('[gw0] [ 50%] PASSED a.py::b')['unfinished']
+        True
     """
-    last = (text.strip().splitlines() or [''])[-1]
-    found = re.findall(r'(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)\b', last)
-    return {outcome: int(number) for number, outcome in found}
+    result = r'(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)'
+    found = re.findall(rf'^(\S+::.*?) {result}(?: \(.*\))? +\[ *\d+%\]', log, re.M)
+    parallel = re.findall(rf'^\[gw\d+\] \[ *\d+%\] {result} (\S+::.*?) *$', log, re.M)
+    found += [(test, outcome) for outcome, test in parallel]
+    row = dict(Counter(outcome.lower() for _, outcome in found))
+    row['failures'] = [test for test, outcome in found if outcome in ('FAILED', 'ERROR')]
+    return row if '[100%]' in log or not found else dict(row, unfinished=True)
 
 
 # ---------------------------------------------------------------- all of them
@@ -375,8 +414,8 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
     models = ways([*models, Candidate('hrnet-w48')][:few], 'eager', 'graph')
     wide = ((64, 64), 1) if dry else ((512, 1024), 4)
     yield 'seg', Table(name, 'seg', 'infer', *wide, models)
-    trained = [*plain, *(one._replace(backend='kernels') for one in plain), *mmpose, *peers[:few]]
-    models = ways(trained if dry else [*trained, *peers[1:]], 'eager', 'graph')
+    ours = [one._replace(backend=form) for form in ('cuda', 'kernels') for one in plain]
+    models = [*ways(ours, 'eager', 'graph', 'hook'), *ways([*mmpose, *peers], 'eager', 'graph')]
     yield 'train', Table('train', 'pose', 'train', size, 2 if dry else 32, models)
     models = ways(peers[:1] if dry else [folded[0], *peers[:2]], 'compiled')
     models = [*ways(kernels, 'graph'), *models]
@@ -398,11 +437,14 @@ def make_jobs(settings: Settings) -> list[Job]:
         for arch in hrformer.ARCHS.values():  # of the depth nothing depends
             arch.update(num_modules=(1, 1, 1), num_blocks=1)
     device = settings.device
-    jobs = [job('env', 'env', run_env, settings), job('parity', 'parity', run_parity, settings)]
+    jobs = [job('env', 'env', run_env, settings)]
+    jobs += [job('parity', 'parity', run_parity, settings, summary=outcomes)]
     for section, table in make_tables(settings):
         measure = profile_table if section == 'profile' else time_table
-        ahead = [] if settings.dry else [one for one in table.candidates if warm_name(table, one)]
-        warmers = [job(warm_name(table, one), 'warm', warm, table, one, settings) for one in ahead]
+        ahead = {} if settings.dry else {warm_name(table, one): one for one in table.candidates}
+        warmers = [
+            job(name, 'warm', warm, table, one, settings) for name, one in ahead.items() if name
+        ]
         jobs.append(
             job(table.name, section, measure, table, settings, table=table, warmers=warmers)
         )
@@ -417,5 +459,7 @@ def make_jobs(settings: Settings) -> list[Job]:
 
 def warm(table: Table, candidate: Candidate, settings: Settings, emit: Emit) -> None:
     """Fill the compiler's caches."""
+    if candidate.how != 'compiled':
+        candidate = candidate._replace(how='eager')
     make_step(table, candidate, settings, torch.cuda.graph_pool_handle())()
     torch.cuda.synchronize()

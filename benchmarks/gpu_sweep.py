@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +17,8 @@ from torch import Tensor
 from mmhrformer.ops import kernels
 
 CALLS = 10  # in one CUDA graph, so that the launches are not what is timed
-DTYPE = torch.bfloat16
+# Triton's interpreter multiplies the bits of bfloat16, as if they were integers.
+DTYPE = torch.float16 if os.environ.get('TRITON_INTERPRET') else torch.bfloat16
 BATCH = 64
 # Height, width, heads, numbers of a head: the streams of HRFormer-S, and of -B, padded or not.
 STREAMS = dict(S0=(64, 48, 1, 32), S1=(32, 24, 2, 32), B0=(64, 48, 2, 40))
@@ -41,10 +43,13 @@ NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
     (8192, 4096, 8),
 ]  # fmt: skip
-LAYER_NORM_LAUNCHES = [
-    (4096, 1 << 30, 4), (2048, 1 << 30, 4), (8192, 1 << 30, 4), (2048, 1024, 4), (2048, 2048, 4),
-    (4096, 1024, 4), (4096, 2048, 8),
-]  # fmt: skip
+# Elements of a tile, warps, and programs at most of the backward kernel.
+LAYER_NORM_LAUNCHES = dict(
+    forward=[(2048, 4), (4096, 4), (4096, 8), (8192, 4)],
+    backward=[(2048, 4, 1024), (4096, 4, 1024), (4096, 4, 640), (4096, 8, 1024), (8192, 4, 1024)],
+)
+# The norm of the difference of what options compute, relative, that is rounding.
+LIMIT = 0.02
 # Maps that are read or written, by kernel.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
 LAYER_NORM_PASSES = dict(forward=2, backward=3)
@@ -138,7 +143,7 @@ def layer_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
     from mmhrformer.ops import triton_layer_norm as norm
 
     def apply(option: tuple) -> None:
-        norm.LAUNCH[stage] = option
+        norm.LAUNCH[stage], (norm.PROGRAMS,) = option[:2], option[2:] or (norm.PROGRAMS,)
         norm._tiling.cache_clear()
 
     x, grad, (weight, bias) = random(B, H, W, C), random(B, H, W, C), torch.rand(2, C)
@@ -149,7 +154,8 @@ def layer_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
         run = lambda: norm.forward(x, weight, bias, 1e-6, DTYPE)  # noqa: E731
         plain = lambda: F.layer_norm(x, (C,), *half, 1e-6)  # noqa: E731
     moved = LAYER_NORM_PASSES[stage] * x.numel()
-    return Sweep(f'layer norm {stage}', name, moved, LAYER_NORM_LAUNCHES, apply, run, plain)
+    options = LAYER_NORM_LAUNCHES[stage]
+    return Sweep(f'layer norm {stage}', name, moved, options, apply, run, plain)
 
 
 def random(*size: int) -> Tensor:
@@ -179,12 +185,46 @@ def sweeps(device: str) -> Iterator[Sweep]:
 def entries(sweep: Sweep) -> dict[str, Callable]:
     """What is timed of a sweep."""
 
-    def step(option: tuple) -> None:
+    def step(option: tuple) -> object:
         sweep.apply(option)
-        sweep.run()
+        return sweep.run()
 
     steps = {str(option): partial(step, option) for option in sweep.options}
     return {**steps, **({'torch': sweep.torch} if sweep.torch else {})}
+
+
+def results(step: Callable) -> Tensor:
+    """All numbers that a step computes, and NaN where it leaves memory as it was."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    try:
+        found = step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = found if isinstance(found, (tuple, list)) else [found]
+    return torch.cat([x.detach().float().flatten() for x in found if x is not None])
+
+
+def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict[str, Callable]:
+    """What is timed of a sweep, several calls at a time, if it computes what the others do."""
+    steps, expected = {}, None
+    for name, step in entries(sweep).items():
+
+        def repeat(step: Callable = step) -> None:
+            for _ in range(calls):
+                step()
+
+        try:
+            found = results(step)
+            expected = found if expected is None else expected
+            differs = ((found - expected).norm() / expected.norm()).item()
+            if not differs < LIMIT:
+                raise ValueError(f'it differs from the first option, by {differs:.3g}')
+            steps[name] = capture(repeat)
+        except Exception as err:
+            traceback.print_exc()
+            error = f'{type(err).__name__}: {err}'[:300]
+            emit(kernel=sweep.kernel, shape=sweep.shape, option=name, error=error)
+    return steps
 
 
 def warm(device: str, part: int, parts: int, emit: Callable) -> None:
@@ -204,21 +244,10 @@ def run(device: str, capture: Callable, emit: Callable) -> None:
         return
     calls, time = (CALLS, 0.01) if device == 'cuda' else (1, 0.0)
     for sweep in sweeps(device):
-        what, steps = dict(kernel=sweep.kernel, shape=sweep.shape), {}
-        for name, step in entries(sweep).items():
-
-            def repeat(step: Callable = step) -> None:
-                for _ in range(calls):
-                    step()
-
-            try:
-                repeat()
-                steps[name] = capture(repeat, None, device)
-            except Exception as err:
-                traceback.print_exc()
-                emit(**what, option=name, error=f'{type(err).__name__}: {err}'[:300])
+        steps = prepare(sweep, calls, lambda repeat: capture(repeat, None, device), emit)
         times = bm.time_rounds(steps, 3, 2, time, device) if steps else {}
         for name, found in times.items():
             us = 1e6 * bm.quartiles(found.seconds)[1] / calls
             tb_s = sweep.moved * DTYPE.itemsize / us / 1e6
-            emit(**what, option=name, us=round(us, 3), tb_s=round(tb_s, 3))
+            row = dict(us=round(us, 3), tb_s=round(tb_s, 3))
+            emit(kernel=sweep.kernel, shape=sweep.shape, option=name, **row)

@@ -13,7 +13,12 @@ from pathlib import Path
 
 NAMES = {'hrnet-w32': 'HRNet-W32', 'hrnet-w48': 'HRNet-W48', 'vit-s': 'ViT-S', 'vit-b': 'ViT-B'}
 FORMS = {'cuda': 'torch', 'kernels': 'Triton'}
-HOWS = {'eager': 'eager', 'graph': 'CUDA graph', 'compiled': 'compiled'}
+HOWS = {
+    'eager': 'eager',
+    'graph': 'CUDA graph',
+    'hook': 'CUDAGraphHook',
+    'compiled': 'compiled, CUDA graph',
+}
 # Kernels of a sweep or a profile that are printed.
 FEW = 12
 
@@ -24,8 +29,9 @@ def title(row: dict) -> str:
         return NAMES.get(row['base'], row['base'])
     model = f'HRFormer-{row["arch"][0].upper()}'
     if row['base'].startswith('mmpose'):
-        return f'{model}, mmpose'
-    return f'{model}, {FORMS[row["backend"]]}' + ', folded' * ('fused' in row['base'])
+        return f'{model}, mmpose' + ', channels-last' * (row['base'] == 'mmpose')
+    form = FORMS.get(row['backend'], row['backend'])
+    return f'{model}, {form}' + ', folded' * ('fused' in row['base'])
 
 
 def markdown(head: list[str], lines: Iterable[list]) -> str:
@@ -34,33 +40,38 @@ def markdown(head: list[str], lines: Iterable[list]) -> str:
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
 
 
-def ratio(row: dict, peer: dict | None) -> str:
-    """How often a candidate runs in the time of another: the median over the rounds."""
-    if peer is None:
+def ratio(row: dict | None, peer: dict | None) -> str:
+    """How often a candidate runs in the time of another: the median over the rounds, if known."""
+    if row is None or peer is None:
         return ''
+    if 'rounds' not in row or 'rounds' not in peer:
+        return f'{peer["ms"] / row["ms"]:.2f}'
     return f'{statistics.median(b / a for a, b in zip(row["rounds"], peer["rounds"])):.2f}'
 
 
 def times_table(rows: list[dict]) -> str:
     """Times of a table, and each candidate's best time against the best of its peers."""
-    models: dict[str, dict[str, dict]] = {}
+    memory = {title(row): row['peak_mb'] for row in rows if row.get('peak_mb') is not None}
+    models: dict[str, dict[str, dict]] = {name: {} for name in memory}  # some may have no times
     for row in rows:
         if 'ms' in row:
             models.setdefault(title(row), {})[row['how']] = row
-    memory = {title(row): row['peak_mb'] for row in rows if row.get('peak_mb') is not None}
-    best = {name: min(found.values(), key=lambda row: row['ms']) for name, found in models.items()}
-    hows = [how for how in HOWS if any(how in found for found in models.values())]
+    best = {name: min(x.values(), key=lambda row: row['ms']) for name, x in models.items() if x}
+    names = dict.fromkeys([*HOWS, *(how for found in models.values() for how in found)])
+    hows = [how for how in names if any(how in found for found in models.values())]
     peers = [name for name in best if name in NAMES.values()]
-    head = ['model', *(f'{HOWS[how]}, ms' for how in hows), 'images/s', 'peak, MB']
+    head = ['model', *(f'{HOWS.get(how, how)}, ms' for how in hows), 'images/s', 'peak, MB']
     head += ['against mmpose', *(f'against {name}' for name in peers)]
     lines = []
     for name, found in models.items():
-        top = best[name]
+        top = best.get(name)
         ms = [f'{found[how]["ms"]:.2f}' if how in found else '' for how in hows]
         original = best.get(f'{name.split(",")[0]}, mmpose')
-        ratios = [ratio(top, original), *(ratio(top, best[peer]) for peer in peers)]
-        lines.append([name, *ms, f'{top["images_s"]:.0f}', memory.get(name, ''), *ratios])
-    return markdown(head, lines)
+        ratios = [ratio(top, peer) for peer in (original, *map(best.get, peers))]
+        images = f'{top["images_s"]:.0f}' if top else ''
+        lines.append([name, *ms, images, memory.get(name, ''), *ratios])
+    used = [i for i in range(len(head)) if any(line[i] != '' for line in lines)]
+    return markdown([head[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
 def sweep_table(rows: list[dict]) -> str:
@@ -97,8 +108,17 @@ def profile_tables(rows: list[dict]) -> str:
 def facts_list(rows: list[dict]) -> str:
     """Rows of facts, one a line."""
     skip = ('section', 'table', 'at', 'what')
-    facts = [{key: value for key, value in row.items() if key not in skip} for row in rows]
-    return '\n'.join('- ' + ', '.join(f'{k} {v}' for k, v in fact.items()) for fact in facts)
+    lines = []
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key not in skip}
+        facts = {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in facts.items()}
+        lines.append('- ' + ', '.join(f'{key} {value}' for key, value in facts.items()))
+    return '\n'.join(lines)
+
+
+def has_failed(row: dict) -> bool:
+    """Whether a row tells of an error that ended something; others are numbers."""
+    return isinstance(row.get('error'), str) and row['error'] != ''
 
 
 def render(data: dict) -> str:
@@ -108,10 +128,13 @@ def render(data: dict) -> str:
     for row in data['rows']:
         if row['section'] != 'run':
             tables.setdefault(row['table'], []).append(row)
-    parts = [f'# {data["card"]}, {data["started"]}, {data["commit"]}\n\n`{data["command"]}`']
+    parts = [f'# {data["card"]}, {data["started"]}, commit: {data["commit"]}']
+    parts += [f'`{data["command"]}`'] if 'command' in data else []
+    remarks = ('method', 'code', 'incomplete')  # in files of published runs, by hand
+    parts += [f'{name.capitalize()}: {data[name]}' for name in remarks if name in data]
     for name, rows in tables.items():
         parts.append(f'## {name}\n\n{forms.get(rows[0]["section"], times_table)(rows)}')
-    failed = [row for row in data['rows'] if row.get('error') or row.get('code')]
+    failed = [row for row in data['rows'] if row.get('code') or has_failed(row)]
     parts += [f'## Failed\n\n{facts_list(failed)}'] if failed else []
     return '\n\n'.join(parts)
 

@@ -4,7 +4,8 @@
 
 The real modules run on the meta device in bfloat16 and channels-last memory. Every operator that is
 no view is one kernel, which reads its inputs and writes its outputs once; so are attention, as on
-CUDA, and each operator of ``mmhrformer::``. What CUDA does in several kernels counts as such:
+CUDA, and each operator of ``mmhrformer::``, whose floating-point operations are not counted. What
+CUDA does in several kernels counts as such:
 
 - a convolution adds its bias in another pass over its output (linear layers do so at their end);
 - batch normalization reads its input twice in training, for the statistics and to normalize;
@@ -21,7 +22,10 @@ import argparse
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +135,13 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
     return kernel(q, k, v, mask, keeps, dropout_p, is_causal, scale=scale)[0]
 
 
+@contextmanager
+def use(form: str) -> Iterator[None]:
+    """Force a form of the operators, Triton's too: what they launch is fake on the meta device."""
+    with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
+        yield
+
+
 def count(
     network: nn.Module, size: tuple[int, ...], mode: str = 'infer', form: str = 'cuda'
 ) -> Count:
@@ -155,7 +166,7 @@ def count(
     network.train(mode == 'train')
     images = torch.empty(size, dtype=torch.bfloat16, device='meta')
     images = images.to(memory_format=torch.channels_last)
-    with ops.use(form), FusedAttention(), Count() as counted:
+    with use(form), FusedAttention(), Count() as counted:
         with torch.set_grad_enabled(mode == 'train'):
             outs = network(images)
         if mode == 'train':
@@ -213,7 +224,7 @@ def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
         for form in args.forms if ours else args.forms[:1]:
-            with ops.use(form):  # which says how wide heads are when a model is folded
+            with use(form):  # which says how wide heads are when a model is folded
                 cfg = peers.model_config(spec, args.task, arch, args.size, None, False)
                 weights = peers.make_weights(args.task, arch, None)
                 network = peers.build_network(spec, cfg, weights, False)

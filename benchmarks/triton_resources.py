@@ -7,7 +7,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -15,11 +17,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmhrformer.ops import triton_attention as attention
+from mmhrformer.ops import triton_conv as conv
+from mmhrformer.ops import triton_layer_norm as layer_norm
+from mmhrformer.ops import triton_norm as batch_norm
 
 TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 # Heads, numbers of a head and windows of HRFormer-T, -S and -B; 40 is 39 made a multiple of 8.
 ATTENTION = [(1, 18, 7), (1, 32, 7), (8, 32, 7), (2, 39, 7), (2, 40, 7)]
 ATTENTION += [(2, 32, 15), (2, 39, 13), (2, 39, 15), (2, 40, 13), (2, 40, 15)]
+# Maps of 64 images: height, width, channels. In FFNs, and of the streams.
+HIDDEN = [(64, 48, 128), (64, 48, 312), (16, 12, 512)]
+STREAMS = [(64, 48, 32), (32, 24, 64), (64, 48, 78)]
+# Inputs and outputs of folded linear layers, and whether they normalize their input.
+LINEAR = [(32, 96, True), (32, 128, True), (128, 32, False), (78, 312, True), (312, 78, False)]
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 
@@ -43,6 +53,49 @@ def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
             kernels['keys'] = (attention._grad_keys, attention._plan('keys', *arguments)[1])
         for kind, (kernel, keywords) in kernels.items():
             yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
+
+
+def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
+    """Depth-wise convolutions with GELU and their gradients, linear layers of folded blocks."""
+    x = TYPES[dtype]
+    types = dict(x=x, weight=x, bias=x, grad=x, extra=x, out=x, eps='fp32')
+    new = partial(torch.empty, dtype=dtype, device='meta')
+    calls = {}
+    for H, W, C in HIDDEN:
+        image, weight, bias = new(64, H, W, C).permute(0, 3, 1, 2), new(C, 1, 3, 3), new(C)
+        name = f'{H} x {W} x {C}'
+        calls[f'depthwise {name}'] = partial(conv._depthwise, image, weight, bias, gelu=True)
+        calls[f'depthwise weight {name}'] = partial(
+            conv._depthwise_weight_grad._init_fn, image, image
+        )
+    for K, N, norm in LINEAR:
+        args = new(64, 3072, K), new(N, K), new(N), True, None if norm else new(64, 3072, N)
+        calls[f'linear {K} to {N}'] = partial(conv._linear, *args, eps=1e-6 if norm else None)
+    for name, call in calls.items():
+        with mock.patch.object(conv, '_launch') as launch:
+            call()
+        out = dict(out='*fp32') if 'weight' in name else {}
+        yield name, launch.call_args.args[0], types | out, launch.call_args.kwargs
+
+
+def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
+    """Layer normalization of the streams, batch normalization with GELU in FFNs."""
+    x = TYPES[dtype]
+    types = dict.fromkeys(('count', 'mean', 'spread', 'weight', 'bias', 'sums', 'parts'), '*fp32')
+    types |= dict(x=x, grad=x, out=x, eps='fp32')
+    for H, W, C in STREAMS:
+        for stage in layer_norm.LAUNCH:
+            keywords = layer_norm._tiling(stage, 64 * H * W, C)[1]
+            kernel = getattr(layer_norm, f'_{stage}')
+            yield f'layer norm {stage} {H} x {W} x {C}', kernel, types, keywords
+    for H, W, C in HIDDEN:
+        image = torch.empty(64, C, H, W, dtype=dtype, device='meta')
+        for stage in batch_norm.LAUNCH:
+            keywords = batch_norm._tiling(stage, image)[2]
+            if stage != 'moments':
+                keywords = keywords | dict(TRAINING=True, GELU=True)
+            kernel = getattr(batch_norm, f'_{stage}')
+            yield f'batch norm {stage} {H} x {W} x {C}', kernel, types, keywords
 
 
 def dump(file: str, option: str) -> str:
@@ -80,7 +133,7 @@ def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
     )
 
 
-KERNELS = [window_kernels]
+KERNELS = [window_kernels, convolution_kernels, norm_kernels]
 
 
 def main() -> None:

@@ -199,6 +199,11 @@ arch = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1,
 HRFormer(arch=arch).eval()(torch.rand(1, 3, 64, 64))
 """
 
+# Triton compiles a kernel, where it can.
+RUN_FORMS = """
+from mmhrformer.ops.dispatch import describe
+says = describe()
+"""
 
 # Called and not only imported: there are stand-ins for mmcv._ext that let the frameworks import.
 RUN_OPERATOR = """
@@ -236,6 +241,7 @@ class Feature:
 
 FEATURES = (
     Feature('core', ('torch', 'numpy', 'mmengine', 'mmcv'), RUN_CORE),
+    Feature('operators', ('torch', 'numpy', 'mmengine', 'mmcv'), RUN_FORMS),
     Feature('mmcv operators', ('mmcv',), RUN_OPERATOR),
     Feature('classification', ('mmpretrain',), 'import mmpretrain.models, mmpretrain.datasets'),
     Feature(

@@ -12,12 +12,15 @@ import re
 import subprocess
 import sys
 from importlib import import_module, metadata
+from types import SimpleNamespace
 
 import pytest
+import torch
 from places import ROOT, run
 
 from mmhrformer import environment
 from mmhrformer.environment import Feature
+from mmhrformer.ops import dispatch
 
 UNDEFINED = '/site-packages/mmcv/_ext.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN2at4_op'
 SIZE_CHANGED = (
@@ -295,11 +298,52 @@ def test_the_status_tells_whether_the_core_works(monkeypatch, capsys, site, code
     assert 'pip uninstall -y mmengine onedl-mmengine' in said
 
 
+def test_forms_of_the_operators_are_reported(monkeypatch):
+    (forms,) = [feature for feature in environment.FEATURES if feature.name == 'operators']
+    monkeypatch.setenv('MMHRFORMER_OPS', 'reference')
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    (result,) = environment.try_features([forms])
+    assert (result.works, result.says) == (True, 'reference: MMHRFORMER_OPS')
+    monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
+    (result,) = environment.try_features([forms])
+    assert not result.works
+    assert "ValueError: 'fast' is no form" in result.says
+    assert 'choose one of' in result.says
+
+
+@pytest.mark.parametrize(
+    ('device', 'reason', 'said'),
+    [
+        ('cpu', 'it runs on GPUs', 'cpu'),
+        ('cuda', 'Triton is not installed: ...', 'cuda: Triton is not installed: ...'),
+        ('cuda', '', 'kernels in inference, cuda in training (Triton 3.6.0)'),
+    ],
+)
+def test_forms_are_those_that_are_used(monkeypatch, device, reason, said):
+    x = SimpleNamespace(device=torch.device(device), is_cuda=device == 'cuda')
+    monkeypatch.delenv('MMHRFORMER_OPS', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: x.is_cuda)
+    monkeypatch.setattr(
+        torch, 'empty', lambda *size, device: x if device == x.device.type else None
+    )
+    monkeypatch.setattr(dispatch, 'why_not', lambda device: reason)
+    monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.6.0'))
+    assert dispatch.describe() == said
+
+
 @pytest.mark.e2e
 def test_everything_works_in_the_environment_of_the_tests():
     report = json.loads(run([sys.executable, '-m', 'mmhrformer', 'env', '--json'], ROOT))
     parts = {part['name']: part for part in report['features']}
-    needed = ('core', 'mmcv operators', 'classification', 'pose', 'segmentation', 'detector boxes')
+    needed = (
+        'core',
+        'operators',
+        'mmcv operators',
+        'classification',
+        'pose',
+        'segmentation',
+        'detector boxes',
+    )
     assert [name for name in needed if not parts[name]['works']] == []
     assert report['mmcv_has_operators']
     assert 'GPU' in parts['core']['says']

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
+import pytest
 import torch
 
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') or not torch.cuda.is_available() else 'cuda'
@@ -24,3 +25,18 @@ def let_range_take_numbers() -> None:
         scope.set_attr(tensor, '__index__', lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_index
+
+
+def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles on small maps, of few numbers each: the interpreter looks at all of them."""
+    from mmhrformer.ops import triton_attention, triton_conv
+
+    let_range_take_numbers()
+    narrow = triton_conv.DepthwiseTile(rows=2, cols=4, channels=16, warps=1)
+    wide = triton_conv.DepthwiseTile(rows=4, cols=8, channels=32, warps=1, ahead=False, stages=2)
+    monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})
+    tile = triton_conv.LinearTile(m=64, n=32, k=64, group=2, warps=4, stages=2)
+    monkeypatch.setattr(triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile))
+    for kernel in ('forward', 'queries', 'keys'):
+        monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
+    monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType, _ProfilerEvent
 from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
 Step = Callable[[], object]
@@ -116,12 +117,16 @@ def _timed(step: Step, calls: int, wait: Step) -> float:
 
 
 def time_rounds(
-    steps: dict[Hashable, Step], rounds: int, warmup: int, min_time: float, device: str
+    steps: dict[Hashable, Step],
+    rounds: int,
+    warmup: int,
+    min_time: float,
+    device: str,
+    tell: Callable[[Hashable, Times], None] = lambda name, times: None,
 ) -> dict[Hashable, Times]:
     """Time steps in turn, round after round.
 
-    Whatever else the machine does in a round then slows all of them down, not one. The order
-    rotates, so that no step always follows the same other one.
+    Whatever else the machine does in a round then slows all down. The order rotates.
 
     Args:
         steps (dict[Hashable, Step]): The steps.
@@ -130,6 +135,7 @@ def time_rounds(
         min_time (float): Seconds that a turn shall at least take; a step is called again until
             then, as often in each round.
         device (str): ``'cpu'`` or ``'cuda'``.
+        tell (Callable): Called after each turn with the step's name and its times so far.
 
     Returns:
         dict[Hashable, Times]: The times, by the names of the steps.
@@ -148,6 +154,7 @@ def time_rounds(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].seconds.append(_timed(steps[name], times[name].calls, wait))
+            tell(name, times[name])
     return times
 
 
@@ -252,6 +259,13 @@ def _top(events: list, device: str, count: int) -> list[dict]:
     return [dict(name=name, share=t / whole, calls=calls) for name, (t, calls) in ranking]
 
 
+def _is_kernel(event: FunctionEvent) -> bool:
+    """Whether an event is a kernel on a GPU, where spans, as of an optimizer, are listed, too."""
+    is_span = getattr(event, 'is_user_annotation', False)
+    is_copy = event.name.startswith(('Memcpy', 'Memset'))
+    return event.device_type == DeviceType.CUDA and not is_span and not is_copy
+
+
 def profile(step: Step, device: str, count: int = 10) -> dict:
     """Count what a step does.
 
@@ -278,8 +292,7 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     timed, kernels, launches = on_cpu, sum(map(_kernels, tree)), None
     if device == 'cuda':
-        on_device = (event for event in events if event.device_type == DeviceType.CUDA)
-        timed = [event for event in on_device if not event.name.startswith(('Memcpy', 'Memset'))]
+        timed = [event for event in events if _is_kernel(event)]
         kernels = len(timed)
         launches = sum(bool(re.match('(cuda|cu)(Graph)?Launch', event.name)) for event in on_cpu)
     return dict(

@@ -209,6 +209,17 @@ class FusedBlock(InferenceOnly):
             and block.norm2.bias is not None
         )
 
+    def is_intact(self) -> bool:
+        """Whether the parts are what was folded: not replaced, hooked, compiled or the like."""
+        attn, ffn = self.attn, self.ffn
+        return (
+            is_plain(attn, FusedWindowAttention)
+            and is_plain(ffn, FusedDWConvFFN)
+            and all(is_plain(m, nn.Linear) for m in (attn.qkv, attn.proj))
+            and all(is_plain(m, nn.LayerNorm) for m in (self.norm1, self.norm2))
+            and all(is_plain(m, ConvGELU) for m in (ffn.fc1, ffn.dw3x3, ffn.fc2))
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
         if ops.has_folded_block(x, self):

@@ -57,6 +57,33 @@ def backend(x: Tensor) -> ModuleType:
     return cpu if x.device.type == 'cpu' else reference
 
 
+def describe() -> str:
+    """Say which forms the functions have here, and why.
+
+    Returns:
+        str: Such as ``'kernels in inference, cuda in training (Triton 3.6.0)'``, ``'cpu'`` or
+        ``'reference: MMHRFORMER_OPS'``.
+
+    Raises:
+        ValueError: If the form that was asked for is unknown or cannot run.
+    """
+    x = torch.empty(0, device='cuda' if torch.cuda.is_available() else 'cpu')
+    names = []
+    for is_training in (False, True):
+        with torch.set_grad_enabled(is_training):
+            names.append(backend(x).__name__.rpartition('.')[2])
+    inference, training = names
+    said = (
+        inference if inference == training else f'{inference} in inference, {training} in training'
+    )
+    if 'kernels' in names:
+        import triton
+
+        said += f' (Triton {triton.__version__})'
+    reason = VARIABLE if os.environ.get(VARIABLE) else x.is_cuda and why_not(x.device)
+    return f'{said}: {reason}' if reason else said
+
+
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Force a form of all functions in this thread; compilers keep their own.

@@ -145,16 +145,15 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
 def has_folded_block(x: Tensor, block: nn.Module) -> bool:
     """See :func:`mmhrformer.ops.has_folded_block`."""
-    attn, ffn = block.attn, block.ffn
-    parts = (attn.qkv, attn.proj, ffn.fc1, ffn.dw3x3, ffn.fc2, block.norm1, block.norm2, attn, ffn)
+    if x.dtype not in LINEAR_DTYPES or not block.is_intact():
+        return False
+    attn = block.attn
     return (
-        x.dtype in LINEAR_DTYPES
-        and x.dtype == attn.qkv.weight.dtype
+        x.dtype == attn.qkv.weight.dtype
         and autocast_dtype(x.device.type) is None
         and not needs_grad(x, attn.qkv.weight)
         and attn.window_size <= MAX_WINDOW
         and attn.head_dim <= MAX_HEAD_DIM
-        and all(is_plain(part, type(part)) for part in parts)
     )
 
 
@@ -239,7 +238,8 @@ def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
     """See :func:`mmhrformer.ops.add_path`: one pass instead of three, and in the backward pass one
     instead of two.
     """
-    if not (is_plain(drop, DropPath) and drop.training and x.dtype == path.dtype):
+    drops = is_plain(drop, DropPath) and drop.training and drop.drop_prob > 0
+    if not drops or x.dtype != path.dtype:
         return x + drop(path)
     keep = 1 - drop.drop_prob
     shape = (len(path),) + (1,) * (path.dim() - 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from .triton_support import refuse_second_derivatives
 from .windows import window_count
 
 # What is set here wins over what launch_options() chooses for a kernel, for measurements.
@@ -465,6 +466,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
+    refuse_second_derivatives('window_attention')
     qkv, pad, table = ctx.saved_tensors
     grads = _window_attention_backward(grad, qkv, pad, table, *ctx.options)
     return *grads[:2], None if table is None else grads[2], None, None, None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from .triton_support import DTYPES, thin_operator
+from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 
 class DepthwiseTile(NamedTuple):
@@ -547,6 +547,8 @@ def _keep_depthwise(ctx, inputs, output) -> None:
 
 def _depthwise_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
+    if ctx.gelu or ctx.stride == 1:
+        refuse_second_derivatives('depthwise_gelu')
     if ctx.gelu:
         grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
     wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
@@ -572,6 +574,8 @@ def _keep_linear(ctx, inputs, output) -> None:
 
 def _linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
+    if ctx.gelu:
+        refuse_second_derivatives('linear_gelu')
     inner = _linear_gelu_grad(grad, x, weight, bias) if ctx.gelu else grad
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:

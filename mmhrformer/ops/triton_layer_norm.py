@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
-from .triton_support import DTYPES, thin_operator
+from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 __all__ = ['MAX_CHANNELS', 'layer_norm']
 
@@ -228,13 +228,7 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the rows, the weight and the bias."""
-        # Gradients are on here if these gradients are to be differentiated. @once_differentiable
-        # would let them pass as constants unless the incoming one is differentiated, too.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'layer_norm has no second derivatives, which create_graph=True asks for: '
-                "force the plain form by ops.use('reference') or MMHRFORMER_OPS=reference"
-            )
+        refuse_second_derivatives('layer_norm')
         _, of_weight, of_bias, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
         grad_x, sums = backward(grad.contiguous(), x, weight, ctx.eps, of_weight or of_bias)

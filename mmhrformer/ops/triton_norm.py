@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import thin_operator
+from .triton_support import refuse_second_derivatives, thin_operator
 
 __all__ = ['batch_statistics', 'normalize_gelu']
 
@@ -374,13 +374,7 @@ class BatchNormGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the map, the weight and the bias."""
-        # Gradients are on here if these gradients are to be differentiated. @once_differentiable
-        # would let them pass as constants unless the incoming one is differentiated, too.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'normalize_gelu has no second derivatives, which create_graph=True asks for: '
-                "force the plain form by ops.use('reference') or MMHRFORMER_OPS=reference"
-            )
+        refuse_second_derivatives('normalize_gelu')
         grad = grad.contiguous(memory_format=torch.channels_last)
         saved, training = ctx.saved_tensors, ctx.options[1]  # checkpoint unpacks them once only
         sums, grad_x = (None, None), None

@@ -54,6 +54,19 @@ def available(device: torch.device | None = None) -> bool:
     return not why_not(device)
 
 
+def refuse_second_derivatives(name: str) -> None:
+    """Raise an error in a backward pass that is to be differentiated.
+
+    Gradients are on in such a pass. ``once_differentiable`` would let them pass as constants unless
+    the incoming one is differentiated, too.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{name} has no second derivatives, which create_graph=True asks for: force the plain '
+            "form by ops.use('reference') or MMHRFORMER_OPS=reference"
+        )
+
+
 LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 

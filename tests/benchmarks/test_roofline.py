@@ -14,6 +14,7 @@ from mmengine.utils import digit_version
 from torch import nn
 
 from mmhrformer import HRFormer, fuse_for_inference, ops
+from mmhrformer.ops import triton_support
 
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
@@ -95,6 +96,21 @@ def test_backbone(tool):
     assert not reference.kernels[attention]
     assert reference.kernels['bmm'] == 2 * BLOCKS
     assert plain.kernels['clone'] < 4 * BLOCKS  # no map is copied to another memory format
+
+
+@can_count
+@pytest.mark.skipif(bool(triton_support.why_not()), reason='needs Triton')
+def test_kernels_of_folded_blocks(tool):
+    """Six a block, though no GPU is there to run them."""
+    torch.manual_seed(0)
+    with tool.use('kernels'):
+        folded = fuse_for_inference(HRFormer(arch=MICRO))
+    counted = tool.count(folded, (1, 3, 64, 64), 'infer', 'kernels')
+    plain = tool.count(folded, (1, 3, 64, 64), 'infer', 'cuda')
+    assert counted.kernels['norm_linear'] == 4 * BLOCKS
+    assert counted.kernels['window_attention'] == BLOCKS
+    assert counted.kernels['depthwise_gelu'] >= BLOCKS
+    assert counted.bytes.total() < plain.bytes.total()
 
 
 def test_table(tool, capsys):

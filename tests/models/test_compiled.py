@@ -11,6 +11,8 @@ from torch import nn
 
 from mmhrformer import HRFormer, compile_blocks, fuse_for_inference
 from mmhrformer.models import compiled
+from mmhrformer.models.fused import FusedBlock
+from mmhrformer.ops import cpu, kernels
 
 ARCH = dict(channels=(4, 8, 8, 16), num_heads=(1, 2, 2, 2), num_modules=(1, 2, 2), num_blocks=2)
 KINDS_OF_BLOCKS = 4  # one for each stream
@@ -76,6 +78,24 @@ def test_inference_is_the_same(folded):
     x = torch.randn(1, 3, 64, 48)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[0], plain(x)[0], atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 2 * KINDS_OF_BLOCKS
+
+
+@can_compile_blocks
+def test_compiled_parts_of_folded_blocks_are_used(monkeypatch):
+    """Kernels for whole blocks, which take the weights of the parts, would bypass them."""
+    model = fuse_for_inference(make_model().eval())
+    x, blocks = torch.randn(1, 3, 64, 48), []
+    monkeypatch.setattr(cpu, 'has_folded_block', kernels.has_folded_block)
+    fake = lambda x, block: (blocks.append(block), x)[1]  # noqa: E731
+    monkeypatch.setattr(cpu, 'folded_block', fake, raising=False)
+    with torch.no_grad():
+        model(x)
+        assert len(blocks) == len([m for m in model.modules() if isinstance(m, FusedBlock)]) > 0
+        blocks.clear()
+        graphs = Graphs()
+        compile_blocks(model, backend=graphs)(x)
+    assert not blocks
     assert len(graphs) == 2 * KINDS_OF_BLOCKS
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint, ops
 from mmhrformer.models import HRFormerBlock
-from mmhrformer.models.fused import FusedWindowAttention
+from mmhrformer.models.fused import FusedBlock, FusedWindowAttention
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 SIZES = [(64, 64), (97, 161), (224, 224)]
@@ -50,7 +50,9 @@ def test_backbones_stay_equal(options, size):
     assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
     attentions = [m for m in fused.modules() if isinstance(m, FusedWindowAttention)]
     blocks = [m for m in model.modules() if isinstance(m, HRFormerBlock)]
-    assert len(attentions) == (0 if options.get('pad_mask') else len(blocks))
+    folded = [m for m in fused.modules() if isinstance(m, FusedBlock)]
+    kept = options.get('pad_mask')
+    assert len(attentions) == len(folded) == (0 if kept else len(blocks))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,47 @@ def test_scales_near_zero_are_not_divided_by():
     ]
     assert len(kept) == 1
     assert difference(model, fused, (97, 161)) < 1e-5
+
+
+def make_block(**options) -> HRFormerBlock:
+    block = HRFormerBlock(8, 2, window_size=3, **options)
+    golden.recipe.fill_module(block)
+    return block.eval()
+
+
+def test_blocks_are_folded_whole():
+    """Both normalizations have neither scale nor shift left, nor is there one in the FFN."""
+    block, x = make_block(drop_path_rate=0.3, with_cp=True), torch.randn(2, 5, 4, 8)
+    folded = fuse_for_inference(block)
+    assert type(folded) is FusedBlock
+    assert folded.is_intact()
+    assert folded.norm1.weight is folded.norm2.weight is None
+    torch.testing.assert_close(folded(x), block(x), atol=1e-5, rtol=1e-5)
+    assert not hasattr(folded.ffn, 'norm1')
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@pytest.mark.parametrize('part', ['', 'norm1', 'attn', 'norm2', 'ffn', 'ffn.fc1', 'ffn.norm2'])
+def test_blocks_that_are_more_than_that_are_kept(part):
+    block, x = make_block(), torch.randn(2, 5, 4, 8)
+    hook(block.get_submodule(part))
+    folded = fuse_for_inference(block)
+    assert type(folded) is HRFormerBlock
+    torch.testing.assert_close(folded(x), block(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('part', ['norm1', 'attn', 'attn.proj', 'norm2', 'ffn', 'ffn.dw3x3'])
+def test_what_is_done_to_a_folded_block_is_noticed(part):
+    block, folded = make_block(), fuse_for_inference(make_block())
+    hook(folded.get_submodule(part))
+    assert not folded.is_intact()
+    folded = fuse_for_inference(block)
+    parent, _, name = part.rpartition('.')
+    setattr(folded.get_submodule(parent), name, nn.Identity())
+    assert not folded.is_intact()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from triton_on_cpu import DEVICE, let_range_take_numbers
+from triton_on_cpu import DEVICE, make_tiles_small
 
 from mmhrformer import ops
 from mmhrformer.models.attention import LocalWindowSelfAttention
@@ -42,10 +42,7 @@ def triton_attention(monkeypatch):
     from mmhrformer.ops import triton_attention
 
     if DEVICE == 'cpu':
-        let_range_take_numbers()
-        for kernel in ('forward', 'queries', 'keys'):
-            monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
-        monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))
+        make_tiles_small(monkeypatch)
     return triton_attention
 
 
@@ -209,9 +206,3 @@ def test_kernels_compile_for_a_gpu_and_fit_into_its_registers():
 def test_the_package_does_not_import_triton():
     code = 'import sys, mmhrformer; assert "triton" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
-
-
-def test_reason_why_triton_cannot_run(monkeypatch):
-    monkeypatch.setattr(triton_support, 'find_spec', lambda name: None)
-    reason = triton_support.why_not.__wrapped__()
-    assert 'install torch>=2.6' in reason or 'install triton>=' in reason

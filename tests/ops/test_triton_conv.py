@@ -9,19 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_on_cpu import DEVICE, let_range_take_numbers
+from triton_on_cpu import DEVICE, make_tiles_small
 
 if not hasattr(torch.library, 'triton_op'):
     pytest.skip('needs torch 2.6 and its Triton', allow_module_level=True)
 pytest.importorskip('triton')
 
-from mmhrformer.ops import triton_conv
-from mmhrformer.ops.triton_conv import (
-    DepthwiseTile,
-    LinearTile,
-    depthwise_gelu,
-    linear_gelu,
-)
+from mmhrformer.ops.triton_conv import depthwise_gelu, linear_gelu
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
 if DEVICE == 'cuda':
@@ -41,14 +35,8 @@ ROWS = [((), (32, 48)), ((2, 3, 4), (78, 33)), ((130,), (156, 39)), ((1, 1), (16
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles on small maps, the last of them not full."""
     if DEVICE == 'cpu':
-        let_range_take_numbers()
-    narrow = DepthwiseTile(rows=2, cols=4, channels=16, warps=1)
-    wide = DepthwiseTile(rows=4, cols=8, channels=32, warps=1, ahead=False, stages=2)
-    monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})
-    tile = LinearTile(m=64, n=32, k=64, group=2, warps=4, stages=2)
-    monkeypatch.setattr(triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile))
+        make_tiles_small(monkeypatch)
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:

@@ -1,0 +1,395 @@
+"""What :mod:`mmhrformer.ops.kernels` does with modules: results, what it calls and what it keeps.
+
+In Triton's interpreter, on CPUs; it has no matrix product of bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import revert_sync_batchnorm
+from torch import Tensor, nn
+from triton_on_cpu import make_tiles_small
+
+from mmhrformer import HRFormerBlock, fuse_for_inference, ops
+from mmhrformer.models.attention import LocalWindowSelfAttention
+from mmhrformer.models.ffn import DepthwiseConv2d
+from mmhrformer.models.fused import FusedBlock
+from mmhrformer.ops import kernels
+from mmhrformer.ops.recompute import recompute
+from mmhrformer.ops.triton_support import why_not
+
+if reason := why_not(torch.device('cpu')):
+    pytest.skip(reason, allow_module_level=True)
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    make_tiles_small(monkeypatch)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the kernels that were called."""
+    from mmhrformer.ops import triton_attention, triton_conv, triton_norm
+
+    seen = []
+    names = {
+        triton_attention: ('window_attention',),
+        triton_conv: ('depthwise_gelu', 'norm_linear'),
+        triton_norm: ('normalize_gelu', 'batch_statistics'),
+    }
+    for module in names:
+        for name in names[module]:
+            function = getattr(module, name)
+
+            def spy(*args, _name=name, _function=function, **options):
+                seen.append(_name)
+                return _function(*args, **options)
+
+            monkeypatch.setattr(module, name, spy)
+    return seen
+
+
+def fill(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Give weights and running statistics values that matter."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(0.5 + values if tensor.dim() == 1 else 0.6 * values - 0.3)
+    return module.to(dtype)
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)
+
+
+def differentiate(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """The result and its gradients."""
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def run(form: str, function, x: Tensor, module: nn.Module) -> list[Tensor]:
+    """The result, gradients and running statistics, by a copy of the module."""
+    module = copy.deepcopy(module)
+    with ops.use(form):
+        out = function(x, module)
+    return [*differentiate(out, [x, *module.parameters()]), *module.buffers()]
+
+
+def check(function, x: Tensor, module: nn.Module, bound: float = 1e-4) -> None:
+    results = (run(form, function, x, module) for form in ('kernels', 'reference'))
+    for ours, plain in zip(*results):
+        assert ours.dtype == plain.dtype
+        scale = plain.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, plain / scale, atol=bound, rtol=bound)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+ATTENTIONS = [
+    # Map, heads, channels of a head, window.
+    ((1, 8, 7), 2, 39, 7, dict()),
+    ((2, 7, 5), 1, 32, 7, dict(pad_mask=True)),
+    ((1, 4, 9), 1, 39, 13, dict(pad_mask=True, with_rpe=False)),
+    ((1, 5, 14), 1, 32, 13, dict(with_rpe=False)),
+]
+
+
+def call(x: Tensor, module: nn.Module) -> Tensor:
+    return module(x)
+
+
+@pytest.mark.parametrize(('size', 'heads', 'head_dim', 'window', 'options'), ATTENTIONS, ids=str)
+def test_attention_of_the_module(calls, size, heads, head_dim, window, options):
+    attn = fill(LocalWindowSelfAttention(heads * head_dim, heads, window, **options))
+    x = make(*size, heads * head_dim, grad=False)
+    if window == 7:  # a map that is contiguous as (B, C, H, W)
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    check(call, x.requires_grad_(), attn)
+    assert calls == ['window_attention']
+
+
+class LoRA(nn.Module):
+    """A projection and something learned beside it, as PEFT makes of one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.beside = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.beside(x)
+
+
+@pytest.mark.parametrize('name', ['qkv', 'proj'])
+@pytest.mark.parametrize('channels', [32, 39])
+def test_projections_that_are_more_than_that_are_called(calls, name, channels):
+    attn = LocalWindowSelfAttention(channels, 1, 7)
+    setattr(attn, name, LoRA(getattr(attn, name)))
+    check(call, make(1, 4, 9, channels), fill(attn))
+    hooked = LocalWindowSelfAttention(channels, 1, 7)
+    getattr(hooked, name).register_forward_hook(lambda module, args, out: 2 * out)
+    check(call, make(1, 4, 9, channels), fill(hooked))
+    # What padding is projected to is known of a plain projection only.
+    assert calls == ([] if name == 'qkv' else 2 * ['window_attention'])
+
+
+def test_attention_that_no_kernel_computes(calls):
+    for channels, heads, window, dtype in (
+        (8, 1, 3, torch.float64),
+        (8, 1, 16, torch.float32),
+        (72, 1, 3, torch.float32),
+    ):
+        attn = fill(LocalWindowSelfAttention(channels, heads, window), dtype)
+        check(call, make(1, 4, 5, channels, dtype=dtype), attn)
+    no_bias = LocalWindowSelfAttention(8, 1, 3)
+    no_bias.qkv.bias = None
+    check(call, make(1, 4, 5, 8), fill(no_bias))
+    assert calls == []
+
+
+def autocast(x: Tensor, module: nn.Module) -> Tensor:
+    with torch.autocast('cpu', torch.float16):
+        return module(x)
+
+
+def test_autocast_decides_about_the_data_type(calls):
+    check(autocast, make(1, 5, 4, 39), fill(LocalWindowSelfAttention(39, 1, 7)), bound=1e-2)
+    for stride in (1, 2):
+        check(autocast, make(2, 6, 5, 4), fill(DepthwiseConv2d(6, stride)), bound=1e-2)
+    assert calls == ['window_attention', *2 * ['depthwise_gelu']]
+
+
+# ---------------------------------------------------------------------------- stochastic depth
+
+
+@pytest.mark.parametrize(
+    'drop', [DropPath(0.4), DropPath(0.4).eval(), DropPath(0.0), nn.Identity()]
+)
+def test_paths_are_dropped_as_mmcv_does(drop):
+    x, path = make(16, 2, 3, 4), make(16, 2, 3, 5)[..., :4]
+    results = []
+    for form in ('kernels', 'reference'):
+        torch.manual_seed(3)
+        with ops.use(form):
+            out = ops.add_path(x, path, drop)
+        results.append([*differentiate(out, [x, path]), torch.rand(1)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_hooks_on_what_drops_paths_are_called():
+    drop = DropPath(0.4)
+    drop.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    x = make(2, 2, 3, 4)
+    with ops.use('kernels'):
+        assert torch.equal(ops.add_path(x, x, drop), x)
+
+
+# ------------------------------------------------------------------------------- normalization
+
+NORMS = {
+    'training': lambda: nn.BatchNorm2d(6),
+    'average': lambda: nn.BatchNorm2d(6, momentum=None),
+    'evaluation': lambda: nn.BatchNorm2d(6).eval(),
+    'no running': lambda: nn.BatchNorm2d(6, track_running_stats=False),
+    'no running, evaluation': lambda: nn.BatchNorm2d(6, track_running_stats=False).eval(),
+    'one process': lambda: nn.SyncBatchNorm(6),
+    'one process, evaluation': lambda: nn.SyncBatchNorm(6).eval(),
+}
+
+
+def two_steps(x: Tensor, parts: nn.ModuleList) -> Tensor:
+    """Twice: what a first step leaves in the running statistics is averaged with the second's."""
+    norm, conv = parts
+    if ops.backend(x) is not kernels:
+        norm = parts[0] = revert_sync_batchnorm(norm)  # torch's knows GPUs only
+    ops.norm_gelu_conv(x, norm, conv)
+    return ops.norm_gelu_conv(2 * x, norm, conv)
+
+
+@pytest.mark.parametrize('name', NORMS)
+def test_normalization_of_every_kind(calls, name):
+    for conv, memory_format in zip((nn.Conv2d(6, 4, 1), DepthwiseConv2d(6)), FORMATS):
+        x = make(2, 6, 3, 4, grad=False).contiguous(memory_format=memory_format)
+        check(two_steps, x.requires_grad_(), fill(nn.ModuleList([NORMS[name](), conv])))
+    of_map = 'evaluation' not in name or 'no running' in name
+    assert ('batch_statistics' in calls) == of_map
+    assert 'normalize_gelu' in calls
+
+
+def in_recompute(x: Tensor, parts: nn.ModuleList) -> Tensor:
+    return recompute(parts, lambda x: ops.norm_gelu_conv(x, *parts), x)
+
+
+def test_statistics_are_updated_once_where_a_block_is_recomputed(calls):
+    for norm in ('training', 'average'):
+        parts = fill(nn.ModuleList([NORMS[norm](), nn.Conv2d(6, 4, 1)]))
+        check(in_recompute, make(3, 6, 5, 4), parts)
+    assert calls.count('batch_statistics') == 4  # in both passes, unlike without recompute()
+
+
+@pytest.mark.parametrize('conv', [nn.Conv2d(6, 4, 1), DepthwiseConv2d(6), None])
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(6), nn.BatchNorm2d(6).eval()])
+def test_the_input_alone_is_kept(norm, conv):
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = make(4, 6, 16, 16)
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    with ops.use('kernels'), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = ops.norm_gelu_conv(x, norm, conv)
+    channels = 6 * 4 * 10  # of statistics and parameters
+    assert x.nbytes <= sum(kept.values()) <= x.nbytes + channels
+    assert out.requires_grad
+
+
+def test_normalization_that_no_kernel_computes(calls):
+    double = nn.ModuleList([nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)])
+    check(two_steps, make(2, 6, 4, 3, dtype=torch.float64), fill(double, torch.float64))
+    hooked = nn.BatchNorm2d(6)
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    for norm in (hooked, nn.BatchNorm2d(6, affine=False), nn.GroupNorm(2, 6)):
+        check(two_steps, make(2, 6, 4, 3), fill(nn.ModuleList([norm, nn.Conv2d(6, 4, 1)])))
+    assert calls == []
+
+
+# ---------------------------------------------------------------------------- other derivatives
+
+
+def second(form: str, x: Tensor, module: nn.Module) -> Tensor:
+    with ops.use(form):
+        out = module(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize('module', [LocalWindowSelfAttention(6, 1, 3), DepthwiseConv2d(6)])
+def test_second_derivatives_are_refused(module):
+    with pytest.raises(RuntimeError, match=r'no second derivatives.* MMHRFORMER_OPS=reference'):
+        second('kernels', make(1, 6, 3, 6), module)
+
+
+def test_second_derivatives_of_a_strided_convolution_are_right():
+    conv = fill(DepthwiseConv2d(6, stride=2))
+    ours, plain = (second(form, make(1, 6, 3, 4), conv) for form in ('kernels', 'reference'))
+    torch.testing.assert_close(ours, plain)
+
+
+# -------------------------------------------------------------------------------------- threads
+
+
+def test_another_thread_recomputes_in_the_form_of_the_forward_pass(calls):
+    x, norm, conv = make(2, 6, 4, 3), nn.BatchNorm2d(6), DepthwiseConv2d(6)
+    with ops.use('kernels'):
+        loss = ops.norm_gelu_conv(x, norm, conv).sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert x.grad is not None
+    again = ['normalize_gelu', 'depthwise_gelu']
+    assert calls == ['batch_statistics', *again, *again]
+
+
+# ------------------------------------------------------------------------------- folded blocks
+
+
+def fold(channels: int, heads: int, dtype: torch.dtype = torch.float32, **options) -> FusedBlock:
+    """A folded block, for GPUs."""
+    block = fill(HRFormerBlock(channels, heads, mlp_ratio=2, **options).eval())
+    with ops.use('cuda'):
+        return fuse_for_inference(block).to(dtype)
+
+
+SIX = ['norm_linear', 'window_attention', *2 * ['norm_linear'], 'depthwise_gelu', 'norm_linear']
+
+
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(('channels', 'options'), [(32, dict(with_rpe=False)), (78, dict())])
+def test_folded_block(calls, channels, options, dtype, bound):
+    block = fold(channels, channels // 32, dtype, **options)
+    x = make(1, 3, 8, channels, dtype=dtype, grad=False)
+    if channels == 32:  # a map that is contiguous as (B, C, H, W)
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    outs = []
+    for form in ('kernels', 'reference'):
+        with ops.use(form), torch.no_grad():
+            outs.append(block(x))
+    ours, plain = outs
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, plain, atol=bound * plain.abs().max().item(), rtol=bound)
+    assert calls == SIX
+
+
+def hook(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    return module
+
+
+PARTS = [
+    'norm1',
+    'norm2',
+    'attn',
+    'attn.qkv',
+    'attn.proj',
+    'ffn',
+    'ffn.fc1',
+    'ffn.dw3x3',
+    'ffn.fc2',
+]
+
+
+class Doubled(nn.Module):
+    """Something in the place of a part, with nothing that the kernels read."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.part(x)
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_parts_that_are_more_than_that_are_called(calls, name):
+    x = make(1, 5, 4, 32, grad=False)
+    parent, _, last = name.rpartition('.')
+    for change in (hook, Doubled):
+        block = fold(32, 1)
+        with ops.use('reference'), torch.no_grad():
+            untouched = block(x)
+        setattr(block.get_submodule(parent), last, change(block.get_submodule(name)))
+        outs = []
+        for form in ('kernels', 'reference'):
+            with ops.use(form), torch.no_grad():
+                outs.append(block(x))
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(outs[0], untouched, atol=1e-3)
+    assert 'norm_linear' not in calls
+
+
+def test_folded_blocks_that_no_kernels_compute(calls):
+    block, x = fold(32, 1), make(1, 5, 4, 32)
+    with ops.use('kernels'):
+        (grad,) = torch.autograd.grad(block(x).sum(), x)
+        with torch.no_grad():
+            assert fold(32, 1, torch.float64)(x.double()).dtype == torch.float64
+            assert fold(32, 1, window_size=16)(x).shape == x.shape
+            with torch.autocast('cpu', torch.float16):
+                assert block(x).shape == x.shape
+    with ops.use('reference'):
+        (plain,) = torch.autograd.grad(block(x).sum(), x)
+    torch.testing.assert_close(grad, plain, atol=1e-4, rtol=1e-4)
+    assert 'norm_linear' not in calls

@@ -1,0 +1,74 @@
+"""The reasons why Triton kernels cannot run."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmhrformer.ops import triton_support
+
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+
+
+def why_not(device: torch.device | None = None) -> str:
+    return triton_support.why_not.__wrapped__(device)  # asked anew
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """A GPU on which Triton works; the tests take something away."""
+    monkeypatch.setattr(torch.library, 'triton_op', None, raising=False)
+    monkeypatch.setattr(triton_support, 'find_spec', lambda name: ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.6.0'))
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    kernel = SimpleNamespace(layer_norm=lambda x, *args: x)
+    monkeypatch.setitem(sys.modules, 'mmhrformer.ops.triton_layer_norm', kernel)
+    monkeypatch.setattr(torch, 'ones', lambda *size, device: None)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    return kernel
+
+
+def test_nothing_is_missing(everything):
+    assert why_not() == why_not(CUDA) == ''
+
+
+def test_old_torch(everything, monkeypatch):
+    monkeypatch.delattr(torch.library, 'triton_op')
+    assert 'has no torch.library.triton_op: install torch>=2.7' in why_not()
+
+
+def test_no_triton(everything, monkeypatch):
+    monkeypatch.setattr(triton_support, 'find_spec', lambda name: None)
+    assert why_not(CUDA) == 'Triton is not installed: install triton>=3.3'
+
+
+def test_old_triton(everything, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.2.0'))
+    assert why_not(CUDA) == 'triton 3.2.0 is too old: install triton>=3.3'
+
+
+def test_other_devices(everything, monkeypatch):
+    assert why_not(CPU) == 'Triton kernels run on GPUs, not on cpu'
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert why_not(CPU) == ''
+    assert why_not(torch.device('meta')) == 'Triton kernels run on GPUs, not on meta'
+
+
+def test_other_gpus(everything, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    assert why_not(CUDA) == 'cuda has compute capability (7, 5), the kernels need (8, 0)'
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    assert 'is not built for CUDA: the kernels know NVIDIA GPUs only' in why_not(CUDA)
+
+
+def test_no_compiler(everything):
+    def fail(*args):
+        raise RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')
+
+    everything.layer_norm = fail
+    assert why_not(CUDA).startswith('Triton fails on cuda, RuntimeError: Failed to find C compiler')
