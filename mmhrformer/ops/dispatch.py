@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, cpu, cuda, kernels, reference
+from .kernels import why_not
 from .state import forced, is_compiling, is_transformed, needs_grad
 
 BACKENDS = {
@@ -46,14 +47,14 @@ def backend(x: Tensor) -> ModuleType:
         return compiled
     name = forced.get() or os.environ.get(VARIABLE)
     if name:
-        if _check(name) == 'kernels' and (reason := kernels.why_not(x.device)):
+        if _check(name) == 'kernels' and (reason := why_not(x.device)):
             raise ValueError(f'{VARIABLE} or ops.use asks for kernels, but {reason}')
         return BACKENDS[name]
     if torch.jit.is_tracing() or is_transformed():
         return reference
     if x.is_cuda:
         # Measured in inference only, where they halve the time of HRFormer-S: docs/kernels.md.
-        return cuda if needs_grad(x) or kernels.why_not(x.device) else kernels
+        return cuda if needs_grad(x) or why_not(x.device) else kernels
     return cpu if x.device.type == 'cpu' else reference
 
 
