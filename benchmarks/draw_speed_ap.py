@@ -1,6 +1,6 @@
 """Draw images/s against reported AP, from a file of benchmarks/results.
 
-    python benchmarks/draw_speed_ap.py RESULTS.json docs/images/speed_ap.svg
+python benchmarks/draw_speed_ap.py RESULTS.json docs/images/speed_ap.svg
 """
 
 from __future__ import annotations

@@ -150,6 +150,34 @@ class ConvGELU(nn.Conv2d):
         return ops.conv_gelu(x, self)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution with a bias, for inference.
+
+    Args:
+        conv (nn.Conv2d): The convolution. Its parameters are shared.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 1, device='meta')
+        self.weight, self.bias = conv.weight, conv.bias
+
+    @staticmethod
+    def fits(conv: nn.Module) -> bool:
+        """Whether a convolution can be replaced."""
+        return (
+            type(conv) is nn.Conv2d
+            and is_plain_conv(conv)
+            and conv.kernel_size == conv.stride == (1, 1)
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.bias is not None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        return ops.pointwise_conv(x, self.weight, self.bias)
+
+
 class FusedDWConvFFN(InferenceOnly):
     """:class:`DWConvFFN` after its normalizations were folded, for inference.
 
@@ -302,6 +330,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             if FusedDWConvFFN.fits(block.ffn):
                 block.ffn = FusedDWConvFFN(block.ffn)
         fused = replace(fused, HRFormerBlock, lambda b: FusedBlock(b) if FusedBlock.fits(b) else b)
+        replace(fused, nn.Conv2d, lambda c: PointwiseConv(c) if PointwiseConv.fits(c) else c)
     fused.requires_grad_(False)
     fused.train(False)  # mmpose's eval() returns nothing
     return fused

@@ -27,6 +27,7 @@ __all__ = [
     'map_attention',
     'norm_gelu_conv',
     'padding_mask',
+    'pointwise_conv',
     'use',
     'window_attention',
     'window_count',
@@ -177,6 +178,20 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
         Tensor: Map of shape (B, out_channels, H', W').
     """
     return backend(x).norm_gelu_conv(x, norm, conv)
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 convolution, in folded models.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        weight (Tensor): Weight of shape (out_channels, C, 1, 1).
+        bias (Tensor, optional): Bias of shape (out_channels,).
+
+    Returns:
+        Tensor: Map of shape (B, out_channels, H, W).
+    """
+    return backend(x).pointwise_conv(x, weight, bias)
 
 
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .recompute import norm_gelu_conv
 from .sdpa import sdpa
 
-__all__ = ['head_padding', 'norm_gelu_conv', 'window_attention']
+__all__ = ['head_padding', 'norm_gelu_conv', 'pointwise_conv', 'window_attention']
 
 # The attention kernels put the windows on an axis of the grid that has no more places.
 MAX_WINDOWS = 65_535
 # The fast ones want head dims of a multiple of 8: not the 18 of HRFormer-T, not the 39 of -B.
 HEAD_DIM_MULTIPLE = 8
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`mmhrformer.ops.pointwise_conv`.
+
+    cuDNN adds the bias in a pass of its own, cuBLAS while it writes the product: the FFNs alone
+    took 19.7 ms of HRFormer-S in the one way and 18.2 ms in the other on an H200.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return reference.pointwise_conv(x, weight, bias)
+    rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+    return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def head_padding(head_dim: int) -> int:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import cuda, reference, triton_support
-from .cuda import head_padding, window_attention
+from .cuda import head_padding, pointwise_conv, window_attention
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, in_same_form, needs_grad
 from .triton_support import DTYPES
@@ -31,6 +31,7 @@ __all__ = [
     'layer_norm',
     'map_attention',
     'norm_gelu_conv',
+    'pointwise_conv',
     'window_attention',
 ]
 

@@ -60,6 +60,11 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     return x if conv is None else conv(x)
 
 
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`mmhrformer.ops.pointwise_conv`."""
+    return F.conv2d(x, weight, bias)
+
+
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """See :func:`mmhrformer.ops.conv_gelu`."""
     return gelu(conv._conv_forward(x, conv.weight, conv.bias))

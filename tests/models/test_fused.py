@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint, ops
 from mmhrformer.models import HRFormerBlock
-from mmhrformer.models.fused import FusedBlock, FusedWindowAttention
+from mmhrformer.models.fused import FusedBlock, FusedWindowAttention, PointwiseConv
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 SIZES = [(64, 64), (97, 161), (224, 224)]
@@ -174,3 +174,13 @@ def test_heads_are_widened_for_the_device_they_are_folded_for():
         heads = {m.head_dim for m in folded.modules() if isinstance(m, FusedWindowAttention)}
         assert heads == {head_dim}
         assert difference(model, folded, (97, 161)) < 1e-5
+
+
+def test_pointwise_convolutions_are_linear_layers():
+    """All of the backbone, and those of nobody else's making."""
+    model = HRFormer(arch='tiny').eval()
+    model.layer1[0].conv1.register_forward_hook(lambda *_: None)
+    fused = fuse_for_inference(model)
+    left = [m for m in fused.modules() if type(m) is nn.Conv2d and m.kernel_size == (1, 1)]
+    assert left == [fused.layer1[0].conv1]
+    assert any(isinstance(module, PointwiseConv) for module in fused.modules())

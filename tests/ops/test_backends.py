@@ -119,6 +119,17 @@ def test_norm_gelu_conv(form, dtype, memory_format):
             check(form, dtype, lambda x, *_, n=norm, c=conv: ops.norm_gelu_conv(x, n, c), *tensors)
 
 
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('form', FORMS)
+def test_pointwise_conv(form, dtype, memory_format):
+    x = make(2, 6, 5, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
+    weight, bias = make(4, 6, 1, 1, dtype=dtype, grad=True), make(4, dtype=dtype, grad=True)
+    for offset in (bias, None):
+        check(form, dtype, ops.pointwise_conv, x.requires_grad_(), weight, offset)
+    assert ops.pointwise_conv(x, weight, bias).is_contiguous(memory_format=memory_format)
+
+
 # Triton's interpreter has no matrix product of bfloat16.
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('grad', [False, True])
@@ -215,10 +226,13 @@ class Elsewhere:
 def test_gpus_get_kernels_where_nothing_is_differentiated(monkeypatch):
     x, reasons = Elsewhere('cuda:1'), {torch.device('cuda:1'): ''}
     monkeypatch.setattr(dispatch, 'why_not', reasons.__getitem__)
+    x.requires_grad = True
     assert ops.backend(x) is cuda
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert ops.backend(x) is kernels
+    x.requires_grad = False
+    assert ops.backend(x) is kernels
     reasons[x.device] = 'Triton is not installed'
     with torch.no_grad():
         assert ops.backend(x) is cuda

@@ -313,12 +313,24 @@ def fold(channels: int, heads: int, dtype: torch.dtype = torch.float32, **option
         return fuse_for_inference(block).to(dtype)
 
 
+@pytest.fixture
+def linear_kernel(monkeypatch) -> None:
+    """The linear kernel in float32, too, in which it is right, but was not measured."""
+    monkeypatch.setattr(kernels, 'LINEAR_DTYPES', kernels.DTYPES)
+
+
+def test_products_of_float32_are_left_to_cublas(calls):
+    with ops.use('kernels'), torch.no_grad():
+        fold(32, 1)(make(1, 5, 4, 32, grad=False))
+    assert calls == ['window_attention', 'depthwise_gelu']
+
+
 SIX = ['norm_linear', 'window_attention', *2 * ['norm_linear'], 'depthwise_gelu', 'norm_linear']
 
 
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
 @pytest.mark.parametrize(('channels', 'options'), [(32, dict(with_rpe=False)), (78, dict())])
-def test_folded_block(calls, channels, options, dtype, bound):
+def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
     block = fold(channels, channels // 32, dtype, **options)
     x = make(1, 3, 8, channels, dtype=dtype, grad=False)
     if channels == 32:  # a map that is contiguous as (B, C, H, W)
@@ -363,7 +375,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_parts_that_are_more_than_that_are_called(calls, name):
+def test_parts_that_are_more_than_that_are_called(calls, linear_kernel, name):
     x = make(1, 5, 4, 32, grad=False)
     parent, _, last = name.rpartition('.')
     for change in (hook, Doubled):
@@ -380,7 +392,7 @@ def test_parts_that_are_more_than_that_are_called(calls, name):
     assert 'norm_linear' not in calls
 
 
-def test_folded_blocks_that_no_kernels_compute(calls):
+def test_folded_blocks_that_no_kernels_compute(calls, linear_kernel):
     block, x = fold(32, 1), make(1, 5, 4, 32)
     with ops.use('kernels'):
         (grad,) = torch.autograd.grad(block(x).sum(), x)
