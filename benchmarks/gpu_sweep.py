@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmhrformer.ops import triton_support
+from mmhrformer.ops import kernels
 
 CALLS = 10  # in one CUDA graph, so that the launches are not what is timed
 # Triton's interpreter multiplies the bits of bfloat16, as if they were integers.
@@ -239,7 +239,7 @@ def warm(device: str, part: int, parts: int, emit: Callable) -> None:
 
 def run(device: str, capture: Callable, emit: Callable) -> None:
     """Time all sweeps, in CUDA graphs; on a CPU with Triton's interpreter."""
-    if reason := triton_support.why_not(torch.device(device)):
+    if reason := kernels.why_not(torch.device(device)):
         emit(skipped=reason)
         return
     calls, time = (CALLS, 0.01) if device == 'cuda' else (1, 0.0)

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
 from model_zoo import markdown, metafiles, read_models  # noqa: E402
 
-from mmhrformer.launch import config_root  # noqa: E402
+from mmhrformer.configs import config_root  # noqa: E402
 from mmhrformer.version import __version__  # noqa: E402
 
 project = 'mmhrformer'

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from pathlib import Path
-
-import yaml
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
-from torch import nn
-
-from .checkpoints import list_models, load_checkpoint, read_zoo
-from .checkpoints.loading import naming, read
-from .dataset_meta import meta_of_checkpoint
 from .engine.cuda_graph_hook import graph_backbone
+from .hub import get_model, list_models, register_in_mmpretrain
 from .inferencers import (
     ClsInferencer,
     Inferencer,
@@ -24,7 +12,6 @@ from .inferencers import (
     get_inferencer,
     inference,
 )
-from .launch import name_of, open_config
 from .models.compiled import compile_blocks
 from .models.fused import fuse_for_inference
 
@@ -42,96 +29,3 @@ __all__ = [
     'list_models',
     'register_in_mmpretrain',
 ]
-
-
-def get_model(
-    name: str | Path | Config,
-    pretrained: bool | str | Path = False,
-    device: str = 'cpu',
-    cfg_options: dict | None = None,
-) -> nn.Module:
-    """Build the model of a config, in evaluation mode.
-
-    Args:
-        name (str | Path | Config): Name of a model of the zoo (:func:`list_models`), path of a
-            config with an HRFormer backbone, or such a config.
-        pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model
-            (``False`` leaves random weights); or a checkpoint of any dialect: a path, or a name of
-            the zoo such as ``NAME@official``. Defaults to False.
-        device (str): Where the model shall be. Defaults to ``'cpu'``.
-        cfg_options (dict, optional): Options of the config to change, by dotted name.
-
-    Returns:
-        nn.Module: The classifier, pose estimator or segmentor; its config is ``model.cfg``, and
-        ``model.dataset_meta``, a dict, what the checkpoint tells of the data of its training.
-
-    Raises:
-        FileNotFoundError: If there is no such config, or the checkpoint has to be downloaded by
-            hand.
-        ImportError: If the framework that the model is for is not installed.
-        RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint, or the config is of no model.
-
-    Examples:
-        >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
-        >>> model(torch.rand(1, 3, 224, 224)).shape  # doctest: +SKIP
-        torch.Size([1, 1000])
-    """
-    cfg = copy.deepcopy(open_config(name))
-    content = {}
-    if pretrained:
-        whole = pretrained is True
-        file, content = read(name_of(cfg) if whole else pretrained, whole)
-    cfg.merge_from_dict(cfg_options or {})
-    for option in ('default_scope', 'model'):
-        if option not in cfg:
-            raise ValueError(
-                f'name={cfg.filename!r}: that config has no {option}; give one that can be '
-                'trained, such as a name of mmhrformer.list_models()'
-            )
-    if cfg.get('data_preprocessor'):
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-    if pretrained:
-        with naming(file):
-            load_checkpoint(model, content, strict=True)
-    model = revert_sync_batchnorm(model).to(device)
-    model.train(False)  # mmpose's eval() returns nothing
-    model.cfg, model.dataset_meta = cfg, meta_of_checkpoint(content)
-    return model
-
-
-def register_in_mmpretrain() -> list[str]:
-    """Make ``mmpretrain.get_model`` and ``mmpretrain.list_models`` know our classifiers.
-
-    They are those of ``list_models('*_in1k')``, with the ablations. Their weights come through
-    ``mmhrformer://``, so that they are checked and translated.
-
-    Returns:
-        list[str]: The names that mmpretrain knows now.
-
-    Raises:
-        ImportError: If mmpretrain is not installed.
-
-    Examples:
-        >>> register_in_mmpretrain()  # doctest: +SKIP
-        ['hrformer-base_32xb32_in1k', 'hrformer-base_8xb128_in1k', ...]
-    """
-    from mmpretrain.apis import ModelHub
-
-    zoo, entries = read_zoo(), []
-    names = list_models('*_in1k')
-    for name in names:
-        model = zoo[name]
-        entry = dict(Name=name, Config=str(model.config), Metadata=model.metadata)
-        whole = [source.origin for source in model.sources if source.is_whole]
-        if whole:
-            entry['Weights'] = f'mmhrformer://{name}@{whole[0]}'
-        if not ModelHub.has(name):
-            entries.append(dict(entry, Results=model.results))
-    with tempfile.TemporaryDirectory() as folder:
-        index = Path(folder, 'model-index.yml')
-        index.write_text(yaml.safe_dump(dict(Models=entries)), encoding='utf-8')
-        ModelHub.register_model_index(index)
-    return names

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from mmengine.device import get_device
 
-from .launch import did_you_mean
+from .utils.suggest import did_you_mean
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

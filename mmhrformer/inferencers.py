@@ -26,7 +26,9 @@ from torch import nn
 
 from .checkpoints import read_zoo
 from .checkpoints.loading import locate
+from .configs import PACKAGES, name_of, open_config
 from .dataset_meta import find_classes, make_palette
+from .hub import get_model
 from .image_loading import displayable, reason, split_pipeline
 from .inferencer_arguments import (
     check_box_array,
@@ -35,9 +37,9 @@ from .inferencer_arguments import (
     check_dtype,
     check_whole,
 )
-from .launch import PACKAGES, did_you_mean, name_of, open_config
 from .media import Picture, Video, Writer, open_media
 from .models.fused import fuse_for_inference
+from .utils.suggest import did_you_mean
 
 PERSON = 0  # the category of people in detectors trained on COCO
 # What the stock inferencers do with pictures themselves, which is done here for all tasks.
@@ -82,8 +84,6 @@ class Inferencer:
         cfg_options: dict | None = None,
         show_progress: bool = True,
     ) -> None:
-        from .apis import get_model  # here, since apis hands on what is in this module
-
         self.device = check_device(device)
         self.autocast = check_dtype(dtype, self.device)
         self.show_progress = show_progress

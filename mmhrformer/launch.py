@@ -1,124 +1,19 @@
-"""Find our configs and run the stock tool of the framework that a config is for."""
+"""Run the stock tool of the framework that a config is for."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import runpy
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 
-from mmengine.config import Config
-
+from .checkpoints import detect_dialect, unwrap
+from .checkpoints.loading import SCHEME, naming, read
+from .configs import PACKAGES, config_root, find_config, read_config
+from .engine.cpu_dist import prepare_cpu_launch
 from .environment import explain, how_to_install
-
-# default_scope of a config -> the package whose tools run it.
-PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
-
-
-def config_root() -> Path:
-    """The folder of our configs: beside the package in a checkout, inside it when installed.
-
-    Returns:
-        Path: The folder.
-
-    Raises:
-        FileNotFoundError: If the installation has no configs.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package.parent / 'configs', package / '.mim' / 'configs'):
-        if (folder / 'model-index.yml').is_file():
-            return folder
-    raise FileNotFoundError(f'no configs beside {package}: reinstall mmhrformer')
-
-
-def did_you_mean(name: str, names: Iterable[str], start: str = 'did') -> str:
-    """Propose names that are similar to a wrong one.
-
-    Args:
-        name (str): The wrong name.
-        names (Iterable[str]): The right ones.
-        start (str): First word of the question. Defaults to ``'did'``.
-
-    Returns:
-        str: A question, or an empty string if none is similar.
-
-    Examples:
-        >>> did_you_mean('hrformer-tny', ['hrformer-tiny', 'other'])
-        'did you mean hrformer-tiny?'
-    """
-    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f'{start} you mean {" or ".join(similar)}?' if similar else ''
-
-
-def find_config(name: str) -> Path:
-    """Find a config by its path, or one of ours by its name.
-
-    Args:
-        name (str): Path of a config, or name of one of ours, with or without ``.py``.
-
-    Returns:
-        Path: The config file.
-
-    Raises:
-        FileNotFoundError: If there is none; the message proposes similar names.
-
-    Examples:
-        >>> find_config('hrformer-tiny_8xb128_in1k').name
-        'hrformer-tiny_8xb128_in1k.py'
-    """
-    if Path(name).is_file():
-        return Path(name)
-    ours = {path.stem: path for path in config_root().glob('[!_]*/*.py')}
-    wanted = Path(name).name.removesuffix('.py')
-    if wanted in ours:
-        return ours[wanted]
-    hint = did_you_mean(wanted, ours) or f'ours are in {config_root()}'
-    raise FileNotFoundError(f'there is no config {name!r}: {hint}')
-
-
-def read_config(path: str | Path) -> Config:
-    """Read a config.
-
-    Args:
-        path (str | Path): The file.
-
-    Returns:
-        Config: What it says.
-
-    Raises:
-        ValueError: If it is no Python; the error of mmengine does not tell which file it is about.
-    """
-    try:
-        return Config.fromfile(path)
-    except SyntaxError as err:
-        raise ValueError(
-            f'cannot read the config {str(path)!r}, or one in its _base_: {err.msg}, line '
-            f'{err.lineno}. Correct that line'
-        ) from err
-
-
-def open_config(model: str | Path | Config) -> Config:
-    """Find and read the config of a model, once.
-
-    Args:
-        model (str | Path | Config): As :func:`find_config`, or a config that is read already.
-
-    Returns:
-        Config: What it says, or the given one.
-
-    Raises:
-        FileNotFoundError: If there is none; the message proposes similar names.
-        ValueError: If it cannot be read.
-    """
-    return model if isinstance(model, Config) else read_config(find_config(str(model)))
-
-
-def name_of(cfg: Config) -> str:
-    """Name of a config: that of its file without folder and suffix, empty if it has none."""
-    return Path(cfg.filename or '').stem
+from .utils.suggest import did_you_mean
 
 
 def stock_tool(scope: str, tool: str) -> Path:
@@ -174,9 +69,6 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
             rest[0] = checked(rest[0])
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
-    # Here, since what it imports needs the configs, which this module finds.
-    from .engine.cpu_dist import prepare_cpu_launch
-
     prepare_cpu_launch(rest)
     run_script(script, [str(config), *rest])
 
@@ -240,10 +132,6 @@ def checked(checkpoint: str) -> str:
         DownloadError: If a file is not what its name says.
         ValueError: If it cannot be read, or has no weights of a known dialect.
     """
-    # Here, since the zoo finds its metafiles through this module.
-    from .checkpoints import detect_dialect, unwrap
-    from .checkpoints.loading import SCHEME, naming, read
-
     if '://' in checkpoint and not checkpoint.startswith(SCHEME):
         return checkpoint
     path, content = read(checkpoint)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .image_loading import displayable
 from .inferencers import Inferencer
-from .launch import did_you_mean
 from .media import Picture
 from .models.attention import LocalWindowSelfAttention
 from .models.block import HRFormerBlock
 from .ops import window_padding, window_partition
+from .utils.suggest import did_you_mean
 
 DPI = 110
 PANEL = 2.6  # inches

@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 
-from mmhrformer.launch import find_config
+from mmhrformer.configs import find_config
 
 CONFIG = 'hrformer-demo_1xb64-6e_digits'
 WARM_UP = 10  # iterations until the allocator and the optimizer have what they need

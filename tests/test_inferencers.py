@@ -20,9 +20,9 @@ from PIL import Image
 
 import mmhrformer
 from mmhrformer import get_inferencer, inference, media
+from mmhrformer.configs import find_config, read_config
 from mmhrformer.dataset_meta import find_classes, make_palette
 from mmhrformer.inferencer_arguments import check_box_array
-from mmhrformer.launch import find_config, read_config
 from mmhrformer.pictures import draw_features
 
 CONFIGS = dict(

@@ -20,8 +20,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mmhrformer.apis import fuse_for_inference
 from mmhrformer.checkpoints import to_dialect
+from mmhrformer.configs import PACKAGES, find_config
 from mmhrformer.environment import how_to_install
-from mmhrformer.launch import PACKAGES, find_config
 from mmhrformer.models.hrformer import parse_arch
 
 # Our configs, and the framework that builds them.

@@ -26,7 +26,7 @@ import matplotlib
 from mmengine.config import Config
 from run_demo import DATA, TASKS, DemoError, run_tool
 
-from mmhrformer.launch import find_config, read_config
+from mmhrformer.configs import find_config, read_config
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt

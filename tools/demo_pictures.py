@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmhrformer.launch import find_config
+from mmhrformer.configs import find_config
 
 ENLARGE = 2  # the demo images are small
 

@@ -19,6 +19,7 @@ from mmengine.config import DictAction
 from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
+from mmhrformer.configs import find_config, read_config
 from mmhrformer.export import (
     HEADER,
     INPUT,
@@ -32,7 +33,6 @@ from mmhrformer.export import (
     require_packages,
     task_of,
 )
-from mmhrformer.launch import find_config, read_config
 
 
 def batch_size(text: str) -> int | None:

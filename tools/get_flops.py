@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from mmengine.registry import MODELS, DefaultScope
 
 from mmhrformer.complexity import analyzed_macs, complexity, input_shape
+from mmhrformer.configs import find_config, read_config
 from mmhrformer.export import default_size
-from mmhrformer.launch import find_config, read_config
 
 
 def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:

@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmhrformer.complexity import complexity
-from mmhrformer.launch import config_root
+from mmhrformer.configs import config_root
 
 # What is counted -> its name in the result of `complexity`.
 COUNTS = {'FLOPs': 'macs', 'FLOPs (official count)': 'flops_official', 'Parameters': 'parameters'}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from mmhrformer.launch import find_config, read_config
+from mmhrformer.configs import find_config, read_config
 
 
 def main() -> None:

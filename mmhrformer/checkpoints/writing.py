@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file
+from ..ops.windows import relative_position_index
 from .contents import unwrap
 from .dialects import (
     BIAS_TABLE,
@@ -100,9 +101,6 @@ def _choose_dialect(tensors: Iterable[str], target: str) -> str:
 
 def _translate_back(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
     """Separate query, key and value, add derived buffers, and rename; into a new dict."""
-    # Not above, since the models import this package.
-    from ..models.attention import relative_position_index
-
     spread = {}
     for name, tensor in tensors.items():
         if dialect.separate and '.qkv.' in name:

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from ..launch import config_root, did_you_mean
+from ..configs import config_root
+from ..utils.suggest import did_you_mean
 from .download import cache_folder, check_hash, download
 
 

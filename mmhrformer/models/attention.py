@@ -12,22 +12,6 @@ from ..ops.windows import is_static
 from ..registry import MODELS
 
 
-def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for every (query, key) pair of a window, as in Swin Transformer.
-
-    Args:
-        window (int): Side of the square windows, in tokens.
-
-    Returns:
-        Tensor: int64 indices of shape (window**2, window**2) into (2 * window - 1)**2 offsets.
-    """
-    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij')
-    y, x = y.flatten(), x.flatten()
-    dy = y[:, None] - y[None, :] + window - 1
-    dx = x[:, None] - x[None, :] + window - 1
-    return dy * (2 * window - 1) + dx
-
-
 def split_heads(qkv: Tensor, num_heads: int, head_dim: int) -> Tensor:
     """Take queries, keys and values of all heads apart.
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import compiled, cpu, cuda, kernels, reference
+from .kernels import why_not
 from .state import forced, is_compiling, is_transformed, needs_grad
-from .triton_support import why_not
 
 BACKENDS = {
     'reference': reference,

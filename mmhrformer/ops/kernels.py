@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from . import cuda, reference
+from . import cuda, reference, triton_support
 from .cuda import head_padding, pointwise_conv, window_attention
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, in_same_form, needs_grad
@@ -40,6 +40,23 @@ MAX_WINDOW = 15
 # Where the linear kernel was measured. In float32, of which it makes three products of TF32, it was
 # not; there cuBLAS stays.
 LINEAR_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@cache
+def why_not(device: torch.device) -> str:
+    """Tell why the kernels cannot run on a device; empty if they can, for which one is tried."""
+    return triton_support.why_not(device) or try_kernel(device)
+
+
+def try_kernel(device: torch.device) -> str:
+    """Compile and run a small kernel, for which Triton needs a C compiler; why that failed."""
+    from .triton_layer_norm import layer_norm
+
+    try:
+        layer_norm(torch.ones(1, 32, device=device), None, None, 1e-6)
+    except Exception as err:
+        return f'Triton fails on {device}, {type(err).__name__}: {err}'
+    return ''
 
 
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:

@@ -88,3 +88,19 @@ def padding_mask(size: tuple[int, int], window: int, device: torch.device) -> Te
     """
     real = torch.ones(1, *size, 1, device=device)
     return window_partition(real, window).flatten(1) == 0
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Row of the bias table for every (query, key) pair of a window, as in Swin Transformer.
+
+    Args:
+        window (int): Side of the square windows, in tokens.
+
+    Returns:
+        Tensor: int64 indices of shape (window**2, window**2) into (2 * window - 1)**2 offsets.
+    """
+    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij')
+    y, x = y.flatten(), x.flatten()
+    dy = y[:, None] - y[None, :] + window - 1
+    dx = x[:, None] - x[None, :] + window - 1
+    return dy * (2 * window - 1) + dx

@@ -23,7 +23,7 @@ from mmhrformer import (
     ShiftedWindowSelfAttention,
     complexity,
 )
-from mmhrformer.launch import config_root
+from mmhrformer.configs import config_root
 from mmhrformer.models.ffn import FFN, DWConvFFN
 
 HERE = Path(__file__).parent

@@ -14,8 +14,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import HOOKS, METRICS, MODELS, VISUALIZERS, DefaultScope
 from torch.utils.data import DataLoader
 
+from mmhrformer.configs import config_root, find_config
 from mmhrformer.engine.preflight import dead_options, late_variables
-from mmhrformer.launch import config_root, find_config
 
 ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_]*/*.py'))
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mmengine.config import Config
 
-from mmhrformer.launch import config_root
+from mmhrformer.configs import config_root
 
 ROOT = config_root()
 SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'model_zoo.py'

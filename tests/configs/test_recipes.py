@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 from torch import nn
 
-from mmhrformer.launch import config_root
+from mmhrformer.configs import config_root
 
 ALL = {
     path.stem: path

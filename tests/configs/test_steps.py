@@ -14,7 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from mmhrformer.launch import config_root
+from mmhrformer.configs import config_root
 
 PARAMETERS = golden.read_json('params_flops.json')['parameters']
 CLASSES = {'cityscapes': 19, 'pascal-context-59': 59, 'coco-stuff10k': 171, 'ade20k': 150}

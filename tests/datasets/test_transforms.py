@@ -13,13 +13,13 @@ from needs import needs
 from PIL import Image
 
 from mmhrformer import TRANSFORMS
+from mmhrformer.configs import config_root
 from mmhrformer.datasets import (
     PlaceRandomly,
     RandomBrightness,
     RandomScaleAspect,
     RandomScaleRotation,
 )
-from mmhrformer.launch import config_root
 
 SIZE = (60, 100)
 

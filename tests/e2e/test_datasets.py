@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from tiny_datasets import make
 
-from mmhrformer.launch import find_config
+from mmhrformer.configs import find_config
 
 pytestmark = pytest.mark.e2e
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmhrformer.launch import find_config, stock_tool
+from mmhrformer.configs import find_config
+from mmhrformer.launch import stock_tool
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +39,7 @@ def checkpoint_of(folder) -> str:
 @pytest.mark.parametrize('framework', CONFIGS)
 def test_mim_from_a_wheel(wheel, framework):
     """`mim train FRAMEWORK CONFIG` and `mim test`, with the config inside the wheel."""
-    code = f'from mmhrformer.launch import find_config as f; print(f({CONFIGS[framework]!r}))'
+    code = f'from mmhrformer.configs import find_config as f; print(f({CONFIGS[framework]!r}))'
     config = wheel.run('-c', code).strip()
     assert '.mim/configs' in config
     work = wheel.cwd / 'work' / framework

@@ -18,7 +18,8 @@ import long_run
 import pytest
 from places import ENV, ROOT, Place
 
-from mmhrformer.launch import find_config, stock_tool
+from mmhrformer.configs import find_config
+from mmhrformer.launch import stock_tool
 
 pytestmark = pytest.mark.e2e
 

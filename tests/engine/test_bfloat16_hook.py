@@ -15,8 +15,8 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from needs import needs
 from torch import nn
 
+from mmhrformer.configs import find_config
 from mmhrformer.engine import BFloat16PoseHook
-from mmhrformer.launch import find_config
 
 pytestmark = needs('mmpose')
 TINY = 'td-hm_hrformer-tiny_8xb32-210e_coco-256x192'

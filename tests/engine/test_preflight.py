@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS
 from needs import needs
 from torch.utils.data import DataLoader, Dataset
 
+from mmhrformer.configs import find_config
 from mmhrformer.engine.preflight import (
     PreflightChecks,
     batch_size_change,
@@ -20,7 +21,6 @@ from mmhrformer.engine.preflight import (
     missing_data,
     needs_gpu,
 )
-from mmhrformer.launch import find_config
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
 COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'

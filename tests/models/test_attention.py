@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmhrformer import MODELS, LocalWindowSelfAttention
-from mmhrformer.models.attention import relative_position_index
+from mmhrformer.ops.windows import relative_position_index
 
 # Windows of 3: several of them, one axis incomplete, both, smaller than one window, one token.
 SIZES = [(6, 9), (6, 7), (8, 6), (7, 5), (2, 10), (2, 2), (1, 1)]
@@ -128,21 +128,6 @@ def test_bias_is_the_row_of_the_table_that_the_index_names(window):
     expected = attn.relative_position_bias_table[relative_position_index(window)]  # (N, N, heads)
     bias = attn.relative_position_bias(torch.float32)
     assert torch.equal(bias, expected.permute(2, 0, 1)[None].float())
-
-
-def test_relative_position_index_of_window_7():
-    index = relative_position_index(7)
-    assert index.shape == (49, 49)
-    assert index[0, :3].tolist() == [84, 83, 82]
-    assert index[48, 0] == 168
-    assert index[0, 48] == 0
-
-
-@pytest.mark.parametrize('window', [1, 2, 7, 15])
-def test_relative_position_index_equals_the_formula_of_swin_in_openmmlab(window):
-    steps = torch.arange(window)
-    coords = ((2 * window - 1) * steps[:, None] + steps).view(1, -1)
-    assert torch.equal(relative_position_index(window), (coords + coords.T).flip(1))
 
 
 def test_bias_table_starts_small_but_not_at_zero():

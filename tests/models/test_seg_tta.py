@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
 
-from mmhrformer.launch import find_config
+from mmhrformer.configs import find_config
 
 pytest.importorskip('mmseg')
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmhrformer.ops import triton_support
+from mmhrformer.ops import kernels, triton_support
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 
@@ -26,11 +26,7 @@ def everything(monkeypatch):
     monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.6.0'))
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-    kernel = SimpleNamespace(layer_norm=lambda x, *args: x)
-    monkeypatch.setitem(sys.modules, 'mmhrformer.ops.triton_layer_norm', kernel)
-    monkeypatch.setattr(torch, 'ones', lambda *size, device: None)
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    return kernel
 
 
 def test_nothing_is_missing(everything):
@@ -66,9 +62,15 @@ def test_other_gpus(everything, monkeypatch):
     assert 'is not built for CUDA: the kernels know NVIDIA GPUs only' in why_not(CUDA)
 
 
-def test_no_compiler(everything):
+def test_no_compiler(monkeypatch):
     def fail(*args):
         raise RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')
 
-    everything.layer_norm = fail
-    assert why_not(CUDA).startswith('Triton fails on cuda, RuntimeError: Failed to find C compiler')
+    monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
+    monkeypatch.setattr(torch, 'ones', lambda *size, device: None)
+    kernel = SimpleNamespace(layer_norm=lambda x, *args: x)
+    monkeypatch.setitem(sys.modules, 'mmhrformer.ops.triton_layer_norm', kernel)
+    assert kernels.why_not.__wrapped__(CUDA) == ''
+    kernel.layer_norm = fail
+    reason = kernels.why_not.__wrapped__(CUDA)
+    assert reason.startswith('Triton fails on cuda, RuntimeError: Failed to find C compiler')

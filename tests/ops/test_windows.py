@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmhrformer.ops import window_merge, window_padding, window_partition
+from mmhrformer.ops.windows import relative_position_index
 
 
 @pytest.mark.parametrize('window', [1, 2, 3, 7])
@@ -36,3 +37,18 @@ def test_padding_is_centred_and_the_odd_token_goes_last(size, window, padding):
     assert window_padding(size, window) == padding
     tokens = window_partition(torch.ones(1, size, window, 1), window).view(-1, window)[:, 0]
     assert tokens.tolist() == [0] * padding[0] + [1] * size + [0] * padding[1]
+
+
+def test_relative_position_index_of_window_7():
+    index = relative_position_index(7)
+    assert index.shape == (49, 49)
+    assert index[0, :3].tolist() == [84, 83, 82]
+    assert index[48, 0] == 168
+    assert index[0, 48] == 0
+
+
+@pytest.mark.parametrize('window', [1, 2, 7, 15])
+def test_relative_position_index_equals_the_formula_of_swin_in_openmmlab(window):
+    steps = torch.arange(window)
+    coords = ((2 * window - 1) * steps[:, None] + steps).view(1, -1)
+    assert torch.equal(relative_position_index(window), (coords + coords.T).flip(1))

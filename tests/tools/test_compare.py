@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmhrformer.launch import config_root, find_config
+from mmhrformer.configs import config_root, find_config
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 SIZES = dict(cls=(32, 32), pose=(128, 96), seg=(96, 96))

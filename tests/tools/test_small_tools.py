@@ -15,7 +15,7 @@ import cv2
 import pytest
 from needs import needs
 
-from mmhrformer.launch import find_config
+from mmhrformer.configs import find_config
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own

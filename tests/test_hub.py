@@ -14,7 +14,7 @@ from mmengine.runner import load_checkpoint as mmengine_load
 import mmhrformer
 from mmhrformer import get_model, inference, load_checkpoint, register_in_mmpretrain
 from mmhrformer.checkpoints import read_zoo
-from mmhrformer.launch import read_config
+from mmhrformer.configs import read_config
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 

@@ -1,0 +1,96 @@
+"""Find our configs, and read one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config
+
+from .utils.suggest import did_you_mean
+
+# default_scope of a config -> the package whose tools run it.
+PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
+
+
+def config_root() -> Path:
+    """The folder of our configs: beside the package in a checkout, inside it when installed.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        FileNotFoundError: If the installation has no configs.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / 'configs', package / '.mim' / 'configs'):
+        if (folder / 'model-index.yml').is_file():
+            return folder
+    raise FileNotFoundError(f'no configs beside {package}: reinstall mmhrformer')
+
+
+def find_config(name: str) -> Path:
+    """Find a config by its path, or one of ours by its name.
+
+    Args:
+        name (str): Path of a config, or name of one of ours, with or without ``.py``.
+
+    Returns:
+        Path: The config file.
+
+    Raises:
+        FileNotFoundError: If there is none; the message proposes similar names.
+
+    Examples:
+        >>> find_config('hrformer-tiny_8xb128_in1k').name
+        'hrformer-tiny_8xb128_in1k.py'
+    """
+    if Path(name).is_file():
+        return Path(name)
+    ours = {path.stem: path for path in config_root().glob('[!_]*/*.py')}
+    wanted = Path(name).name.removesuffix('.py')
+    if wanted in ours:
+        return ours[wanted]
+    hint = did_you_mean(wanted, ours) or f'ours are in {config_root()}'
+    raise FileNotFoundError(f'there is no config {name!r}: {hint}')
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a config.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        Config: What it says.
+
+    Raises:
+        ValueError: If it is no Python; the error of mmengine does not tell which file it is about.
+    """
+    try:
+        return Config.fromfile(path)
+    except SyntaxError as err:
+        raise ValueError(
+            f'cannot read the config {str(path)!r}, or one in its _base_: {err.msg}, line '
+            f'{err.lineno}. Correct that line'
+        ) from err
+
+
+def open_config(model: str | Path | Config) -> Config:
+    """Find and read the config of a model, once.
+
+    Args:
+        model (str | Path | Config): As :func:`find_config`, or a config that is read already.
+
+    Returns:
+        Config: What it says, or the given one.
+
+    Raises:
+        FileNotFoundError: If there is none; the message proposes similar names.
+        ValueError: If it cannot be read.
+    """
+    return model if isinstance(model, Config) else read_config(find_config(str(model)))
+
+
+def name_of(cfg: Config) -> str:
+    """Name of a config: that of its file without folder and suffix, empty if it has none."""
+    return Path(cfg.filename or '').stem
