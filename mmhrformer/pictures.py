@@ -19,7 +19,7 @@ from .image_loading import displayable
 from .inferencers import Inferencer
 from .media import Picture
 from .models.attention import LocalWindowSelfAttention
-from .models.block import HRFormerBlock
+from .models.fused import BLOCKS
 from .ops import window_padding, window_partition
 from .utils.suggest import did_you_mean
 
@@ -82,7 +82,7 @@ def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str,
 
 def last_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
     """The last block of each of the four streams, finest first, by name."""
-    names = [name for name, module in backbone.named_modules() if isinstance(module, HRFormerBlock)]
+    names = [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
     last = {}
     for name in names:
         stage, _module, _branches, stream, _block = name.split('.')
@@ -255,7 +255,7 @@ def find_attention(
 
 def find_block(backbone: nn.Module, name: str) -> nn.Module:
     """Find a transformer block by name; the error proposes similar names."""
-    names = [key for key, module in backbone.named_modules() if isinstance(module, HRFormerBlock)]
+    names = [key for key, module in backbone.named_modules() if isinstance(module, BLOCKS)]
     if name not in names:
         raise ValueError(
             f'block={name!r}: the backbone has no such block. {did_you_mean(name, names)} They are '

@@ -6,8 +6,7 @@ from mmengine.utils import digit_version
 from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import nn
 
-from .block import HRFormerBlock
-from .fused import FusedBlock
+from .fused import BLOCKS
 
 # The first torch to compile code once for all modules that differ in nothing but their weights, by
 # its documentation; 2.13 is the one that was tried.
@@ -46,9 +45,7 @@ def compile_blocks(model: nn.Module, **options) -> nn.Module:
             f'compile_blocks needs torch {FIRST_TORCH} or newer, and this is {TORCH_VERSION}, '
             'which would compile each block anew: call torch.compile(model), or leave it uncompiled'
         )
-    blocks = [
-        module for module in model.modules() if isinstance(module, (HRFormerBlock, FusedBlock))
-    ]
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     if not blocks:
         raise ValueError(
             f'model={type(model).__name__} has no HRFormerBlock: call torch.compile(model)'

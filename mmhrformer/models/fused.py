@@ -256,6 +256,10 @@ class FusedBlock(InferenceOnly):
         return x + self.ffn(self.norm2(x))
 
 
+# What blocks there are in a model, folded or not.
+BLOCKS = (HRFormerBlock, FusedBlock)
+
+
 def replace(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Replace all sub-modules of a kind, or the model itself."""
     if isinstance(model, kind):

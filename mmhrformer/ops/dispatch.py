@@ -70,8 +70,8 @@ def describe() -> str:
     """
     x = torch.empty(0, device='cuda' if torch.cuda.is_available() else 'cpu')
     names = []
-    for is_training in (False, True):
-        with torch.set_grad_enabled(is_training):
+    for x.requires_grad in (False, True):
+        with torch.enable_grad():
             names.append(backend(x).__name__.rpartition('.')[2])
     inference, training = names
     said = (
