@@ -86,6 +86,7 @@ def test_compiled_parts_of_folded_blocks_are_used(monkeypatch):
     """Kernels for whole blocks, which take the weights of the parts, would bypass them."""
     model = fuse_for_inference(make_model().eval())
     x, blocks = torch.randn(1, 3, 64, 48), []
+    monkeypatch.setattr(kernels, 'LINEAR_DTYPES', kernels.DTYPES)  # the model is in float32
     monkeypatch.setattr(cpu, 'has_folded_block', kernels.has_folded_block)
     fake = lambda x, block: (blocks.append(block), x)[1]  # noqa: E731
     monkeypatch.setattr(cpu, 'folded_block', fake, raising=False)
