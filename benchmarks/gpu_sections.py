@@ -141,7 +141,7 @@ def _weights(task: str, arch: str) -> dict[str, Tensor]:
 
 
 class Replay:
-    """A function recorded in a CUDA graph, which is called by address.
+    """A function captured in a CUDA graph, which is called by address.
 
     The function is kept: with it would go the weights and images that the graph reads.
     """
@@ -163,7 +163,7 @@ class Replay:
 
 
 def capture(run: Callable, pool: object, device: str) -> Callable:
-    """Record a function in a CUDA graph, and return its replay; on a CPU the function itself."""
+    """Capture a function in a CUDA graph, and return its replay; on a CPU the function itself."""
     return run if device == 'cpu' else Replay(run, pool)
 
 
@@ -216,7 +216,7 @@ def captured_training(step: bs.TrainingStep, form: str, pool: object, device: st
     entrant.make_optimizer()
 
     def run() -> None:
-        # Gradients that are absent when it is recorded are written by a replay, not added to.
+        # Gradients that are absent when it is captured are written by a replay, not added to.
         entrant.network.zero_grad(set_to_none=True)
         step.backward()
 

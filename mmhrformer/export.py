@@ -57,7 +57,7 @@ OPSETS = range(14, 18)
 HAS_CHOICE = 'dynamo' in inspect.signature(torch.onnx.export).parameters
 EXPORTER = dict(dynamo=False) if HAS_CHOICE else {}
 TOLERANCE = 1e-4  # of the range of the output
-# For any size, a size is recorded at which everything is needed that some sizes need: the streams
+# For any size, a size is traced at which everything is needed that some sizes need: the streams
 # are 17x9, 9x5, 5x3 and 3x2, and halving an odd size rounds, which enlarging has to correct.
 TRACED_SIZE = (68, 36)
 TRACED_BATCH = 2  # 1 would also fit where a tensor is stretched
@@ -350,7 +350,7 @@ def export_onnx(
     with torch.no_grad():
         folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
     deployed = DeployedModel(folded, with_normalization).eval()
-    graph = record(deployed, size, batch, dynamic_size, opset)
+    graph = trace(deployed, size, batch, dynamic_size, opset)
     _add_metadata(graph, deployed, names)
     cases = _cases(size, batch, dynamic_size) if verify else []
     graph, comparisons = _choose(graph, simplify, reference, cases)
@@ -413,14 +413,14 @@ def _check_numbers(size: Sequence[int], batch: int | None, opset: int) -> None:
         raise ValueError(f'opset={opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
 
 
-def record(
+def trace(
     deployed: DeployedModel,
     size: Sequence[int],
     batch: int | None,
     dynamic_size: bool,
     opset: int,
 ):
-    """Record a forward pass as a graph of ONNX.
+    """Trace a forward pass as a graph of ONNX.
 
     Args:
         deployed (DeployedModel): The model.
@@ -485,7 +485,7 @@ def _cases(
 
 
 def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tuple]):
-    """Simplify, check and compare; the graph as recorded is kept if the simplified one is wrong."""
+    """Simplify, check and compare; the graph as traced is kept if the simplified one is wrong."""
     import onnx
 
     expected = [(batch, size, *_run_torch(reference, batch, size)) for batch, size in cases]
@@ -496,7 +496,7 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
             simplified = onnxslim.slim(copy.deepcopy(graph))
             onnx.checker.check_model(simplified, full_check=True)
             comparisons = compare(simplified, expected)
-        except Exception as err:  # whatever fails there, the graph as recorded is still to be had
+        except Exception as err:  # whatever fails there, the graph as traced is still to be had
             warnings.warn(f'not simplified, onnxslim failed: {err}', stacklevel=3)
         else:
             if all(comparison.good for comparison in comparisons):

@@ -230,7 +230,7 @@ def test_the_model_is_left_as_it_is(models, exported):
 def test_wrong_results_leave_no_file(models, exported, monkeypatch, tmp_path):
     """The recorded graph is one of other weights."""
     wrong = copy.deepcopy(exported['classification'].graph)
-    monkeypatch.setattr(export, 'record', lambda *args: wrong)
+    monkeypatch.setattr(export, 'trace', lambda *args: wrong)
     model = make_model('classification')
     with torch.no_grad():
         model.head.fc.weight.mul_(2)
@@ -252,7 +252,7 @@ def test_a_bad_simplification_is_not_kept(failure, models, exported, monkeypatch
                 tensor.raw_data = torch.arange(10, dtype=torch.float32).numpy().tobytes()
         return proto
 
-    monkeypatch.setattr(export, 'record', lambda *args: copy.deepcopy(graph))
+    monkeypatch.setattr(export, 'trace', lambda *args: copy.deepcopy(graph))
     monkeypatch.setattr(onnxslim, 'slim', slim)
     file = tmp_path / 'a.onnx'
     message = 'not today' if failure == 'raises' else 'changed the results'

@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='take pixels of 0 to 255, normalize them in the file',
     )
-    parser.add_argument('--no-simplify', action='store_true', help='leave the graph as recorded')
+    parser.add_argument('--no-simplify', action='store_true', help='leave the graph as traced')
     parser.add_argument('--no-verify', action='store_true', help='do not compare with torch')
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
     parser.add_argument(

@@ -12,17 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
 from .contents import find_weights, plain_name, refuse_doubles, told_of_others
-
-if TYPE_CHECKING:
-    from ..models.hrformer import HRFormer
 
 BIAS_TABLE = 'relative_position_bias_table'
 # Follows from the window. The official codes and mmpose save it; here it is computed.
@@ -316,13 +312,13 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
     return image.reshape(-1, new * new).T.contiguous()
 
 
-def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: HRFormer) -> None:
+def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Module) -> None:
     """Make a checkpoint of any dialect fit a backbone that is about to load it.
 
     Args:
         state_dict (MutableMapping): The checkpoint; changed in place.
         prefix (str): What the names of the backbone's tensors begin with in it.
-        backbone (HRFormer): The backbone.
+        backbone (nn.Module): The :class:`HRFormer`.
 
     Raises:
         ValueError: If there are tensors under the prefix, but none for the blocks, or if a weight
@@ -367,7 +363,7 @@ def _check_blocks(tensors: Mapping, own: Mapping) -> None:
         )
 
 
-def _fit_bias_tables(tensors: dict, own: Mapping, backbone: HRFormer) -> dict:
+def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
     """Resize bias tables to the backbone's windows; leave them out if it has none."""
     fitted, windows, left_out = {}, set(), 0
     for key, tensor in tensors.items():

@@ -22,8 +22,8 @@ WARM_UP = 3  # passes before the capture, in which libraries and Triton choose t
 REMEDY = 'leave CUDAGraphHook or graph_backbone out'
 
 
-class Recorder:
-    """Records functions as CUDA graphs that share their memory, so that they run in turn."""
+class GraphCapture:
+    """Captures functions in CUDA graphs that share their memory, so that they run in turn."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != 'cuda':
@@ -43,7 +43,7 @@ class Recorder:
         current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
-        """Record a function; what replays it, and the tensors that each replay writes anew."""
+        """Capture a function; what replays it, and the tensors that each replay writes anew."""
         graph = torch.cuda.CUDAGraph()
         # Not 'global': threads that pin batches or watch NCCL may call CUDA in the meantime.
         with torch.cuda.graph(graph, self.pool, self.stream, 'thread_local'):
@@ -89,7 +89,7 @@ class GraphedForward:
         self.module, self.ordinary = module, module.forward
         self.modules = list(module.modules())
         self.held = [m._parameters for m in self.modules if m._parameters]
-        self.recorder = Recorder(next(module.parameters()).device)
+        self.graphs = GraphCapture(next(module.parameters()).device)
         self.key, self.last, self.calls, self.replays = None, lambda: None, 0, 0
 
     def __reduce__(self) -> tuple:
@@ -117,7 +117,7 @@ class GraphedForward:
         return images.shape, images.stride(), images.dtype, images.device, modes, weights
 
     def capture(self, images: Tensor) -> None:
-        """Record both passes for images like these in the modes that are set."""
+        """Capture both passes for images like these in the modes that are set."""
         key = self._key(images)
         self.images, self.grads = images.clone(), None
         learned = [p for p in self.module.parameters() if p.requires_grad]
@@ -125,12 +125,12 @@ class GraphedForward:
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:  # random numbers and statistics of the warm-up shall leave no trace
             with torch.random.fork_rng([images.device] if images.is_cuda else []):
-                with self.recorder.warm_up():
+                with self.graphs.warm_up():
                     for _ in range(WARM_UP):
                         self._forward()
                         self._backward()
-                self.run_forward, self.outputs = self.recorder.capture(self._forward)
-                self.run_backward, self.flats = self.recorder.capture(self._backward)
+                self.run_forward, self.outputs = self.graphs.capture(self._forward)
+                self.run_backward, self.flats = self.graphs.capture(self._backward)
         except RuntimeError as err:
             raise RuntimeError(
                 f'the backbone, {type(self.module).__name__}, cannot be captured in CUDA graphs: '

@@ -1,7 +1,7 @@
 """The functions of the model that have a plain form and fast forms.
 
 The model says what is computed, this package decides how. :func:`backend` picks a form by device,
-data type and what records or transforms the computation; nothing else in the package asks.
+data type and what traces or transforms the computation; nothing else in the package asks.
 
 ``ops.use('reference')`` forces the plain forms, and so does the environment variable
 ``MMHRFORMER_OPS=reference``.

@@ -39,7 +39,7 @@ class StandIn:
 
 @pytest.fixture
 def _on_cpu(monkeypatch):
-    monkeypatch.setattr(cuda_graph_hook, 'Recorder', StandIn)
+    monkeypatch.setattr(cuda_graph_hook, 'GraphCapture', StandIn)
     monkeypatch.setattr(cuda_graph_hook, 'WARM_UP', 1)
 
 

@@ -112,13 +112,13 @@ def graph(model: nn.Module, x: Tensor) -> Callable:
         for _ in range(3):
             model(static)
     torch.cuda.current_stream().wait_stream(stream)
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
         outs = model(static)
 
     def replay(x: Tensor) -> list[Tensor]:
         static.copy_(x)
-        recorded.replay()
+        captured.replay()
         return [out.clone() for out in outs]
 
     return replay
