@@ -1,7 +1,7 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTHON ?=
-SETUP = tools/setup_env.py --venv "$(VENV)"
+SETUP = dev/setup_env.py --venv "$(VENV)"
 
 # The first Python that the modern stack fits: $(PYTHON), or one on the PATH.
 IS_MODERN = import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) and print(sys.executable)
@@ -24,7 +24,7 @@ env: ## make the environment .venv or bring it up to date (other targets do it t
 	done; exec $(or $(PYTHON),python3) $(SETUP)
 
 demo: env ## train and test the three example tasks on the CPU
-	$(PY) tools/run_demo.py
+	$(PY) demo/run_demo.py
 
 test: test-fast ## run all tests: the fast ones on both stacks, then the end-to-end ones
 	@if [ -n "$(MODERN_PYTHON)" ]; then $(MAKE) test-modern; \
@@ -35,7 +35,7 @@ test-fast: env ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e and not gpu"
 
 test-modern: ## run the fast tests on current torch and NumPy, in their own environment
-	$(or $(MODERN_PYTHON),$(PYTHON),python3) tools/setup_env.py --stack modern --venv "$(VENV)-modern"
+	$(or $(MODERN_PYTHON),$(PYTHON),python3) dev/setup_env.py --stack modern --venv "$(VENV)-modern"
 	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python -m pytest -n 2 -m "not e2e and not gpu" --ignore=tests/e2e
 
 test-gpu: ## run the tests that need a GPU; PY=python for the current environment

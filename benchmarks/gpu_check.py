@@ -39,7 +39,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '4')  # of each of several processes
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT / 'tools'), str(ROOT)]
+sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT)]
 
 import gpu_sections  # noqa: E402
 from gpu_sections import SECTIONS, Job, Settings  # noqa: E402

@@ -36,8 +36,8 @@ import gpu_sweep
 from torch import Tensor, nn
 
 from mmhrformer import compile_blocks, graph_backbone, ops
+from mmhrformer.deploy.compile import allow_many_versions
 from mmhrformer.models import hrformer
-from mmhrformer.models.compiled import allow_many_versions
 
 # Sections in the order in which they run, and seconds that a job of theirs may take. The tests have
 # what is left.

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
+import benchmark_peers as peers
 import torch
 import torch.nn.functional as F
 from mmengine.utils import digit_version
@@ -35,9 +34,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
-import benchmark_peers as peers
 
 from mmhrformer import ops
 from mmhrformer.ops.dispatch import BACKENDS

@@ -16,7 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+sys.path[:0] = [str(ROOT), str(ROOT / 'dev')]
 
 from model_zoo import markdown, metafiles, read_models  # noqa: E402
 

@@ -6,7 +6,7 @@ Importing this registers what it has with mmengine, and does nothing else.
 from __future__ import annotations
 
 # ruff: noqa: E402
-from .environment import check_core
+from .utils.install_hints import check_core
 
 check_core()  # before what needs it, so that the error tells how to mend an installation
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .deploy.compile import compile_blocks
+from .deploy.fuse import fuse_for_inference
 from .engine.cuda_graph_hook import graph_backbone
 from .hub import get_model, list_models, register_in_mmpretrain
-from .inferencers import (
+from .inferencers.base import (
     ClsInferencer,
     Inferencer,
     PoseInferencer,
@@ -12,8 +14,6 @@ from .inferencers import (
     get_inferencer,
     inference,
 )
-from .models.compiled import compile_blocks
-from .models.fused import fuse_for_inference
 
 __all__ = [
     'ClsInferencer',

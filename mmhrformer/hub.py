@@ -13,9 +13,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .checkpoints import list_models, load_checkpoint, read_zoo
+from .checkpoints.contents import meta_of_checkpoint
 from .checkpoints.loading import naming, read
 from .configs import name_of, open_config
-from .dataset_meta import meta_of_checkpoint
 
 __all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
 

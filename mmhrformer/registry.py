@@ -17,14 +17,14 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import Registry
 
-from .environment import explain
+from .utils.install_hints import explain
 
 # Classes that are built on a framework: name -> (module that defines it, framework, our extra).
 # They are imported when somebody asks for them, so that the rest works without the framework.
 FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
-    'SwinTransformer': ('mmhrformer.models.swin', 'mmpretrain', 'cls'),
+    'SwinTransformer': ('mmhrformer.models.ablations.swin', 'mmpretrain', 'cls'),
     'SumLogitsTTAModel': ('mmhrformer.models.seg_tta', 'mmsegmentation', 'seg'),
 }
 

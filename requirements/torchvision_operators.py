@@ -2,7 +2,7 @@
 
 Some package indexes have torch for CPUs and torchvision for CUDA. Then torchvision cannot even be
 imported, for it describes operators that are not there. To declare them is enough for all that
-needs none of them; who calls one gets an error. tools/setup_env.py puts this file into the
+needs none of them; who calls one gets an error. dev/setup_env.py puts this file into the
 environment of the modern stack if it is needed, and nothing else does.
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.utils import digit_version
 
-from mmhrformer.models.compiled import FIRST_TORCH
+from mmhrformer.deploy.compile import FIRST_TORCH
 
 can_compile_blocks = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version(FIRST_TORCH),

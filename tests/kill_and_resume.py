@@ -9,7 +9,7 @@ moments, every other time while a checkpoint is being written; now and then the 
 cut in half as well. Each time ``--resume`` must go on from the newest checkpoint that is whole.
 When a run comes to its end before all kills are done, the next one begins in another folder.
 
-The data have to be there: ``python tools/demo_data.py``.
+The data have to be there: ``python demo/demo_data.py``.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from mmhrformer import (
     load_checkpoint,
 )
 from mmhrformer.datasets import transforms
-from mmhrformer.engine.preflight import PreflightChecks
+from mmhrformer.engine.config_check import PreflightChecks
 
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 OURS = 'hrformer-tiny_8xb128_in1k'

@@ -22,7 +22,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from places import ROOT, run
 
-from mmhrformer.engine.preflight import dead_options, late_variables
+from mmhrformer.engine.config_check import dead_options, late_variables
 
 DOCS = ROOT / 'docs'
 PAGES = sorted(DOCS.glob('*.md'))

@@ -17,19 +17,19 @@ from places import ROOT
 
 # From bottom to top. The checkpoints are below the models, whose load hook translates names.
 LAYERS = (
-    ('version', 'files', 'utils', 'environment'),
+    ('version', 'utils'),
     ('registry',),
-    ('configs', 'dataset_meta'),
+    ('configs',),
     ('ops',),
     ('checkpoints',),
     ('models',),
     ('datasets',),
+    ('deploy',),
     ('engine',),
-    ('export',),
     ('hub',),
-    ('image_loading', 'media', 'inferencer_arguments', 'inferencers'),
-    ('complexity', 'pictures'),
-    ('launch', 'cli', '__main__'),
+    ('inferencers',),
+    ('analysis',),
+    ('cli', '__main__'),
     ('apis',),
     ('',),  # the package itself: public names, which nothing in it imports
 )

@@ -18,7 +18,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from mmhrformer.launch import run_script, stock_tool
+from mmhrformer.cli.launch import run_script, stock_tool
 
 TASKS = ('plot_curve', 'cal_train_time')
 

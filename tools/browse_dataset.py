@@ -23,8 +23,8 @@ from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmengine.visualization import Visualizer
 
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.engine.preflight import missing_data
-from mmhrformer.image_loading import displayable, reason
+from mmhrformer.engine.config_check import missing_data
+from mmhrformer.inferencers.image_loading import displayable, reason
 
 MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
 

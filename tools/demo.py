@@ -17,15 +17,19 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.runner import find_latest_checkpoint
 
-# The demos beside this file: their configs, and where they leave what they trained.
-from run_demo import TASKS, newest_checkpoint
+from mmhrformer.analysis.feature_maps import draw_attention, draw_features, find_attention
+from mmhrformer.inferencers.arguments import DTYPES
+from mmhrformer.inferencers.base import Inferencer, get_inferencer
+from mmhrformer.inferencers.media import Images, Picture, Video, open_media
 
-from mmhrformer.inferencer_arguments import DTYPES
-from mmhrformer.inferencers import Inferencer, get_inferencer
-from mmhrformer.media import Images, Picture, Video, open_media
-from mmhrformer.pictures import draw_attention, draw_features, find_attention
-
+# The configs of the demos by task.
+DEMOS = {
+    'cls': 'hrformer-demo_1xb64-6e_digits',
+    'pose': 'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+    'seg': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+}
 DEMO_OUTPUT = Path('demo_output')  # where "make demo" writes, below the current folder
 MIN_SIDE = 256  # smaller pictures are enlarged before drawing
 
@@ -36,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('inputs', metavar='INPUT', help='image, video, folder or address')
-    parser.add_argument('--task', choices=TASKS, help='what to find; else what --model is for')
+    parser.add_argument('--task', choices=DEMOS, help='what to find; else what --model is for')
     parser.add_argument('--model', help='name of a model of the zoo, or path of a config')
     parser.add_argument(
         '--checkpoint', help='weights for the model: a file, or a name of the zoo (its own)'
@@ -104,18 +108,18 @@ def choose_model(args: argparse.Namespace) -> tuple[str, str | bool]:
     if args.model:
         return args.model, args.checkpoint or True
     if not args.task:
-        raise ValueError(f'give --task, one of {", ".join(TASKS)}, or --model')
-    model = TASKS[args.task].config
+        raise ValueError(f'give --task, one of {", ".join(DEMOS)}, or --model')
+    model = DEMOS[args.task]
     if args.checkpoint:
         return model, args.checkpoint
     folder = DEMO_OUTPUT / args.task / 'train'
     if not (folder / 'last_checkpoint').is_file():
         raise FileNotFoundError(
             f'there is no checkpoint in {folder.resolve()}: run "make demo", or "python '
-            f'tools/run_demo.py --tasks {args.task}", which trains one; or give --checkpoint, or '
+            f'demo/run_demo.py --tasks {args.task}", which trains one; or give --checkpoint, or '
             '--model with a name of the zoo'
         )
-    noted = newest_checkpoint(folder)
+    noted = Path(find_latest_checkpoint(folder))
     return model, str(noted if noted.is_file() else folder / noted.name)  # the folder was moved
 
 

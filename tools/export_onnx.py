@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.export import (
+from mmhrformer.deploy.onnx import (
     HEADER,
     INPUT,
     OPSETS,

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from mmengine.registry import MODELS, DefaultScope
 
-from mmhrformer.complexity import analyzed_macs, complexity, input_shape
+from mmhrformer.analysis.complexity import analyzed_macs, complexity, input_shape
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.export import default_size
+from mmhrformer.deploy.onnx import default_size
 
 
 def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
@@ -31,8 +31,8 @@ def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
             square. Defaults to None: as the config trains with.
 
     Returns:
-        dict[str, int]: As :func:`mmhrformer.complexity.complexity` returns it; ``analyzed``, the
-        multiply-accumulates by mmengine's analysis; ``height`` and ``width``.
+        dict[str, int]: As :func:`mmhrformer.analysis.complexity.complexity` returns it;
+        ``analyzed``, the multiply-accumulates by mmengine's analysis; ``height`` and ``width``.
 
     Raises:
         ValueError: If the config has no model, or the image is too small for it.

@@ -2,7 +2,7 @@
 
 import sys
 
-from mmhrformer.launch import run_stock_tool
+from mmhrformer.cli.launch import run_stock_tool
 
 if __name__ == '__main__':
     run_stock_tool('test', sys.argv[1:])

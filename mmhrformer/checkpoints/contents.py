@@ -249,3 +249,17 @@ def _where_weights_may_be(checkpoint: Mapping, others: Mapping[str, str]) -> str
         + ": tensors are looked for at the top and under 'state_dict' and 'model'; "
         + (save_weights(checkpoint) if key is None else f'for those under {key!r}: {_choose(key)}')
     )
+
+
+def meta_of_checkpoint(content: Mapping) -> dict:
+    """Take from a checkpoint what it tells about the data that its model was trained with.
+
+    Args:
+        content (Mapping): What was saved.
+
+    Returns:
+        dict: ``classes``, ``palette`` and others; empty if it tells nothing.
+    """
+    meta = content.get('meta')
+    told = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return dict(told) if isinstance(told, Mapping) else {}

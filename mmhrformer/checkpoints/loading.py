@@ -14,9 +14,16 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..dataset_meta import meta_of_checkpoint
 from ..utils.suggest import did_you_mean
-from .contents import SWAPPED, Contents, find_weights, plain_name, told_of_others, unwrap
+from .contents import (
+    SWAPPED,
+    Contents,
+    find_weights,
+    meta_of_checkpoint,
+    plain_name,
+    told_of_others,
+    unwrap,
+)
 from .dialects import BIAS_TABLE, Report, check_finite, convert
 from .reading import read_checkpoint
 from .zoo import fetch, find_source, read_zoo

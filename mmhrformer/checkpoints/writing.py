@@ -11,8 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..files import whole_file
 from ..ops.windows import relative_position_index
+from ..utils.files import whole_file
 from .contents import unwrap
 from .dialects import (
     BIAS_TABLE,

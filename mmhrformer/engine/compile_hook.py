@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from ..models.compiled import compile_blocks
+from ..deploy.compile import compile_blocks
 from ..registry import HOOKS
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..registry import FRAMEWORK_CLASSES, import_framework_class
+from .ablations.plain_ffn import FFN
+from .ablations.shifted_attention import ShiftedWindowSelfAttention
 from .attention import LocalWindowSelfAttention
 from .block import HRFormerBlock
-from .ffn import FFN, DWConvFFN
+from .ffn import DWConvFFN
 from .fusion_neck import HRFormerFusion
 from .hrformer import ARCHS, HRFormer
 from .losses import OHEMCrossEntropyLoss, WeightedCrossEntropyLoss
-from .shifted_attention import ShiftedWindowSelfAttention
 
 __all__ = [
     'ARCHS',

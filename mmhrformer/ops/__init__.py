@@ -212,7 +212,7 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
 
     Args:
         x (Tensor): Map of shape (B, H, W, C).
-        block (nn.Module): A :class:`mmhrformer.models.fused.FusedBlock`.
+        block (nn.Module): A :class:`mmhrformer.deploy.fuse.FusedBlock`.
 
     Returns:
         bool: Whether there are kernels for it.
@@ -225,7 +225,7 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
 
     Args:
         x (Tensor): Map of shape (B, H, W, C).
-        block (nn.Module): A :class:`mmhrformer.models.fused.FusedBlock`.
+        block (nn.Module): A :class:`mmhrformer.deploy.fuse.FusedBlock`.
 
     Returns:
         Tensor: Map of the same shape.

@@ -29,7 +29,7 @@ SCRIPT = ROOT / 'benchmarks/gpu_check.py'
 def tool():
     """The modules of the tool."""
     before = list(sys.path)
-    sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT / 'tools')]
+    sys.path[:0] = [str(ROOT / 'benchmarks')]
     names = ('check', 'sections', 'sweep', 'table')
     yield SimpleNamespace(**{name: importlib.import_module(f'gpu_{name}') for name in names})
     sys.path[:] = before

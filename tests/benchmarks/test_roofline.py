@@ -27,7 +27,6 @@ can_count = pytest.mark.skipif(
 @pytest.fixture(scope='module')
 def tool() -> Iterator[ModuleType]:
     before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
     yield importlib.import_module('roofline')
     sys.path[:] = before
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from mmhrformer import HRFormer, get_model, load_checkpoint
 from mmhrformer.checkpoints import read_checkpoint
-from mmhrformer.launch import checked
+from mmhrformer.cli.launch import checked
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 

@@ -18,13 +18,14 @@ from torch import nn
 
 from mmhrformer import (
     ARCHS,
+    FFN,
+    DWConvFFN,
     HRFormer,
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
     complexity,
 )
 from mmhrformer.configs import config_root
-from mmhrformer.models.ffn import FFN, DWConvFFN
 
 HERE = Path(__file__).parent
 ROOT = config_root()
@@ -42,7 +43,7 @@ def module(path: Path):
 
 
 steps = module(HERE / 'test_steps.py')
-zoo = module(HERE.parents[1] / 'tools/model_zoo.py')
+zoo = module(HERE.parents[1] / 'dev/model_zoo.py')
 
 
 LARGE = [name for name in CONFIGS if re.search('base|large', name)]
@@ -268,7 +269,7 @@ def _stock_counters(monkeypatch):
     ],
 )
 def test_counts_are_true(name):
-    """The other configs: ``python tools/model_zoo.py --check``."""
+    """The other configs: ``python dev/model_zoo.py --check``."""
     assert zoo.wrong_counts(META[name], ROOT) == []
 
 

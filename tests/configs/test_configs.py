@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS, METRICS, MODELS, VISUALIZERS, DefaultScope
 from torch.utils.data import DataLoader
 
 from mmhrformer.configs import config_root, find_config
-from mmhrformer.engine.preflight import dead_options, late_variables
+from mmhrformer.engine.config_check import dead_options, late_variables
 
 ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_]*/*.py'))
 

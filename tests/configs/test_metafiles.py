@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmhrformer.configs import config_root
 
 ROOT = config_root()
-SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'model_zoo.py'
+SCRIPT = Path(__file__).resolve().parents[2] / 'dev' / 'model_zoo.py'
 SPEC = importlib.util.spec_from_file_location('model_zoo', SCRIPT)
 zoo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(zoo)
@@ -159,7 +159,7 @@ def test_what_nobody_reports_is_left_out():
     ],
 )
 def test_counts_are_true(name):
-    """The other configs: ``python tools/model_zoo.py --check``."""
+    """The other configs: ``python dev/model_zoo.py --check``."""
     assert zoo.wrong_counts(MODELS[name], ROOT) == []
 
 

@@ -18,7 +18,7 @@ def demo_data() -> Path:
     # Tests run in two processes; the second finds what the first has written.
     with (Path(tempfile.gettempdir()) / 'mmhrformer-demo-data.lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run([sys.executable, 'tools/demo_data.py'], ROOT)
+        run([sys.executable, 'demo/demo_data.py'], ROOT)
     return ROOT / 'data'
 
 

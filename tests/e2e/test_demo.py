@@ -16,7 +16,7 @@ AT_LEAST = {'top-1 accuracy': 97.0, 'AP': 95.0, 'mIoU': 70.0}
 
 
 def test_demo_learns_all_three_tasks(demo_data, tmp_path):
-    out = run([sys.executable, 'tools/run_demo.py', '--out', str(tmp_path)], ROOT)
+    out = run([sys.executable, 'demo/run_demo.py', '--out', str(tmp_path)], ROOT)
     print(out)
     for metric, least in AT_LEAST.items():
         value = float(re.search(rf'  {metric} +([\d.]+)%', out).group(1))

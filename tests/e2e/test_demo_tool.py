@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from places import ROOT
+from run_demo import TASKS
 
 from mmhrformer import get_model
-
-sys.path.insert(0, str(ROOT / 'tools'))
-from run_demo import TASKS
 
 pytestmark = pytest.mark.e2e
 TOOL = str(ROOT / 'tools/demo.py')

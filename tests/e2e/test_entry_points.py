@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mmhrformer.cli.launch import stock_tool
 from mmhrformer.configs import find_config
-from mmhrformer.launch import stock_tool
 
 pytestmark = pytest.mark.e2e
 

@@ -18,8 +18,8 @@ import long_run
 import pytest
 from places import ENV, ROOT, Place
 
+from mmhrformer.cli.launch import stock_tool
 from mmhrformer.configs import find_config
-from mmhrformer.launch import stock_tool
 
 pytestmark = pytest.mark.e2e
 

@@ -20,8 +20,8 @@ from mmhrformer import (
     fuse_for_inference,
     ops,
 )
+from mmhrformer.deploy.compile import FIRST_TORCH
 from mmhrformer.models.block import HRFormerBlock
-from mmhrformer.models.compiled import FIRST_TORCH
 from mmhrformer.models.hrformer import ARCHS
 
 pytestmark = pytest.mark.gpu

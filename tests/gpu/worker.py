@@ -20,7 +20,7 @@ from small_runs import MICRO, Reading, amp, train
 from torch import nn
 
 from mmhrformer import HRFormer
-from mmhrformer.engine.cpu_dist import CPUDistributedDataParallel, prepare_cpu_launch
+from mmhrformer.engine.cpu_ddp import CPUDistributedDataParallel, prepare_cpu_launch
 
 RANK, WORLD = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
 CASE, FOLDER, ON_CUDA = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == 'cuda'

@@ -23,8 +23,8 @@ from mmhrformer import (
     fuse_for_inference,
     load_checkpoint,
 )
-from mmhrformer.complexity import complexity
-from mmhrformer.models.swin import SwinTransformer
+from mmhrformer.analysis.complexity import complexity
+from mmhrformer.models.ablations.swin import SwinTransformer
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 2, 1), num_blocks=1)
 PLAIN = dict(type='mmhrformer.LocalWindowSelfAttention')

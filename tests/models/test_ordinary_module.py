@@ -20,8 +20,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from mmhrformer import HRFormer, HRFormerFusion, compile_blocks, fuse_for_inference, ops
-from mmhrformer.complexity import complexity
-from mmhrformer.models.fused import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
+from mmhrformer.analysis.complexity import complexity
+from mmhrformer.deploy.fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 
 ARCH = dict(channels=(8, 8, 8, 16), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 FORMATS = [torch.contiguous_format, torch.channels_last]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from triton_on_cpu import make_tiles_small
 
 from mmhrformer import HRFormerBlock, fuse_for_inference, ops
+from mmhrformer.deploy.fuse import FusedBlock
 from mmhrformer.models.attention import LocalWindowSelfAttention
 from mmhrformer.models.ffn import DepthwiseConv2d
-from mmhrformer.models.fused import FusedBlock
 from mmhrformer.ops import kernels
 from mmhrformer.ops.recompute import recompute
 from mmhrformer.ops.triton_support import why_not

@@ -17,12 +17,17 @@ from needs import needs
 
 from mmhrformer.configs import find_config
 
-TOOLS = Path(__file__).parents[2] / 'tools'
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    path.stem: path for folder in ('tools', 'dev', 'demo') for path in (ROOT / folder).glob('*.py')
+}
+SCRIPTS['benchmark'] = ROOT / 'benchmarks/benchmark.py'
+TOOLS = ROOT / 'tools'
 ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own
 COMMANDS = sorted(
-    path.stem
-    for path in TOOLS.glob('*.py')
-    if "if __name__ == '__main__':" in path.read_text() and path.stem not in ELSEWHERE
+    name
+    for name, path in SCRIPTS.items()
+    if "if __name__ == '__main__':" in path.read_text() and name not in ELSEWHERE
 )
 # make and run_demo.py call these.
 WITHOUT_EXAMPLE = {'demo_data', 'demo_pictures', 'setup_env'}
@@ -38,14 +43,14 @@ DEMOS = {
 def tool(tmp_path, monkeypatch):
     """Runs a tool in this process and in an empty folder; returns what it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'path', [str(TOOLS), *sys.path])
+    monkeypatch.setattr(sys, 'path', [*{str(path.parent) for path in SCRIPTS.values()}, *sys.path])
 
     def call(name: str, *args: str) -> str:
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, args)])
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             try:
-                runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+                runpy.run_path(str(SCRIPTS[name]), run_name='__main__')
             except SystemExit as exit:
                 if exit.code:
                     raise
@@ -56,7 +61,7 @@ def tool(tmp_path, monkeypatch):
 
 def examples(text: str, name: str) -> list[list[str]]:
     """The arguments of the examples in a help text."""
-    lines = re.findall(rf'python3? tools/{name}\.py *(.*)', text)
+    lines = re.findall(rf'python3? (?:tools|dev|demo)/{name}\.py *(.*)', text)
     return [shlex.split(line, comments=True) for line in lines]
 
 

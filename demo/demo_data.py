@@ -1,0 +1,256 @@
+"""Write the three small data sets of the demo configs: digits, figures, scenes.
+
+``digits``   real hand-written digits (scikit-learn), ImageNet-folder layout
+``figures``  drawn people, COCO key-point layout
+``scenes``   drawn landscapes, mmsegmentation layout
+
+No download is needed and a network of half a million parameters learns each set
+in minutes on one CPU core, so the complete route from raw data to a metric can
+be tried on any machine::
+
+    python demo/demo_data.py --task all --out data/demo
+
+The same seed gives the same bytes, as long as numpy and OpenCV stay the same. A set
+is drawn in a folder next to its final place and renamed when it is complete, so an
+interrupted run leaves no half data set behind; run the command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from demo_figures import KEYPOINT_NAMES, SKELETON, check_keypoints, draw_figures
+from demo_scenes import SCENE_CLASSES, SCENE_IGNORE, SCENE_PALETTE, check_labels, draw_scene
+
+__all__ = [
+    'KEYPOINT_NAMES', 'SCENE_CLASSES', 'SCENE_IGNORE', 'SCENE_PALETTE', 'SKELETON', 'TASKS',
+    'make_digits', 'make_figures', 'make_scenes',
+]  # fmt: skip
+
+META_FILE = 'meta.json'
+GENERATOR = 'mmhrformer demo/demo_data.py'
+GENERATOR_VERSION = 1  # raise it whenever the bytes of any set change
+DIGIT_SIZE = 32  # pixels, upscaled from 8
+DIGIT_TRAIN = 1397  # of 1797; the rest is val
+
+
+def check_counts(**counts: int) -> None:
+    """Raise if a seed or a count is not an integer in its range; ``seed`` may be 0."""
+    for name, value in counts.items():
+        least = 0 if name == 'seed' else 1
+        if type(value) is not int or value < least:
+            raise ValueError(f'{name}={value!r}: give an integer of {least} or more')
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Encode by suffix and write; unlike cv2.imwrite this raises when the disk is full."""
+    data = cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    path.write_bytes(data.tobytes())
+
+
+def read_meta(folder: Path) -> dict | None:
+    """Return what an earlier run noted about its set, None if there is no such folder.
+
+    Raises:
+        ValueError: If the folder was not written by this file and so must not be replaced.
+    """
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / META_FILE).read_text())
+    except (OSError, ValueError):
+        meta = {}
+    if meta.get('generator') != GENERATOR:
+        raise ValueError(
+            f'{folder} exists but was not written by {GENERATOR}; move it away or choose '
+            'another folder with --out'
+        )
+    return meta
+
+
+def write_set(folder: Path, meta: dict, draw: Callable[[Path], None]) -> Path:
+    """Write a data set as a whole, or keep the equal one that is there.
+
+    Args:
+        folder (Path): Folder of the set.
+        meta (dict): All that determines the contents: seed and counts.
+        draw (Callable): Writes the set's files into the folder it is given.
+
+    Returns:
+        Path: Folder of the set.
+    """
+    meta = {'generator': GENERATOR, 'version': GENERATOR_VERSION, **meta}
+    found = read_meta(folder)
+    if found == meta:
+        print(f'{folder} is complete, kept')
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', dir=folder.parent) as work:
+        new = Path(work) / folder.name
+        new.mkdir()
+        draw(new)
+        (new / META_FILE).write_text(json.dumps(meta, indent=1) + '\n')
+        if found:
+            shutil.rmtree(folder)
+        new.rename(folder)
+    print(f'wrote {folder}')
+    return folder
+
+
+def splits(seed: int, train: int, val: int) -> Iterator[tuple[str, Iterator]]:
+    """Yield each split's name and an iterator of (index, generator) per image.
+
+    Every image has a generator of its own, so it does not depend on the others.
+    """
+    for split, (name, count) in enumerate((('train', train), ('val', val))):
+        yield name, ((i, np.random.default_rng([seed, split, i])) for i in range(count))
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits: (1797, 8, 8) with values 0 to 16, and their labels.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If they are not what this file was written for.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError('the digits need scikit-learn: pip install "mmhrformer[demo]"') from error
+    digits = datasets.load_digits()
+    images, labels = digits.images, digits.target
+    if images.shape != (1797, 8, 8) or images.min() < 0 or images.max() > 16:
+        raise ValueError(f'scikit-learn has other digits than expected: {images.shape}')
+    if labels.shape != (1797,) or set(labels.tolist()) != set(range(10)):
+        raise ValueError("scikit-learn's digit labels are not 0 to 9")
+    return images, labels
+
+
+def make_digits(root: str | os.PathLike, seed: int = 0) -> Path:
+    """Write scikit-learn's 1,797 digits as ``{train,val}/{0..9}/*.png``.
+
+    Args:
+        root (str | PathLike): Folder of the demo sets; this one is ``root/digits``.
+        seed (int): Seed of the split into 1,397 train and 400 val images.
+
+    Returns:
+        Path: Folder of the set; images are 32x32, three equal channels.
+    """
+    check_counts(seed=seed)
+
+    def draw(folder: Path) -> None:
+        images, labels = load_digits()
+        order = np.random.default_rng(seed).permutation(len(labels))
+        for split, indices in (('train', order[:DIGIT_TRAIN]), ('val', order[DIGIT_TRAIN:])):
+            for digit in range(10):
+                (folder / split / str(digit)).mkdir(parents=True)
+            for i in indices.tolist():
+                image = cv2.resize(images[i], (DIGIT_SIZE,) * 2, interpolation=cv2.INTER_CUBIC)
+                image = np.clip(np.rint(image * 255 / 16), 0, 255).astype(np.uint8)
+                path = folder / split / str(labels[i]) / f'{i:04d}.png'
+                write_image(path, cv2.cvtColor(image, cv2.COLOR_GRAY2BGR))
+
+    return write_set(Path(root) / 'digits', {'seed': seed}, draw)
+
+
+def make_figures(root: str | os.PathLike, train: int = 1600, val: int = 200, seed: int = 0) -> Path:
+    """Write drawn people as ``{train,val}/*.jpg`` and COCO key-point files.
+
+    Args:
+        root (str | PathLike): Folder of the demo sets; this one is ``root/figures``.
+        train (int): Number of training images.
+        val (int): Number of validation images.
+        seed (int): Seed of everything drawn.
+
+    Returns:
+        Path: Folder of the set, with ``annotations/person_keypoints_{train,val}.json``.
+    """
+    check_counts(seed=seed, train=train, val=val)
+    category = {'id': 1, 'name': 'person', 'supercategory': 'person'}
+    category.update(keypoints=KEYPOINT_NAMES, skeleton=SKELETON)
+
+    def draw(folder: Path) -> None:
+        (folder / 'annotations').mkdir()
+        for split, images in splits(seed, train, val):
+            (folder / split).mkdir()
+            data = {'images': [], 'annotations': [], 'categories': [category]}
+            for i, rng in images:
+                image, people = draw_figures(rng)
+                size = dict(height=image.shape[0], width=image.shape[1])
+                name = f'{i + 1:06d}.jpg'
+                data['images'].append(dict(id=i + 1, file_name=name, **size))
+                for k, person in enumerate(people):
+                    data['annotations'].append(dict(id=10 * (i + 1) + k, image_id=i + 1, **person))
+                write_image(folder / split / name, image)
+            check_keypoints(data)
+            file = folder / 'annotations' / f'person_keypoints_{split}.json'
+            file.write_text(json.dumps(data))
+
+    return write_set(Path(root) / 'figures', {'seed': seed, 'train': train, 'val': val}, draw)
+
+
+def make_scenes(root: str | os.PathLike, train: int = 400, val: int = 60, seed: int = 0) -> Path:
+    """Write drawn landscapes as ``img_dir/{train,val}/*.jpg`` and ``ann_dir/{train,val}/*.png``.
+
+    Args:
+        root (str | PathLike): Folder of the demo sets; this one is ``root/scenes``.
+        train (int): Number of training images.
+        val (int): Number of validation images.
+        seed (int): Seed of everything drawn.
+
+    Returns:
+        Path: Folder of the set; label maps hold indices into ``SCENE_CLASSES`` and
+        ``SCENE_IGNORE``.
+    """
+    check_counts(seed=seed, train=train, val=val)
+
+    def draw(folder: Path) -> None:
+        for split, images in splits(seed, train, val):
+            for kind in ('img_dir', 'ann_dir'):
+                (folder / kind / split).mkdir(parents=True)
+            for i, rng in images:
+                image, labels = draw_scene(rng)
+                check_labels(image, labels)
+                write_image(folder / 'img_dir' / split / f'{i:04d}.jpg', image)
+                write_image(folder / 'ann_dir' / split / f'{i:04d}.png', labels)
+
+    return write_set(Path(root) / 'scenes', {'seed': seed, 'train': train, 'val': val}, draw)
+
+
+TASKS = {'cls': make_digits, 'pose': make_figures, 'seg': make_scenes}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--task', choices=(*TASKS, 'all'), default='all', help='which set')
+    parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder of the sets')
+    parser.add_argument('--seed', type=int, default=0, help='0 or more; same seed, same bytes')
+    args = parser.parse_args(argv)
+    for task in TASKS if args.task == 'all' else [args.task]:
+        try:
+            TASKS[task](args.out, seed=args.seed)
+        except OSError as error:
+            print(
+                f'demo_data.py: error: cannot write to --out {args.out}: {error}', file=sys.stderr
+            )
+            return 2
+        except (ValueError, ImportError) as error:
+            print(f'demo_data.py: error: {error}', file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

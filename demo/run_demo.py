@@ -1,0 +1,203 @@
+"""Train, test and draw HRFormer on three small tasks, through the stock entry points.
+
+    python demo/run_demo.py [--tasks cls pose seg] [--out demo_output]
+
+writes the demo data sets (``demo/demo_data.py``), trains and tests the configs of
+``configs/demo`` with the train.py and test.py of mmpretrain, mmpose and mmsegmentation, draws
+predictions with their visualizers, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DATA = Path('data/demo')  # below the current folder, as the configs have it
+
+
+@dataclass(frozen=True)
+class Task:
+    """A demo.
+
+    Attributes:
+        title (str): What is learned.
+        config (str): Name of the config.
+        metric (str): Name of the metric in the test's results.
+        metric_title (str): Name of the metric in the table.
+        percent (float): What makes the metric per cent.
+    """
+
+    title: str
+    config: str
+    metric: str
+    metric_title: str
+    percent: float = 1.0
+
+
+TASKS = {
+    'cls': Task(
+        'classification of digits',
+        'hrformer-demo_1xb64-6e_digits',
+        'accuracy/top1',
+        'top-1 accuracy',
+    ),
+    'pose': Task(
+        'pose of drawn people',
+        'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+        'coco/AP',
+        'AP',
+        percent=100.0,
+    ),
+    'seg': Task(
+        'segmentation of drawn scenes',
+        'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+        'mIoU',
+        'mIoU',
+    ),
+}
+
+
+class DemoError(RuntimeError):
+    """A step that failed; says which and where to read on."""
+
+
+def run_tool(tool: str, args: list[str], log: Path, threads: int) -> None:
+    """Run one of our tools in a process of its own, its output into a log file.
+
+    Args:
+        tool (str): ``'train'``, ``'test'`` or ``'demo_pictures'``.
+        args (list[str]): Its arguments.
+        log (Path): Where the output goes.
+        threads (int): CPU threads it may use.
+
+    Raises:
+        DemoError: If it fails; with the end of its output.
+    """
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS='ignore')
+    folder = HERE if tool == 'demo_pictures' else HERE.parent / 'tools'
+    command = [sys.executable, str(folder / f'{tool}.py'), *args]
+    with log.open('w') as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+    if code:
+        tail = '\n'.join(log.read_text().splitlines()[-12:])
+        raise DemoError(f'{" ".join(command)}\nended with code {code}; the end of {log}:\n{tail}')
+
+
+def read_metric(folder: Path, metric: str) -> float:
+    """Read a metric from the newest results that a test wrote.
+
+    Args:
+        folder (Path): Work folder of the test.
+        metric (str): Name of the metric.
+
+    Returns:
+        float: Its value.
+    """
+    results = max(folder.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    return json.loads(results.read_text())[metric]
+
+
+def run_task(name: str, out: Path, threads: int, say) -> dict:
+    """Write data, train, test and draw one task.
+
+    Args:
+        name (str): A key of :data:`TASKS`.
+        out (Path): Folder for everything that is written.
+        threads (int): CPU threads to use.
+        say (Callable): Prints a line.
+
+    Returns:
+        dict: ``metric`` in per cent, ``seconds`` and ``pictures``.
+    """
+    import demo_data
+    from mmengine.runner import find_latest_checkpoint
+
+    task, start = TASKS[name], time.time()
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    data = demo_data.TASKS[name](DATA)
+    say(f'{name}: training ({folder}/train.log)')
+    work = folder / 'train'
+    run_tool('train', [task.config, '--work-dir', str(work)], folder / 'train.log', threads)
+    checkpoint = Path(find_latest_checkpoint(work))
+    say(f'{name}: trained in {time.time() - start:.0f} s, testing {checkpoint.name}')
+    test = folder / 'test'
+    args = [task.config, str(checkpoint), '--work-dir', str(test)]
+    run_tool('test', args, folder / 'test.log', threads)
+    value = read_metric(test, task.metric) * task.percent
+    say(f'{name}: {task.metric_title} {value:.1f}, drawing')
+    args = [name, task.config, str(checkpoint), str(data), str(folder)]
+    run_tool('demo_pictures', args, folder / 'pictures.log', threads)
+    pictures = sorted(folder.glob('*.png'))
+    return dict(metric=value, seconds=time.time() - start, pictures=pictures)
+
+
+def run_all(names: list[str], out: Path) -> dict[str, dict]:
+    """Run tasks side by side on the cores that there are.
+
+    Args:
+        names (list[str]): Keys of :data:`TASKS`.
+        out (Path): Folder for everything that is written.
+
+    Returns:
+        dict[str, dict]: The result of each task, see :func:`run_task`.
+    """
+    cores = len(os.sched_getaffinity(0))
+    workers = min(cores, len(names))
+    lock, start = threading.Lock(), time.time()
+
+    def say(line: str) -> None:
+        with lock:
+            print(f'[{time.time() - start:4.0f} s] {line}', flush=True)
+
+    # The longest first, so that the others fill the time beside it.
+    order = sorted(names, key=['pose', 'seg', 'cls'].index)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {
+            name: pool.submit(run_task, name, out, max(1, cores // workers), say) for name in order
+        }
+        return {name: jobs[name].result() for name in names}
+
+
+def print_table(results: dict[str, dict]) -> None:
+    """Print what was reached, and where the pictures are."""
+    print(f'\n{"task":<30}{"metric":<16}{"value":>7}{"time":>9}')
+    for name, result in results.items():
+        task = TASKS[name]
+        row = f'{task.title:<30}{task.metric_title:<16}{result["metric"]:>6.1f}%'
+        print(row + f'{result["seconds"]:>7.0f} s')
+    print('\npictures:')
+    for result in results.values():
+        for path in result['pictures']:
+            print(f'  {path}')
+
+
+def main() -> None:
+    """Run the demos named on the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
+    parser.add_argument('--out', type=Path, default=Path('demo_output'))
+    args = parser.parse_args()
+    print('Three small HRFormers learn on the CPU; two cores take five to ten minutes.')
+    start = time.time()
+    try:
+        results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
+    except (DemoError, ImportError, OSError, ValueError) as err:
+        sys.exit(f'\nThe demo stopped: {err}')
+    print_table(results)
+    print(f'\nTogether {time.time() - start:.0f} s.')
+
+
+if __name__ == '__main__':
+    main()

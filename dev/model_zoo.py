@@ -1,0 +1,308 @@
+"""List the models of our metafiles, and keep their counts and the tables of the READMEs true.
+
+python dev/model_zoo.py                                   # the zoo as a table
+python dev/model_zoo.py --check                           # is everything that is counted true?
+python dev/model_zoo.py --update                          # count anew, write metafiles and tables
+python dev/model_zoo.py --markdown configs/hrformer_pose  # only renew the table of this README.md
+
+Counting all models takes about a minute on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from mmhrformer.analysis.complexity import complexity
+from mmhrformer.configs import config_root
+
+# What is counted -> its name in the result of `complexity`.
+COUNTS = {'FLOPs': 'macs', 'FLOPs (official count)': 'flops_official', 'Parameters': 'parameters'}
+
+# Metric of a metafile -> its title in a table, and what makes it per cent.
+METRICS = {
+    'Top 1 Accuracy': ('top-1', 1),
+    'Top 5 Accuracy': ('top-5', 1),
+    'AP': ('AP', 100),
+    'AP@0.5': ('AP50', 100),
+    'AP@0.75': ('AP75', 100),
+    'AR': ('AR', 100),
+    'mIoU': ('mIoU', 1),
+    'mIoU(ms+flip)': ('mIoU, multi-scale', 1),
+}
+
+# Who reports a number -> whose checkpoint it belongs to. Which file the paper's numbers belong to
+# is not said where they differ from the official repository's.
+CHECKPOINTS = {'official repository': 'official', 'mmpose': 'mmpose'}
+
+BEGIN = '<!-- model zoo: written by dev/model_zoo.py --markdown, do not edit -->'
+END = '<!-- end of model zoo -->'
+NOTHING = '–'  # noqa: RUF001
+
+
+def metafiles(root: Path) -> list[Path]:
+    """The metafiles that ``model-index.yml`` names.
+
+    Args:
+        root (Path): The folder of the configs.
+
+    Returns:
+        list[Path]: Their paths.
+    """
+    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    return [root.parent / path for path in index['Import']]
+
+
+def read_models(metafile: Path) -> list[dict]:
+    """The entries of a metafile, one for each config.
+
+    Args:
+        metafile (Path): Path of the metafile.
+
+    Returns:
+        list[dict]: What the file has under ``Models``.
+    """
+    return yaml.safe_load(metafile.read_text())['Models']
+
+
+def count(model: dict, root: Path) -> dict[str, int]:
+    """Count parameters and operations of an entry's config at its input size.
+
+    Args:
+        model (dict): An entry of a metafile.
+        root (Path): The folder of the configs.
+
+    Returns:
+        dict[str, int]: A number for each key of ``COUNTS``.
+    """
+    cfg = Config.fromfile(root.parent / model['Config'])
+    shape = (1, 3, *map(int, model['Metadata']['Input Size'].split('x')))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        network = MODELS.build(cfg.model).to('meta')
+    # Only shapes are counted: without data it takes seconds instead of minutes.
+    with torch.device('meta'):
+        counts = complexity(network, shape)
+    return {field: counts[key] for field, key in COUNTS.items()}
+
+
+def write_counts(text: str, name: str, counts: dict[str, int]) -> str:
+    """Put counts into the text of a metafile; its order and its comments stay as they are.
+
+    Args:
+        text (str): Text of the metafile.
+        name (str): Name of the entry.
+        counts (dict[str, int]): Its numbers.
+
+    Returns:
+        str: The new text.
+
+    Raises:
+        ValueError: If the entry lacks the line of a number.
+    """
+    entry = re.search(rf'^- Name: {re.escape(name)}$.*?(?=^- Name: |\Z)', text, re.M | re.S)
+    if entry is None:
+        raise ValueError(f'there is no line "- Name: {name}"')
+    lines = entry[0]
+    for field, number in counts.items():
+        line = re.compile(rf'^( +{re.escape(field)}: )\d+', re.M)
+        lines, found = line.subn(rf'\g<1>{number}', lines)
+        if found != 1:
+            raise ValueError(f'{name}: write one line "    {field}: 0" into its Metadata')
+    return text[: entry.start()] + lines + text[entry.end() :]
+
+
+def table_rows(models: list[dict]) -> Iterator[tuple[dict, dict, list[dict]]]:
+    """The rows of a table: one for each result, or one for a model without.
+
+    Args:
+        models (list[dict]): Entries of a metafile.
+
+    Yields:
+        tuple[dict, dict, list[dict]]: An entry, a result of it, and its checkpoints: the one that
+        the result belongs to, and those that hold the backbone only.
+    """
+    for model in models:
+        for result in model.get('Results') or [{}]:
+            owner = CHECKPOINTS.get(result.get('Reported By'))
+            sources = model.get('Sources', []) if owner else []
+            fitting = [s for s in sources if s['From'] == owner or s['Holds'] == 'backbone']
+            yield model, result, fitting
+
+
+def format_metric(result: dict, name: str) -> str:
+    """A metric of a result in per cent, or a dash."""
+    metrics = result.get('Metrics', {})
+    return f'{metrics[name] * METRICS[name][1]:.1f}' if name in metrics else NOTHING
+
+
+def markdown(models: list[dict]) -> str:
+    """The table of a README.
+
+    Args:
+        models (list[dict]): Entries of a metafile.
+
+    Returns:
+        str: The table, in Markdown.
+    """
+    rows = list(table_rows(models))
+    used = [name for name in METRICS if any(name in r.get('Metrics', {}) for _, r, _ in rows)]
+    titles = ['config', 'data set', 'input', 'parameters', 'FLOPs (MACs)']
+    titles += [METRICS[name][0] for name in used] + ['reported by', 'weights']
+    lines = [titles, [':--', ':--', ':-:', '--:', '--:', *['--:'] * len(used), ':--', ':--']]
+    for model, result, sources in rows:
+        meta = model['Metadata']
+        links = (f'[{s["From"]}: {s["Holds"]}, {s["Kind"]}]({s["Link"]})' for s in sources)
+        lines.append(
+            [
+                f'[{model["Name"]}]({Path(model["Config"]).name})',
+                result.get('Dataset', meta['Training Data']),
+                meta['Input Size'],
+                f'{meta["Parameters"] / 1e6:.1f} M',
+                f'{meta["FLOPs (official count)"] / 1e9:.2f} G ({meta["FLOPs"] / 1e9:.2f} G)',
+                *(format_metric(result, name) for name in used),
+                result.get('Reported By', NOTHING),
+                '<br>'.join(links) or NOTHING,
+            ]
+        )
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """Put a table between the markers of a README.
+
+    Args:
+        readme (str): Text of the README.
+        table (str): The table.
+
+    Returns:
+        str: The new text.
+
+    Raises:
+        ValueError: If a marker is missing or stands there twice.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f'write two lines into it, the table comes between:\n{BEGIN}\n{END}')
+    head, rest = readme.split(BEGIN)
+    return f'{head}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}'
+
+
+def renew_table(metafile: Path) -> None:
+    """Write the table of the README beside a metafile."""
+    readme = metafile.with_name('README.md')
+    try:
+        readme.write_text(with_table(readme.read_text(), markdown(read_models(metafile))))
+    except (FileNotFoundError, ValueError) as err:
+        sys.exit(f'model_zoo.py: {readme}: {err}')
+    print(f'table written into {readme}')
+
+
+def update(root: Path) -> None:
+    """Count all models, and write metafiles and tables."""
+    for metafile in metafiles(root):
+        for model in read_models(metafile):
+            counts = count(model, root)
+            print(f'{model["Name"]}: {counts["Parameters"]:,} parameters, {counts["FLOPs"]:,} MACs')
+            # After each model, so that an interrupted call leaves what it has counted.
+            try:
+                text = write_counts(metafile.read_text(), model['Name'], counts)
+            except ValueError as err:
+                sys.exit(f'model_zoo.py: {metafile}: {err}')
+            metafile.write_text(text)
+        renew_table(metafile)
+
+
+def wrong_counts(model: dict, root: Path) -> list[str]:
+    """What an entry says and its config does not.
+
+    Args:
+        model (dict): An entry of a metafile.
+        root (Path): The folder of the configs.
+
+    Returns:
+        list[str]: A message for each wrong number.
+    """
+    return [
+        f'{model["Name"]}: {field} is {number:,}, the metafile says {model["Metadata"][field]:,}'
+        for field, number in count(model, root).items()
+        if number != model['Metadata'][field]
+    ]
+
+
+def check(root: Path) -> list[str]:
+    """Compare all counts and tables with what they should be.
+
+    Args:
+        root (Path): The folder of the configs.
+
+    Returns:
+        list[str]: A message for each wrong number and for each old table.
+    """
+    messages = []
+    for metafile in metafiles(root):
+        models = read_models(metafile)
+        for model in models:
+            messages += wrong_counts(model, root)
+        readme = metafile.with_name('README.md')
+        if markdown(models) not in readme.read_text():
+            messages.append(f'{readme}: the table is old')
+    return messages
+
+
+def print_zoo(root: Path) -> None:
+    """Print all models, one line for each result."""
+    lines = [('config', 'parameters', 'MACs', 'result', 'reported by', 'weights')]
+    for metafile in metafiles(root):
+        for model, result, sources in table_rows(read_models(metafile)):
+            meta, first = model['Metadata'], next(iter(result.get('Metrics', {})), None)
+            lines.append(
+                (
+                    model['Name'],
+                    f'{meta["Parameters"] / 1e6:.1f} M',
+                    f'{meta["FLOPs"] / 1e9:.2f} G',
+                    f'{METRICS[first][0]} {format_metric(result, first)}' if first else NOTHING,
+                    result.get('Reported By', NOTHING),
+                    ', '.join(f'{s["Kind"]} ({s["Holds"]})' for s in sources) or NOTHING,
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument('--check', action='store_true', help='exit with 1 if something is wrong')
+    action.add_argument('--update', action='store_true', help='write the metafiles and tables')
+    action.add_argument('--markdown', type=Path, metavar='FOLDER', help='write one table')
+    args = parser.parse_args()
+    # The frameworks announce what does not matter here.
+    warnings.simplefilter('ignore')
+    logging.disable(logging.WARNING)
+    if args.check:
+        messages = check(config_root())
+        print('\n'.join(messages) or 'all numbers and tables are right')
+        sys.exit(1 if messages else 0)
+    elif args.update:
+        update(config_root())
+    elif args.markdown:
+        renew_table(args.markdown / 'metafile.yml')
+    else:
+        print_zoo(config_root())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,403 @@
+"""What goes on inside the backbone, as pictures: the four streams, and attention in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+from ..deploy.fuse import BLOCKS
+from ..inferencers.base import Inferencer
+from ..inferencers.image_loading import displayable
+from ..inferencers.media import Picture
+from ..models.attention import LocalWindowSelfAttention
+from ..ops import window_padding, window_partition
+from ..utils.suggest import did_you_mean
+
+DPI = 110
+PANEL = 2.6  # inches
+TITLE = 0.4
+COLOURS = 'magma'
+HEADS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention weights of one query in one block.
+
+    Attributes:
+        block (str): Name of the block in the backbone.
+        weights (np.ndarray): (heads, window, window), each head's sum is 1.
+        window (tuple[float, float, float, float]): Left, top, width and height of the window, as
+            fractions of the map; parts of it may be padding outside the map.
+        query (tuple[int, int]): Row and column of the query in the window.
+        size (tuple[int, int]): Height and width of the map.
+    """
+
+    block: str
+    weights: np.ndarray
+    window: tuple[float, float, float, float]
+    query: tuple[int, int]
+    size: tuple[int, int]
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Keep what goes into modules, or comes out, the first time that they are called.
+
+    Args:
+        modules (dict[str, nn.Module]): The modules by name.
+        outputs (bool): Whether to keep outputs; inputs else.
+
+    Yields:
+        dict[str, Tensor]: Filled, by name, when the model runs.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple, out: Tensor | None = None) -> None:
+            kept.setdefault(name, (args[0] if out is None else out).detach())
+
+        return hook
+
+    handles = [
+        (module.register_forward_hook if outputs else module.register_forward_pre_hook)(keep(name))
+        for name, module in modules.items()
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The last block of each of the four streams, finest first, by name."""
+    names = [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
+    last = {}
+    for name in names:
+        stage, _module, _branches, stream, _block = name.split('.')
+        if stage == 'stage4':
+            last[int(stream)] = name
+    return {last[i]: backbone.get_submodule(last[i]) for i in sorted(last)}
+
+
+def first_input(
+    inferencer: Inferencer, image: Picture, boxes: np.ndarray | None
+) -> tuple[dict, np.ndarray]:
+    """What the model gets of an image, of its first person for pose, and that as RGB pixels."""
+    items = inferencer.prepare(image, boxes)
+    if not items:
+        raise ValueError(f'inputs={image.name!r}: nobody in it, nothing to draw; give boxes')
+    pixels = displayable(items[0]['inputs'].numpy().transpose(1, 2, 0))[..., ::-1]
+    return items[0], np.ascontiguousarray(pixels)
+
+
+def stream_maps(
+    inferencer: Inferencer, image: Picture, boxes: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Compute the four streams of an image after their last blocks, before the last exchange.
+
+    Args:
+        inferencer (Inferencer): The model.
+        image (Picture): The image.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+
+    Returns:
+        list[np.ndarray]: Maps of shape (H, W, C), finest first.
+    """
+    item, _ = first_input(inferencer, image, boxes)
+    with recorded(last_blocks(inferencer.model.backbone), outputs=True) as maps:
+        inferencer.forward([item])
+    return [maps[name][0].float().cpu().numpy() for name in maps]
+
+
+def principal_component(features: np.ndarray) -> np.ndarray:
+    """Bring the channels of a map to one: the direction in which its tokens differ most.
+
+    Args:
+        features (np.ndarray): (H, W, C).
+
+    Returns:
+        np.ndarray: (H, W) in [0, 1]; the first and last percent are cut off.
+    """
+    tokens = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    tokens = tokens - tokens.mean(0)
+    _, vectors = np.linalg.eigh(tokens.T @ tokens)
+    values = (tokens @ vectors[:, -1]).reshape(features.shape[:2])
+    low, high = np.percentile(values, [1, 99])
+    return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+
+
+def draw_features(
+    inferencer: Inferencer, image: Picture, boxes: np.ndarray | None = None
+) -> np.ndarray:
+    """Draw the four streams side by side, each at its own resolution.
+
+    Above, the first principal component of each stream; below, the same over the image.
+
+    Args:
+        inferencer (Inferencer): The model.
+        image (Picture): The image.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+
+    Returns:
+        np.ndarray: The picture, (H, W, 3) uint8, RGB.
+
+    Examples:
+        >>> segment = get_inferencer('my_config.py', 'my.pth')  # doctest: +SKIP
+        >>> (image,) = open_media('street.jpg')  # doctest: +SKIP
+        >>> picture = draw_features(segment, image)  # doctest: +SKIP
+    """
+    _, pixels = first_input(inferencer, image, boxes)
+    streams = stream_maps(inferencer, image, boxes)
+    maps = _same_sign([principal_component(stream) for stream in streams])
+    figure, axes = _panels(2, len(maps) + 1, pixels.shape, titled_rows=1)
+    height, width = pixels.shape[:2]
+    axes[0, 0].imshow(pixels)
+    axes[0, 0].set_title(f'input\n{height} x {width}')
+    axes[1, 0].set_visible(False)
+    for i, (stream, values) in enumerate(zip(streams, maps), 1):
+        rows, columns, channels = stream.shape
+        axes[0, i].imshow(values, COLOURS, interpolation='nearest', extent=(0, width, height, 0))
+        axes[0, i].set_title(f'1/{2 ** (i + 1)}\n{rows} x {columns}, {channels} channels')
+        _overlay(axes[1, i], pixels, values)
+    figure.suptitle('The four streams: their first principal component, and it over the image')
+    return _render(figure)
+
+
+def _same_sign(maps: list[np.ndarray]) -> list[np.ndarray]:
+    """Turn maps around that show light what the one before shows dark: signs mean nothing."""
+    turned = maps[:1]
+    # The border is mostly background: dark.
+    border = np.concatenate([turned[0][[0, -1]].ravel(), turned[0][:, [0, -1]].ravel()])
+    if border.mean() > turned[0].mean():
+        turned = [1 - turned[0]]
+    for values in maps[1:]:
+        finer = cv2.resize(turned[-1], values.shape[::-1], interpolation=cv2.INTER_AREA)
+        same = ((finer - finer.mean()) * (values - values.mean())).sum() >= 0
+        turned.append(values if same else 1 - values)
+    return turned
+
+
+def attention_of(
+    inferencer: Inferencer,
+    image: Picture,
+    query: tuple[float, float] = (0.5, 0.5),
+    block: str | None = None,
+    boxes: np.ndarray | None = None,
+) -> list[Attention]:
+    """Compute how much a place attends to each place of its window.
+
+    Args:
+        inferencer (Inferencer): The model, not folded.
+        image (Picture): The image.
+        query (tuple[float, float]): The place, x and y, as fractions of the width and height of
+            what the model sees. Defaults to the middle.
+        block (str, optional): Name of a block, such as ``'stage3.0.branches.1.0'``. Defaults to
+            None: the last block of each of the four streams.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+
+    Returns:
+        list[Attention]: For each block.
+
+    Raises:
+        ValueError: If there is no such block or place, or the attention is of another kind.
+    """
+    attentions = find_attention(inferencer, query, block)
+    item, _ = first_input(inferencer, image, boxes)
+    with recorded(attentions, outputs=False) as inputs:
+        inferencer.forward([item])
+    return [
+        _one_query(name, module, inputs[name][:1].float(), query)
+        for name, module in attentions.items()
+    ]
+
+
+def find_attention(
+    inferencer: Inferencer, query: tuple[float, float], block: str | None
+) -> dict[str, LocalWindowSelfAttention]:
+    """Check what :func:`attention_of` was asked for, and find the attention of the blocks by name.
+
+    Args:
+        inferencer (Inferencer): As there.
+        query (tuple[float, float]): Likewise.
+        block (str, optional): Likewise.
+
+    Returns:
+        dict[str, LocalWindowSelfAttention]: By name of the block.
+
+    Raises:
+        ValueError: If there is no such block or place, or the attention is of another kind.
+    """
+    if len(query) != 2 or not all(0 <= value < 1 for value in query):
+        raise ValueError(f'query={tuple(query)}: give x and y, at least 0 and less than 1')
+    backbone = inferencer.model.backbone
+    blocks = last_blocks(backbone) if block is None else {block: find_block(backbone, block)}
+    attentions = {name: module.attn for name, module in blocks.items()}
+    for name, module in attentions.items():
+        if not isinstance(module, LocalWindowSelfAttention):
+            raise ValueError(
+                f'block={name!r} has attention of type {type(module).__name__}, whose weights are '
+                'not known; build the inferencer with fuse=False and LocalWindowSelfAttention'
+            )
+    return attentions
+
+
+def find_block(backbone: nn.Module, name: str) -> nn.Module:
+    """Find a transformer block by name; the error proposes similar names."""
+    names = [key for key, module in backbone.named_modules() if isinstance(module, BLOCKS)]
+    if name not in names:
+        raise ValueError(
+            f'block={name!r}: the backbone has no such block. {did_you_mean(name, names)} They are '
+            f'called stageS.MODULE.branches.STREAM.BLOCK, {names[0]} to {names[-1]}'
+        )
+    return backbone.get_submodule(name)
+
+
+@torch.no_grad()
+def attention_weights(attention: LocalWindowSelfAttention, x: Tensor) -> Tensor:
+    """Compute the weights of all queries, by the parts of the module itself.
+
+    Args:
+        attention (LocalWindowSelfAttention): The module.
+        x (Tensor): Its input, (B, H, W, C).
+
+    Returns:
+        Tensor: (B * windows, heads, N, N), where N = window * window; rows sum to 1.
+    """
+    windows = window_partition(x, attention.window_size)
+    qkv = attention.qkv(windows).unflatten(-1, (3, attention.num_heads, -1))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B * nW, heads, N, head_dim) each
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    bias = attention.attention_bias(x.shape[1:3], qkv)
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def _one_query(
+    name: str, attention: LocalWindowSelfAttention, x: Tensor, query: tuple[float, float]
+) -> Attention:
+    """Cut the weights of one place out."""
+    height, width = x.shape[1:3]
+    side = attention.window_size
+    top, left = window_padding(height, side)[0], window_padding(width, side)[0]
+    row, column = int(query[1] * height) + top, int(query[0] * width) + left
+    windows_in_row = -(-width // side)
+    number = row // side * windows_in_row + column // side
+    weights = attention_weights(attention, x)[number, :, row % side * side + column % side]
+    place = ((column // side * side - left) / width, (row // side * side - top) / height)
+    return Attention(
+        block=name,
+        weights=weights.reshape(-1, side, side).cpu().numpy(),
+        window=(*place, side / width, side / height),
+        query=(row % side, column % side),
+        size=(height, width),
+    )
+
+
+def draw_attention(
+    inferencer: Inferencer,
+    image: Picture,
+    query: tuple[float, float] = (0.5, 0.5),
+    block: str | None = None,
+    boxes: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw how much a place attends to each place of its window.
+
+    A row for each block: the window in the image with the mean over the heads, the same enlarged,
+    and single heads. A frame marks the query; dots, the border of the map where it was padded.
+
+    Args:
+        inferencer (Inferencer): The model, not folded.
+        image (Picture): The image.
+        query (tuple[float, float]): See :func:`attention_of`. Defaults to the middle.
+        block (str, optional): See :func:`attention_of`. Defaults to None.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+
+    Returns:
+        np.ndarray: The picture, (H, W, 3) uint8, RGB.
+    """
+    found = attention_of(inferencer, image, query, block, boxes)
+    _, pixels = first_input(inferencer, image, boxes)
+    heads = min(HEADS_SHOWN, max(len(one.weights) for one in found))
+    figure, axes = _panels(len(found), heads + 2, pixels.shape, titled_rows=len(found))
+    for row, one in zip(axes, found):
+        _draw_window(row[0], pixels, one)
+        panels = [('mean of heads', one.weights.mean(0))]
+        panels += [(f'head {i + 1}', weights) for i, weights in enumerate(one.weights[:heads])]
+        for axis, (title, weights) in zip(row[1:], panels):
+            axis.imshow(weights, COLOURS, vmin=0, interpolation='nearest')
+            axis.set_title(f'{title}\nup to {weights.max():.2f}')
+            y, x = one.query
+            axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec='cyan', lw=1.5))
+            _frame_map(axis, one)
+        for axis in row[1 + len(panels) :]:
+            axis.set_visible(False)
+    figure.suptitle('Attention of one place (framed) to its window; what is dotted off is padding')
+    return _render(figure)
+
+
+def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
+    """The image, darker outside the window, and the attention in it."""
+    height, width = pixels.shape[:2]
+    left, top, across, down = np.multiply(one.window, (width, height, width, height))
+    axis.imshow(pixels // 2 + 64)
+    mean = one.weights.mean(0)
+    extent = (left, left + across, top + down, top)
+    axis.imshow(mean, COLOURS, vmin=0, alpha=0.75, interpolation='nearest', extent=extent)
+    axis.add_patch(Rectangle((left, top), across, down, fill=False, ec='white', lw=1.5))
+    cell = across / mean.shape[1], down / mean.shape[0]
+    corner = left + one.query[1] * cell[0], top + one.query[0] * cell[1]
+    axis.add_patch(Rectangle(corner, *cell, fill=False, ec='cyan', lw=1.5))
+    axis.set_facecolor('0.8')  # windows reach over the border where the map was padded
+    axis.set_xlim(min(0, left), max(width, left + across))
+    axis.set_ylim(max(height, top + down), min(0, top))
+    side = mean.shape[0]
+    axis.set_title(f'{one.block}\nmap {one.size[0]} x {one.size[1]}, window {side} x {side}')
+
+
+def _frame_map(axis: Axes, one: Attention) -> None:
+    """Dots where the map ends and padding begins, if they are in the window."""
+    (height, width), (left, top) = one.size, one.window[:2]
+    corner = -0.5 - left * width, -0.5 - top * height
+    axis.add_patch(Rectangle(corner, width, height, fill=False, ec='white', lw=1.5, ls=':'))
+
+
+def _overlay(axis: Axes, pixels: np.ndarray, values: np.ndarray) -> None:
+    """A map over the grey image, which shows through where the map is dark."""
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    extent = (0, grey.shape[1], grey.shape[0], 0)
+    axis.imshow(grey, 'gray', vmin=0, vmax=255)
+    alpha = 0.15 + 0.55 * values
+    axis.imshow(values, COLOURS, alpha=alpha, interpolation='nearest', extent=extent)
+
+
+def _panels(
+    rows: int, columns: int, shape: Sequence[int], titled_rows: int
+) -> tuple[Figure, np.ndarray]:
+    """A figure with panels of about the shape of the image."""
+    ratio = float(np.clip(shape[0] / shape[1], 0.4, 1.6))
+    size = (PANEL * columns, (PANEL * ratio + 0.05) * rows + TITLE * titled_rows + TITLE)
+    figure = Figure(figsize=size, dpi=DPI, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.title.set_fontsize(8)
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
+    return figure, axes
+
+
+def _render(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

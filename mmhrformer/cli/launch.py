@@ -1,0 +1,140 @@
+"""Run the stock tool of the framework that a config is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from ..checkpoints import detect_dialect, unwrap
+from ..checkpoints.loading import SCHEME, naming, read
+from ..configs import PACKAGES, config_root, find_config, read_config
+from ..engine.cpu_ddp import prepare_cpu_launch
+from ..utils.install_hints import explain, how_to_install
+from ..utils.suggest import did_you_mean
+
+
+def stock_tool(scope: str, tool: str) -> Path:
+    """Find a script of a framework.
+
+    Args:
+        scope (str): ``'mmpretrain'``, ``'mmpose'`` or ``'mmseg'``.
+        tool (str): Name of the script, such as ``'train'``, in whatever folder of tools it is.
+
+    Returns:
+        Path: The script.
+
+    Raises:
+        ValueError: If the scope is none of the three.
+        ImportError: If the framework is not installed.
+        FileNotFoundError: If it is, but without the script.
+    """
+    if scope not in PACKAGES:
+        raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        raise ImportError(f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}')
+    package = Path(spec.origin).parent
+    for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
+        scripts = sorted(folder.rglob(f'{tool}.py'))
+        if scripts:  # the one in the folder itself before those below it
+            return min(scripts, key=lambda script: len(script.parts))
+    raise FileNotFoundError(f'{PACKAGES[scope]} in {package} has no tool {tool}.py: reinstall it')
+
+
+def run_stock_tool(tool: str, args: list[str]) -> None:
+    """Run a stock tool in this process, as if it had been called on the command line.
+
+    Args:
+        tool (str): Name of the script, such as ``'train'``.
+        args (list[str]): Its arguments; the first is a config, by path or by name.
+    """
+    # torch.distributed.launch, which mim starts, puts `--local-rank=0` before the config.
+    args = sorted(args, key=lambda arg: arg.startswith(('--local-rank=', '--local_rank=')))
+    if not args or args[0] in ('-h', '--help'):
+        print(
+            f'usage: {tool}.py CONFIG [arguments]\n\n'
+            f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
+            'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
+            f'Example: python tools/{tool}.py hrformer-tiny_8xb128_in1k --help'
+        )
+        return
+    try:
+        config = find_config(args[0])
+        script = stock_tool(read_config(config).get('default_scope'), tool)
+        rest = args[1:]
+        if tool == 'test' and rest and not rest[0].startswith('-'):
+            rest[0] = checked(rest[0])
+    except (ImportError, OSError, RuntimeError, ValueError) as err:
+        sys.exit(f'{tool}.py: {err}')
+    prepare_cpu_launch(rest)
+    run_script(script, [str(config), *rest])
+
+
+def run_script(script: Path, args: list[str]) -> None:
+    """Run a script in this process, as Python does; say how to mend an import that fails.
+
+    Args:
+        script (Path): The script.
+        args (list[str]): Its arguments.
+    """
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except Exception as err:  # not only ImportError: a package built for another NumPy or torch
+        if not (cure := explain(err)):
+            raise
+        traceback.print_exc()
+        sys.exit(f'{script.name}: {err}. To mend it: {cure}')
+
+
+def our_tool(name: str) -> Path:
+    """Find a script of ours: in the checkout, or in the installed package.
+
+    Args:
+        name (str): Such as ``'get_flops'``.
+
+    Returns:
+        Path: The script.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+
+    Examples:
+        >>> our_tool('get_flops').name
+        'get_flops.py'
+    """
+    folder = config_root().parent / 'tools'
+    script = folder / f'{name}.py'
+    if script.is_file():
+        return script
+    names = [path.stem for path in folder.glob('*.py')]
+    raise FileNotFoundError(
+        f'there is no tool {name!r} in {folder}. {did_you_mean(name, names).capitalize()}'
+    )
+
+
+def checked(checkpoint: str) -> str:
+    """Check a checkpoint before a stock tool reads it in its own way.
+
+    Args:
+        checkpoint (str): Path, address, or ``mmhrformer://NAME_OR_PATH``.
+
+    Returns:
+        str: What to give to the stock tool: the same behind ``mmhrformer://``, by which it is read
+        without running code from it and translated; addresses are left as they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DownloadError: If a file is not what its name says.
+        ValueError: If it cannot be read, or has no weights of a known dialect.
+    """
+    if '://' in checkpoint and not checkpoint.startswith(SCHEME):
+        return checkpoint
+    path, content = read(checkpoint)
+    with naming(path):
+        detect_dialect(unwrap(content))
+    return f'{SCHEME}{path}'

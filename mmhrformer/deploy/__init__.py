@@ -1,0 +1,1 @@
+"""Models made ready for use: folded, compiled, exported."""

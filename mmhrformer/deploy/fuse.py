@@ -1,0 +1,340 @@
+"""A model with everything folded that is constant once the weights are (deployment)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .. import ops
+from ..models.attention import LocalWindowSelfAttention, split_heads
+from ..models.block import HRFormerBlock
+from ..models.ffn import DepthwiseConv2d, DWConvFFN
+from ..ops.recompute import is_plain
+
+# Below this a scale of layer normalization cannot be undone for the padding.
+SMALLEST_SCALE = 1e-3
+NORMS = (_BatchNorm, nn.SyncBatchNorm)
+CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
+
+
+def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
+    """A linear layer of given weights, on the device and of the data type of another one."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(like.weight)
+    linear.weight.data.copy_(weight)
+    linear.bias.data.copy_(bias)
+    return linear
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution and nothing else."""
+    return is_plain(module, nn.Conv2d) and type(module)._conv_forward in CONV_FORWARDS
+
+
+class InferenceOnly(nn.Module):
+    """A module that has nothing left to be trained."""
+
+    def train(self, mode: bool = True) -> InferenceOnly:
+        """Set evaluation mode; refuse training mode.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Raises:
+            RuntimeError: If the mode is training.
+        """
+        if mode:
+            raise RuntimeError(
+                'this model was made by fuse_for_inference and cannot be trained: train the model '
+                'it was made from'
+            )
+        return super().train(False)
+
+
+class FusedWindowAttention(InferenceOnly):
+    """:class:`LocalWindowSelfAttention` and the layer normalization in front, for inference.
+
+    The scale and shift of the normalization and the scale of the queries are in the projection,
+    heads are as wide as the kernels like them, the relative position bias is looked up already.
+    Padding is zero *after* the normalization, so here it gets the value that the scale and shift
+    would bring to zero.
+
+    Args:
+        attn (LocalWindowSelfAttention): The attention.
+        norm (nn.LayerNorm): The normalization.
+    """
+
+    def __init__(self, attn: LocalWindowSelfAttention, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.window_size = attn.window_size
+        self.num_heads = attn.num_heads
+        channels, head_dim = attn.embed_dims, attn.embed_dims // attn.num_heads
+        missing = ops.backend(attn.qkv.weight).head_padding(head_dim)
+        self.head_dim = head_dim + missing
+        weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
+        scale, shift = norm.weight.double(), norm.bias.double()
+        original = bias
+        bias = bias + weight @ shift
+        weight = weight * scale
+        weight = weight.view(3, attn.num_heads, head_dim, channels)
+        bias = bias.view(3, attn.num_heads, head_dim)
+        queries = torch.tensor([head_dim**-0.5, 1, 1]).to(weight)  # only they are scaled
+        weight = F.pad(weight * queries.view(3, 1, 1, 1), (0, 0, 0, missing)).flatten(0, 2)
+        bias = F.pad(bias * queries.view(3, 1, 1), (0, missing)).flatten()
+        self.qkv = make_linear(weight, bias, attn.qkv)
+        weight = attn.proj.weight.view(channels, attn.num_heads, head_dim)
+        self.proj = make_linear(F.pad(weight, (0, missing)).flatten(1), attn.proj.bias, attn.proj)
+        self.register_buffer('padding', (-shift / scale).to(attn.qkv.weight))
+        bias = None
+        if attn.relative_position_bias_table is not None:
+            bias = attn.relative_position_bias(attn.qkv.weight.dtype)
+        self.register_buffer('bias', bias)
+        table = attn.relative_position_bias_table
+        self.register_buffer('table', None if table is None else table.detach().clone())
+        # What the projection makes of padding: the bias without the shift of the normalization.
+        original = F.pad(original.view(3, -1, head_dim), (0, missing)).flatten()
+        self.register_buffer('pad', original.to(attn.qkv.weight))
+
+    @staticmethod
+    def fits(attn: nn.Module, norm: nn.Module) -> bool:
+        """Whether an attention and a normalization can be folded."""
+        return (
+            type(attn) is LocalWindowSelfAttention
+            and is_plain(attn, LocalWindowSelfAttention)
+            and not attn.pad_mask
+            and all(is_plain(m, nn.Linear) and m.bias is not None for m in (attn.qkv, attn.proj))
+            and is_plain(norm, nn.LayerNorm)
+            and norm.bias is not None
+            and norm.weight.abs().min() > SMALLEST_SCALE
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x (Tensor): Normalized map of shape (B, H, W, C), without scale and shift.
+
+        Returns:
+            Tensor: Map of the same shape.
+        """
+        if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
+            shape = self.num_heads, self.window_size
+            return self.proj(ops.map_attention(self.qkv(x), self.pad, self.table, *shape, 1.0))
+        size = x.shape[1:3]
+        windows = ops.window_partition(x, self.window_size, self.padding)  # (B * nW, N, C)
+        qkv = split_heads(self.qkv(windows), self.num_heads, self.head_dim)
+        windows = self.proj(ops.window_attention(qkv, self.bias, scale=1.0))
+        return ops.window_merge(windows, self.window_size, size)
+
+
+class ConvGELU(nn.Conv2d):
+    """A convolution that ends with a GELU.
+
+    Args:
+        conv (nn.Conv2d): The convolution. Its parameters are shared.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        super().__init__(*sizes, conv.dilation, conv.groups, device='meta')
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, in_channels, H, W) to (B, out_channels, H', W')."""
+        return ops.conv_gelu(x, self)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution with a bias, for inference.
+
+    Args:
+        conv (nn.Conv2d): The convolution. Its parameters are shared.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 1, device='meta')
+        self.weight, self.bias = conv.weight, conv.bias
+
+    @staticmethod
+    def fits(conv: nn.Module) -> bool:
+        """Whether a convolution can be replaced."""
+        return (
+            type(conv) is nn.Conv2d
+            and is_plain_conv(conv)
+            and conv.kernel_size == conv.stride == (1, 1)
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.bias is not None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        return ops.pointwise_conv(x, self.weight, self.bias)
+
+
+class FusedDWConvFFN(InferenceOnly):
+    """:class:`DWConvFFN` after its normalizations were folded, for inference.
+
+    Args:
+        ffn (DWConvFFN): The FFN.
+    """
+
+    def __init__(self, ffn: DWConvFFN) -> None:
+        super().__init__()
+        self.fc1, self.dw3x3, self.fc2 = map(ConvGELU, (ffn.fc1, ffn.dw3x3, ffn.fc2))
+
+    @staticmethod
+    def fits(ffn: nn.Module) -> bool:
+        """Whether an FFN can be replaced: all its normalizations are folded."""
+        return (
+            type(ffn) is DWConvFFN
+            and is_plain(ffn, DWConvFFN)
+            and all(type(norm) is nn.Identity for norm in (ffn.norm1, ffn.norm2, ffn.norm3))
+            and all(is_plain_conv(conv) for conv in (ffn.fc1, ffn.dw3x3, ffn.fc2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
+        return self.fc2(self.dw3x3(self.fc1(x))).permute(0, 2, 3, 1)
+
+
+class FusedBlock(InferenceOnly):
+    """:class:`HRFormerBlock` of a folded attention and a folded FFN, for inference.
+
+    The scale and shift of the second normalization, too, are in the convolution behind it.
+
+    Args:
+        block (HRFormerBlock): The block, its parts folded.
+    """
+
+    def __init__(self, block: HRFormerBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ffn = block.norm1, block.attn, block.ffn
+        norm, conv = block.norm2, self.ffn.fc1
+        self.norm2 = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        weight = conv.weight.double()  # (hidden channels, C, 1, 1)
+        bias = conv.bias.double() + weight.flatten(1) @ norm.bias.double()
+        weight = weight * norm.weight.double().view(1, -1, 1, 1)
+        conv.weight = nn.Parameter(weight.to(conv.weight))
+        conv.bias = nn.Parameter(bias.to(conv.bias))
+
+    @staticmethod
+    def fits(block: HRFormerBlock) -> bool:
+        """Whether a block can be replaced: its parts are folded, and nothing else happens."""
+        return (
+            is_plain(block, HRFormerBlock)
+            and type(block.attn) is FusedWindowAttention
+            and type(block.ffn) is FusedDWConvFFN
+            and block.ffn.fc1.bias is not None
+            and is_plain(block.norm2, nn.LayerNorm)
+            and block.norm2.bias is not None
+        )
+
+    def is_intact(self) -> bool:
+        """Whether the parts are what was folded: not replaced, hooked, compiled or the like."""
+        attn, ffn = self.attn, self.ffn
+        return (
+            is_plain(attn, FusedWindowAttention)
+            and is_plain(ffn, FusedDWConvFFN)
+            and all(is_plain(m, nn.Linear) for m in (attn.qkv, attn.proj))
+            and all(is_plain(m, nn.LayerNorm) for m in (self.norm1, self.norm2))
+            and all(is_plain(m, ConvGELU) for m in (ffn.fc1, ffn.dw3x3, ffn.fc2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if ops.has_folded_block(x, self):
+            return ops.folded_block(x, self)
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+# What blocks there are in a model, folded or not.
+BLOCKS = (HRFormerBlock, FusedBlock)
+
+
+def replace(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace all sub-modules of a kind, or the model itself."""
+    if isinstance(model, kind):
+        return make(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
+    return model
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Fold batch normalization into the convolution in front of it, where it directly follows.
+
+    What is no stock convolution or normalization is left as it is, and so is what is used in
+    several places or has hooks.
+
+    Args:
+        model (nn.Module): A model in evaluation mode. It is changed in place.
+
+    Returns:
+        nn.Module: The model.
+    """
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for parent in list(model.modules()):
+        before = None
+        for name, child in list(parent.named_children()):
+            follows = before is not None and is_plain(child, *NORMS) and child.track_running_stats
+            if follows and uses[id(before)] == uses[id(child)] == 1:
+                statistics = (child.running_mean, child.running_var, child.eps)
+                before.weight, before.bias = fuse_conv_bn_weights(
+                    before.weight, before.bias, *statistics, child.weight, child.bias
+                )
+                setattr(parent, name, nn.Identity())
+            before = child if is_plain_conv(child) else None
+    return model
+
+
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """Fold what is constant in a trained model, for faster inference with equal results.
+
+    Batch normalization goes into the convolutions, layer normalization and the scale of the
+    queries into the projections of the attention, and the relative position biases are looked up.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
+            a bare :class:`HRFormer`. It is left as it is.
+
+    Returns:
+        nn.Module: A folded copy, in evaluation mode, without gradients. Calling its ``train()``
+        is an error.
+
+    Examples:
+        >>> from mmhrformer import HRFormer
+        >>> model = HRFormer(arch='tiny')
+        >>> _ = model.eval()
+        >>> fused = fuse_for_inference(model)
+        >>> x = torch.rand(1, 3, 64, 64)
+        >>> torch.allclose(model(x)[0], fused(x)[0], atol=1e-4)
+        True
+    """
+    fused = copy.deepcopy(model)
+    fused.train(False)
+    with torch.no_grad():
+        for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
+            if FusedWindowAttention.fits(block.attn, block.norm1):
+                block.attn = FusedWindowAttention(block.attn, block.norm1)
+                channels, eps = block.norm1.normalized_shape, block.norm1.eps
+                block.norm1 = nn.LayerNorm(channels, eps, elementwise_affine=False)
+        fold_batch_norm(fused)
+        for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
+            if FusedDWConvFFN.fits(block.ffn):
+                block.ffn = FusedDWConvFFN(block.ffn)
+        fused = replace(fused, HRFormerBlock, lambda b: FusedBlock(b) if FusedBlock.fits(b) else b)
+        replace(fused, nn.Conv2d, lambda c: PointwiseConv(c) if PointwiseConv.fits(c) else c)
+    fused.requires_grad_(False)
+    fused.train(False)  # mmpose's eval() returns nothing
+    return fused

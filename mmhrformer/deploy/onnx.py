@@ -1,0 +1,559 @@
+"""Write trained models to ONNX files, which appear only if they give what torch gives."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from ..checkpoints.writing import check_destination
+from ..datasets.meta import meta_of_dataset
+from ..models.hrformer import MIN_INPUT
+from ..utils.files import write_atomically
+from ..version import __version__
+from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
+
+# A class of the framework that a model has among its ancestors -> its task.
+TASKS = {
+    'BaseClassifier': 'classification',
+    'TopdownPoseEstimator': 'pose',
+    'EncoderDecoder': 'segmentation',
+}
+INPUT = 'image'
+# Of each task: the name of the output, and the names of its open axes.
+OUTPUTS = {
+    'classification': ('scores', {}),
+    'pose': ('heatmaps', {2: 'heatmap_height', 3: 'heatmap_width'}),
+    'segmentation': ('logits', {2: 'height', 3: 'width'}),
+}
+# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
+SIZES = {
+    'BottomupRandomAffine': ('input_size', True),
+    'BottomupResize': ('input_size', True),
+    'CenterCrop': ('crop_size', True),
+    'EfficientNetCenterCrop': ('crop_size', False),
+    'EfficientNetRandomCrop': ('scale', False),
+    'PlaceRandomly': ('size', False),
+    'RandomCrop': ('crop_size', False),
+    'RandomResizedCrop': ('scale', False),
+    'Resize': ('scale', True),
+    'TopdownAffine': ('input_size', True),
+}
+# torch 2.1 writes no later one; scaled_dot_product_attention and Trilu begin with 14.
+OPSETS = range(14, 18)
+# The exporter that reads TorchScript; torch 2.9 and later prefer one that needs another package.
+HAS_CHOICE = 'dynamo' in inspect.signature(torch.onnx.export).parameters
+EXPORTER = dict(dynamo=False) if HAS_CHOICE else {}
+TOLERANCE = 1e-4  # of the range of the output
+# For any size, a size is traced at which everything is needed that some sizes need: the streams
+# are 17x9, 9x5, 5x3 and 3x2, and halving an odd size rounds, which enlarging has to correct.
+TRACED_SIZE = (68, 36)
+TRACED_BATCH = 2  # 1 would also fit where a tensor is stretched
+OTHER_SIZES = ((97, 161), (64, 224))
+BATCHES = (1, 3)
+
+
+class ExportError(RuntimeError):
+    """A model could not be exported such that it gives what it gives in torch."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far onnxruntime was from torch on one batch of noise.
+
+    Attributes:
+        batch (int): Number of images.
+        size (tuple[int, int]): Their height and width.
+        error (float): Largest absolute difference.
+        range (float): Largest minus smallest number that torch returned.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    error: float
+    range: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the difference is within :data:`TOLERANCE` of the range."""
+        return self.error <= TOLERANCE * self.range  # not so for NaN
+
+    def __str__(self) -> str:
+        size = f'{self.size[0]}x{self.size[1]}'
+        relative = self.error / self.range if self.range else float('nan')
+        return f'{self.batch:>5}  {size:>9}  {self.error:>9.2e}  {self.range:>9.2e}  {relative:.2e}'
+
+
+HEADER = f'{"batch":>5}  {"size":>9}  {"max error":>9}  {"range":>9}  error / range'
+
+
+class DeployedModel(nn.Module):
+    """What a model does in use, from an image tensor to one tensor.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone.
+        with_normalization (bool): Whether it takes pixels of 0 to 255 and normalizes them itself.
+            Defaults to False.
+
+    Raises:
+        ValueError: If the model is of no task that is known here.
+
+    Examples:
+        >>> from mmhrformer import get_model
+        >>> deployed = DeployedModel(get_model('hrformer-tiny_8xb128_in1k'))
+        >>> deployed(torch.rand(1, 3, 64, 64)).sum()  # doctest: +SKIP
+        tensor(1.0000)
+    """
+
+    def __init__(self, model: nn.Module, with_normalization: bool = False) -> None:
+        super().__init__()
+        self.task = task_of(model)
+        self.model = model
+        self.with_normalization = with_normalization
+        if with_normalization:
+            mean, std = normalization(model)
+            self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
+            self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            image (Tensor): Images of shape (B, 3, H, W).
+
+        Returns:
+            Tensor: Probabilities of shape (B, classes), heatmaps of shape (B, keypoints, H / 4,
+            W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) of a binary segmentor with
+            one channel, whose probability, their sigmoid, is compared with a threshold.
+        """
+        if self.with_normalization:
+            image = (image - self.mean) / self.std
+        out = self.model(image, None, mode='tensor')
+        if self.task == 'classification':
+            return out.softmax(-1)
+        if self.task == 'segmentation':
+            align = self.model.align_corners
+            return F.interpolate(out, image.shape[-2:], mode='bilinear', align_corners=align)
+        return out
+
+
+def task_of(model: nn.Module) -> str:
+    """Tell what a model is for.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        str: A value of :data:`TASKS`.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    names = {kind.__name__ for kind in type(model).__mro__}
+    if 'BaseTTAModel' in names:
+        raise ValueError(
+            f'model is a {type(model).__name__}: test-time augmentation runs a model several times '
+            'and cannot be exported; export the model in its .module'
+        )
+    for name, task in TASKS.items():
+        if name in names:
+            return task
+    raise ValueError(
+        f'model is a {type(model).__name__}, which is of no known task: give a classifier of '
+        'mmpretrain, a TopdownPoseEstimator of mmpose or an EncoderDecoder of mmseg'
+    )
+
+
+def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
+    """Read mean and standard deviation from a model's data preprocessor.
+
+    Args:
+        model (nn.Module): A model of one of the three frameworks.
+
+    Returns:
+        tuple[list[float], list[float]]: Of each channel, in the order in which the model gets them.
+    """
+    preprocessor = model.data_preprocessor
+    if not getattr(preprocessor, '_enable_normalize', False):
+        channels = model.backbone.in_channels
+        return [0.0] * channels, [1.0] * channels
+    return preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
+
+
+def channel_order(model: nn.Module) -> str:
+    """Tell which channels a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them.
+
+    Args:
+        model (nn.Module): A model of one of the three frameworks.
+
+    Returns:
+        str: The order.
+    """
+    # mmpretrain, mmseg and mmengine (mmpose) call it by three names.
+    names = ('to_rgb', 'channel_conversion', '_channel_conversion')
+    turns = any(getattr(model.data_preprocessor, name, False) for name in names)
+    return 'RGB' if turns else 'BGR'
+
+
+def refuse_tta(cfg: Config) -> None:
+    """Refuse a config that describes a test with several scales or flips.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        ValueError: If it does.
+    """
+    pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
+    kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
+    for kind in map(str, kinds):
+        if kind.endswith(('TestTimeAug', 'TTAModel')):
+            raise ValueError(
+                f'the config has {kind}: test-time augmentation runs a model several times and '
+                'cannot be exported; give the config that the model was trained with'
+            )
+
+
+def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None) -> list[str]:
+    """Find the names of the classes or keypoints that a model predicts.
+
+    Args:
+        cfg (Config): Its config.
+        dataset_meta (Mapping, optional): What mmengine saved in the checkpoint about the data set
+            of the training. Defaults to None: ask the data set of the config.
+
+    Returns:
+        list[str]: The names; empty if nobody knows them before the data are loaded.
+    """
+    info = dict(dataset_meta or meta_of_dataset(cfg))
+    if 'from_file' in info:
+        from mmpose.datasets.datasets.utils import parse_pose_metainfo
+
+        info = parse_pose_metainfo(info)
+    names = info.get('classes') or info.get('CLASSES') or ()
+    if 'keypoint_id2name' in info:
+        names = info['keypoint_id2name'].values()
+    return [str(name) for name in names]
+
+
+def default_size(cfg: Config) -> tuple[int, int]:
+    """Find the size of the images that a config trains with.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
+        one size; 224x224 if there is none.
+    """
+    model = cfg.get('model', {})
+    steps = [
+        *_steps(cfg.get('train_dataloader')),
+        *reversed(cfg.get('train_pipeline', [])),
+        *_steps(cfg.get('test_dataloader')),
+        # Of a config without data: the codec of a pose model, the crop of a segmentor.
+        {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
+        {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
+    ]
+    for step in steps:
+        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+        option, width_first = SIZES.get(kind.split('.')[-1], ('', False))
+        size = step.get(option)
+        if size and not step.get('keep_ratio'):
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            return size[::-1] if width_first else size
+    return 224, 224
+
+
+def _get(cfg: Any, name: str) -> Any:
+    return cfg.get(name) if isinstance(cfg, Mapping) else None
+
+
+def _steps(cfg: Any) -> list:
+    """The pipeline of a data loader, or of a data set in data sets; last step first."""
+    inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
+    if isinstance(inner, Sequence):
+        inner = inner[0]
+    return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]
+
+
+def export_onnx(
+    model: nn.Module,
+    file: str | Path,
+    size: Sequence[int] = (224, 224),
+    batch: int | None = None,
+    dynamic_size: bool | None = None,
+    opset: int = 17,
+    with_normalization: bool = False,
+    simplify: bool = True,
+    verify: bool = True,
+    names: Sequence[str] = (),
+    overwrite: bool = False,
+) -> list[Comparison]:
+    """Write a model to an ONNX file.
+
+    Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
+    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
+            evaluation mode, of float32. It is left as it is.
+        file (str | Path): File to write, which ends in ``.onnx``.
+        size (Sequence[int]): Height and width of the images, in pixels; with open sizes, one that
+            is compared. Defaults to (224, 224).
+        batch (int, optional): Number of images. Defaults to None: any.
+        dynamic_size (bool, optional): Whether the file takes images of any size. Defaults to None:
+            for segmentation.
+        opset (int): Version of ONNX's operators, 14 to 17. Defaults to 17.
+        with_normalization (bool): Whether the file takes pixels of 0 to 255, in the channel order
+            of the model, and normalizes them itself. Defaults to False.
+        simplify (bool): Whether to simplify the graph. Defaults to True.
+        verify (bool): Whether to compare with torch. Defaults to True.
+        names (Sequence[str]): Names of the classes or keypoints, to be written into the file.
+        overwrite (bool): Whether the file may exist. Defaults to False.
+
+    Returns:
+        list[Comparison]: What was compared.
+
+    Raises:
+        ExportError: If what onnxruntime computes differs by more than 1e-4 of the output's range.
+        FileExistsError: If the file exists and must not.
+        ImportError: If onnx, onnxruntime or onnxslim is needed and missing.
+        ValueError: If the model or an argument is not possible.
+
+    Examples:
+        >>> model = get_model('hrformer-tiny_8xb128_in1k', 'tiny.pth')  # doctest: +SKIP
+        >>> for row in export_onnx(model, 'tiny.onnx'):  # doctest: +SKIP
+        ...     print(row)
+    """
+    require_packages(simplify, verify)
+    path = _check_file(file, overwrite)
+    task = _check_model(model)
+    _check_numbers(size, batch, opset)
+    if dynamic_size is None:
+        dynamic_size = task == 'segmentation'
+    model = copy.deepcopy(model).cpu()
+    reference = DeployedModel(model, with_normalization).eval()
+    # The reference is not folded, so that the comparison covers the folding, too.
+    with torch.no_grad():
+        folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
+    deployed = DeployedModel(folded, with_normalization).eval()
+    graph = trace(deployed, size, batch, dynamic_size, opset)
+    _add_metadata(graph, deployed, names)
+    cases = _cases(size, batch, dynamic_size) if verify else []
+    graph, comparisons = _choose(graph, simplify, reference, cases)
+    write_atomically(path, graph.SerializeToString())
+    return comparisons
+
+
+def require_packages(simplify: bool = True, verify: bool = True) -> None:
+    """Tell what is not installed, before work is done.
+
+    Args:
+        simplify (bool): Whether onnxslim is needed. Defaults to True.
+        verify (bool): Whether onnxruntime is needed. Defaults to True.
+
+    Raises:
+        ImportError: If something is missing.
+    """
+    needed = ['onnx'] + ['onnxruntime'] * verify + ['onnxslim'] * simplify
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'export needs {", ".join(missing)}: pip install onnx onnxruntime onnxslim'
+        )
+
+
+def _check_file(file: str | Path, overwrite: bool) -> Path:
+    if Path(file).suffix != '.onnx':
+        raise ValueError(f'file={str(file)!r}: give a name that ends in .onnx')
+    return check_destination(file, overwrite)
+
+
+def _check_model(model: nn.Module) -> str:
+    """Refuse what would be exported as something else; returns the task."""
+    task = task_of(model)
+    if model.training:
+        raise ValueError('model is in training mode: call model.train(False) before the export')
+    folded = (FusedWindowAttention, FusedDWConvFFN)
+    if any(isinstance(module, folded) for module in model.modules()):
+        raise ValueError(
+            'model was made by fuse_for_inference for torch: export the model it was made from, '
+            'what ONNX needs is folded here'
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if dtypes != {torch.float32}:
+        raise ValueError(
+            f'model has weights of {", ".join(map(str, dtypes))}: call model.float(), and let the '
+            'runtime choose another precision (trtexec --fp16)'
+        )
+    return task
+
+
+def _check_numbers(size: Sequence[int], batch: int | None, opset: int) -> None:
+    if len(size) != 2 or min(size) < MIN_INPUT:
+        raise ValueError(
+            f'size={tuple(size)}: give height and width of at least {MIN_INPUT} pixels'
+        )
+    if batch is not None and batch < 1:
+        raise ValueError(f'batch={batch}: give a number of images, or None for any')
+    if opset not in OPSETS:
+        raise ValueError(f'opset={opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
+
+
+def trace(
+    deployed: DeployedModel,
+    size: Sequence[int],
+    batch: int | None,
+    dynamic_size: bool,
+    opset: int,
+):
+    """Trace a forward pass as a graph of ONNX.
+
+    Args:
+        deployed (DeployedModel): The model.
+        size (Sequence[int]): Height and width, if they are fixed.
+        batch (int, optional): Number of images, or None for any.
+        dynamic_size (bool): Whether height and width are open.
+        opset (int): Version of the operators.
+
+    Returns:
+        onnx.ModelProto: The graph.
+    """
+    import onnx
+
+    name, sides = OUTPUTS[deployed.task]
+    open_input, open_output = {}, {}
+    if batch is None:
+        open_input[0] = open_output[0] = 'batch'
+    if dynamic_size:
+        open_input |= {2: 'height', 3: 'width'}
+        open_output |= sides
+    size = TRACED_SIZE if dynamic_size else size
+    image = torch.rand(batch or TRACED_BATCH, deployed.model.backbone.in_channels, *size)
+    options = dict(opset_version=opset, input_names=[INPUT], output_names=[name])
+    options['dynamic_axes'] = {INPUT: open_input, name: open_output}
+    content = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        # That numbers of channels are fixed, that this exporter is the older one.
+        warnings.simplefilter('ignore')
+        torch.onnx.export(deployed, (image,), content, **options, **EXPORTER)
+    return onnx.load_from_string(content.getvalue())
+
+
+def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
+    """Write into a graph what its user has to know."""
+    import onnx
+
+    mean, std = normalization(deployed.model)
+    entries = dict(
+        mmhrformer_version=__version__,
+        task=deployed.task,
+        normalization='included' if deployed.with_normalization else 'expected',
+        input_mean=json.dumps(mean),
+        input_std=json.dumps(std),
+        channel_order=channel_order(deployed.model),
+        names=json.dumps(list(names)),
+    )
+    if getattr(deployed.model, 'out_channels', None) == 1:  # of a segmentor
+        entries['threshold'] = json.dumps(deployed.model.decode_head.threshold)
+    onnx.helper.set_model_props(graph, entries)
+    graph.producer_name, graph.producer_version = 'mmhrformer', __version__
+
+
+def _cases(
+    size: Sequence[int], batch: int | None, dynamic_size: bool
+) -> list[tuple[int, tuple[int, int]]]:
+    """Batches and sizes to compare: the asked-for one, and others where they are open."""
+    batches = BATCHES if batch is None else (batch,)
+    if not dynamic_size:
+        return [(number, tuple(size)) for number in batches]
+    others = [(number, other) for other in OTHER_SIZES for number in batches]
+    return [(batches[0], tuple(size)), *others]
+
+
+def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tuple]):
+    """Simplify, check and compare; the graph as traced is kept if the simplified one is wrong."""
+    import onnx
+
+    expected = [(batch, size, *_run_torch(reference, batch, size)) for batch, size in cases]
+    if simplify:
+        import onnxslim
+
+        try:
+            simplified = onnxslim.slim(copy.deepcopy(graph))
+            onnx.checker.check_model(simplified, full_check=True)
+            comparisons = compare(simplified, expected)
+        except Exception as err:  # whatever fails there, the graph as traced is still to be had
+            warnings.warn(f'not simplified, onnxslim failed: {err}', stacklevel=3)
+        else:
+            if all(comparison.good for comparison in comparisons):
+                return simplified, comparisons
+            warnings.warn('not simplified, onnxslim changed the results', stacklevel=3)
+    onnx.checker.check_model(graph, full_check=True)
+    comparisons = compare(graph, expected)
+    if not all(comparison.good for comparison in comparisons):
+        rows = '\n'.join(map(str, comparisons))
+        raise ExportError(
+            f'onnxruntime differs from torch by more than {TOLERANCE:.0e} of the range of the '
+            f'output, so nothing was written:\n{HEADER}\n{rows}\n'
+            'Report this with your config, or use verify=False (--no-verify) to have the file'
+        )
+    return graph, comparisons
+
+
+def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Noise, and what torch makes of it."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, deployed.model.backbone.in_channels, *size)
+    image = torch.randn(shape, generator=generator)
+    if deployed.with_normalization:
+        image = torch.rand(shape, generator=generator) * 255
+    with torch.no_grad():
+        return image, deployed(image)
+
+
+def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> list[Comparison]:
+    """Run a graph in onnxruntime and compare.
+
+    Args:
+        graph (onnx.ModelProto): The graph.
+        expected (Sequence): Of each run the number of images, their size, the images and what torch
+            makes of them.
+
+    Returns:
+        list[Comparison]: One of each run.
+    """
+    if not expected:
+        return []
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=['CPUExecutionProvider']
+    )
+    comparisons = []
+    for batch, size, image, wanted in expected:
+        out = torch.from_numpy(session.run(None, {INPUT: image.numpy()})[0])
+        if out.shape != wanted.shape:
+            raise ExportError(
+                f'onnxruntime returns {tuple(out.shape)} for {batch} images of {size}, torch '
+                f'{tuple(wanted.shape)}'
+            )
+        error, spread = (out - wanted).abs().max(), wanted.max() - wanted.min()
+        comparisons.append(Comparison(batch, size, error.item(), spread.item()))
+    return comparisons

@@ -1,0 +1,432 @@
+"""Training that can be killed at any moment and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import contextlib
+import locale
+import os
+import random
+import re
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import broadcast_object_list, get_rank, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, DistSamplerSeedHook
+from mmengine.optim import OptimWrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
+
+from ..registry import HOOKS
+from ..utils.files import PARTIAL, write_atomically
+from .resume_report import kept_by_resume
+
+BACKEND = 'mmhrformer.atomic'
+POINTER = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
+
+
+class AtomicBackend(LocalBackend):
+    """Local files, always whole (:mod:`mmhrformer.utils.files`).
+
+    In configs it is ``backend='mmhrformer.atomic'``.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes to a file, whose folder is made if need be."""
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(filepath, obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write a text to a file, whose folder is made if need be."""
+        self.put(obj.encode(encoding), filepath)
+
+
+register_backend(BACKEND, AtomicBackend, force=True)
+
+
+class _PatientBackend(AtomicBackend):
+    """Removes files only when it is told to: mmengine does it before it has written new ones."""
+
+    def __init__(self) -> None:
+        self.outdated: dict[str, int] = {}
+
+    def remove(self, filepath: str | Path) -> None:
+        self.outdated[str(filepath)] = os.stat(filepath).st_ino
+
+    def remove_outdated(self) -> None:
+        """Remove them now, except those that have been written anew under their old name."""
+        for path, inode in self.outdated.items():
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == inode:
+                    os.remove(path)
+        self.outdated.clear()
+
+
+def find_damage(path: str | Path) -> str:
+    """Check if a checkpoint is whole, by the checksums of everything in it.
+
+    Args:
+        path (str | Path): A file that ``torch.save`` has written.
+
+    Returns:
+        str: What is wrong, or an empty string.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+    except Exception as err:  # a wrong byte in a header fails in many ways
+        return str(err) or type(err).__name__
+    return f'the checksum of {wrong} is wrong' if wrong else ''
+
+
+def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Find the newest whole checkpoint of a run.
+
+    That is mostly the one that ``last_checkpoint`` names; a later one, if the run was killed before
+    it had noted it; or the one before, if the file is damaged. Files of an earlier and longer run
+    in the same folder are left out: their steps are higher, but they are older than
+    ``last_checkpoint``.
+
+    Args:
+        folder (Path): Where the checkpoints are.
+        template (str): Their names, with ``{}`` for the step.
+        pointer (Path): The file ``last_checkpoint``.
+
+    Returns:
+        tuple: The checkpoint, or None if none is whole; what is wrong with newer ones.
+    """
+    before, after = (re.escape(part) for part in re.split(r'\{.*?\}', template))
+    step = {
+        path: int(found[1])
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (found := re.fullmatch(f'{before}(\\d+){after}', path.name))
+    }
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    if found := re.fullmatch(f'{before}(\\d+){after}', Path(named).name):
+        last, noted = int(found[1]), pointer.stat().st_mtime_ns
+        step = {p: n for p, n in step.items() if n <= last or p.stat().st_mtime_ns > noted}
+    candidates = sorted(step, key=step.get, reverse=True)
+    if named and Path(named).exists() and Path(named).name not in {p.name for p in candidates}:
+        candidates.insert(0, Path(named))
+    damaged = {}
+    for path in candidates:
+        damage = find_damage(path)
+        if not damage:
+            return path, damaged
+        damaged[path] = damage
+    return None, damaged
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message tells what is left and what to do."""
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, made safe from kills, crashes and full disks.
+
+    - A checkpoint is written to a temporary file, forced to the disk and renamed, and so is
+      ``last_checkpoint``: files with these names are always whole.
+    - Older checkpoints are removed (``max_keep_ckpts``, ``save_best``) after the new one is there.
+      There must be room for one more than are kept.
+    - ``--resume`` goes on from the newest whole checkpoint: damaged ones are passed over with a
+      warning. If there is none, training starts from the beginning, and the log says so. A
+      damaged or missing file that was named (``--resume FILE``, ``load_from``) is an error.
+    - If a checkpoint cannot be written, training stops, and the error tells what is left.
+    - Resuming takes the optimizer's options and the schedule from the checkpoint; a warning names
+      those of the config that differ.
+
+    Remote checkpoints (``backend_args``, or an ``out_dir`` such as ``s3://...``) are written by
+    mmengine as before, and so are those of its ``FlexibleRunner`` (FSDP, DeepSpeed).
+
+    Args:
+        *args: As for ``CheckpointHook``.
+        **kwargs: As for ``CheckpointHook``.
+
+    Examples:
+        >>> from mmengine.registry import HOOKS
+        >>> hook = HOOKS.build(dict(type='mmhrformer.SafeCheckpointHook', max_keep_ckpts=3))
+        >>> hook.max_keep_ckpts
+        3
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        remote = self.backend_args or self.file_client_args or '://' in str(self.out_dir)
+        self.safe = not remote
+        if self.safe:
+            self.backend_args = dict(backend=BACKEND)
+        self.file_backend = None  # until training starts
+
+    def before_run(self, runner: Runner) -> None:
+        """Choose the checkpoint to resume from, before the runner looks for it.
+
+        Args:
+            runner (Runner): The runner.
+
+        Raises:
+            ValueError: If a checkpoint that was named is missing or damaged.
+        """
+        super().before_run(runner)
+        if self.safe and not isinstance(runner, Runner):
+            self.safe, self.backend_args = False, None
+        if not self.safe or not runner._resume or runner._has_loaded:
+            return
+        problem = [self._prepare_resume(runner) if is_main_process() else None]
+        broadcast_object_list(problem)  # all processes stop, or all read last_checkpoint after it
+        if problem[0]:
+            raise ValueError(problem[0])
+
+    def _prepare_resume(self, runner: Runner) -> str:
+        """Point ``last_checkpoint`` to the newest whole one; return what makes it impossible."""
+        folder, pointer = self._folder(runner), Path(runner.work_dir, POINTER)
+        newest, damaged = find_newest(folder, self.filename_tmpl, pointer)
+        if runner._load_from is not None:
+            return _explain_named(runner._load_from, newest)
+        for path, damage in damaged.items():
+            runner.logger.warning(f'The checkpoint {path} is damaged ({damage}): passed over.')
+        if newest is None:
+            pointer.unlink(missing_ok=True)
+            runner.logger.warning(
+                f'resume: there is no whole checkpoint in {folder}, '
+                'training starts from the beginning.'
+            )
+            return ''
+        if not pointer.is_file() or pointer.read_text(errors='replace') != str(newest):
+            runner.logger.warning(f'The newest whole checkpoint is {newest}: resuming from it.')
+            write_atomically(pointer, _as_mmengine_reads(str(newest)))
+        return ''
+
+    def _folder(self, runner: Runner) -> Path:
+        """Where the checkpoints are, as mmengine's hook finds it when training starts."""
+        if self.out_dir is None or self.out_dir == runner.work_dir:
+            return Path(runner.work_dir)
+        return Path(self.out_dir, Path(runner.work_dir).name)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Warn of what resuming keeps although the config says otherwise.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): What it loads.
+        """
+        resumes = isinstance(runner, Runner) and runner._resume
+        if not resumes or not isinstance(runner.optim_wrapper, OptimWrapper):
+            return  # weights only, or not in training
+        lines = kept_by_resume(runner, checkpoint)
+        if lines:
+            runner.logger.warning(
+                'resume goes on with the optimizer and the schedule of the checkpoint, whatever '
+                'the config says:\n  ' + '\n  '.join(lines) + '\nTo train on from its weights '
+                'alone, with what the config says: load_from=CHECKPOINT, without resume.'
+            )
+
+    def before_train(self, runner: Runner) -> None:
+        """Remove what killed runs left behind.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        super().before_train(runner)
+        if not self.safe:
+            return
+        self.file_backend = _PatientBackend()
+        if is_main_process():
+            pattern = f'*{Path(self.filename_tmpl).suffix}.*{PARTIAL}'
+            for path in sorted(Path(self.out_dir).glob(pattern)):
+                runner.logger.info(f'Removing {path}, left by a run that was killed.')
+                path.unlink()
+            for path in Path(runner.work_dir).glob(f'{POINTER}.*{PARTIAL}'):
+                path.unlink()
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        if not self.safe:
+            super()._save_checkpoint_with_step(runner, step, meta)
+            return
+        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+        if self.max_keep_ckpts > 0 and step not in kept:
+            # The checkpoint lists the outdated one as well, which is removed when it is written:
+            # who resumes from it after a kill in between, removes the outdated one.
+            kept.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        with _explained(runner, self.last_ckpt):
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if is_main_process():
+                write_atomically(Path(runner.work_dir, POINTER), _as_mmengine_reads(self.last_ckpt))
+        self._remove_outdated(runner, kept)
+
+    def _remove_outdated(self, runner: Runner, kept: list[int]) -> None:
+        """Remove what the checkpoint that has just been written replaces."""
+        if self.max_keep_ckpts > 0:
+            for step in kept[: -self.max_keep_ckpts]:
+                path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+                if is_main_process() and self.file_backend.isfile(path):
+                    self.file_backend.remove(path)
+            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts :], self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self.file_backend.remove_outdated()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.file_backend is None:
+            return  # `Runner.val()` alone trains nothing that could be the best
+        if not self.safe:
+            super()._save_best_checkpoint(runner, metrics)
+            return
+        with _explained(runner, f'best checkpoint in {self.out_dir}'):
+            super()._save_best_checkpoint(runner, metrics)
+        self.file_backend.remove_outdated()
+
+
+def _as_mmengine_reads(text: str) -> bytes:
+    """Encode a text for a file that is opened without an encoding, as on Windows not in UTF-8."""
+    return text.encode(locale.getpreferredencoding(False), 'surrogateescape')
+
+
+@contextlib.contextmanager
+def _explained(runner: Runner, what: str) -> Iterator[None]:
+    """Tell what is left when a checkpoint cannot be written."""
+    try:
+        yield
+    except CheckpointError:  # the best and the newest one are written in one go
+        raise
+    except OSError as err:
+        pointer = Path(runner.work_dir, POINTER)
+        last = pointer.read_text(errors='replace') if pointer.is_file() else ''
+        left = f'The last good checkpoint, {last}, is intact: remove the cause and go on with'
+        start = 'There is no earlier checkpoint: remove the cause and start again, with or without'
+        raise CheckpointError(
+            err.errno,
+            f'{err.strerror or err} while the checkpoint was written to {what}. Training stops. '
+            f'{left if last else start} --resume',
+        ) from err
+
+
+def _explain_named(name: str, newest: Path | None) -> str:
+    """Why a checkpoint that was named cannot be resumed from, or an empty string."""
+    path = Path(name).expanduser()
+    if '://' in str(name):
+        return ''
+    damage = find_damage(path) if path.exists() else 'there is no such file'
+    hint = f'--resume without a file goes on from {newest}' if newest else 'name another one'
+    return damage and f'resume from load_from={str(name)!r}: {damage}. To train on: {hint}'
+
+
+@HOOKS.register_module()
+class ResumableSeedHook(DistSamplerSeedHook):
+    """Makes the random numbers of training depend on its seed and its progress, nothing else.
+
+    A resumed run then goes on exactly as it would have without the interruption: with the same
+    order of the data, the same augmentations, the same dropped paths. Otherwise all random
+    numbers would start anew when training is resumed. It replaces ``DistSamplerSeedHook``.
+
+    - Training by epochs: workers of the dataloader start anew in each epoch, also persistent ones,
+      seeded by (seed, epoch, rank, worker). Without a ``seed`` in the config, the one that the
+      interrupted run drew is used, by its checkpoint.
+    - Training by iterations: mmengine loads, and leaves out, the data of the iterations that are
+      done, so that the workers get into the same state. This needs ``randomness.seed`` in the
+      config and ``num_workers`` of 1 or more.
+    - The generators of the training process (Python, NumPy, torch) are seeded by (seed, iteration)
+      before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for equal bits.
+
+    Examples:
+        >>> # in a config
+        >>> default_hooks = dict(sampler_seed=dict(type='mmhrformer.ResumableSeedHook'))
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Tell once what this hook cannot make resumable.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        loader = getattr(runner.train_loop, 'dataloader', None)
+        if isinstance(loader, DataLoader):
+            own = [_inner(loader, 'sampler'), _inner(loader, 'batch_sampler', 'sampler'), loader]
+            if all(getattr(owner, 'generator', None) is None for owner in own):
+                return
+            reason = 'has a generator of its own'
+        else:
+            reason = f'is {type(loader).__name__}, no DataLoader of torch'
+        runner.logger.warning(
+            f'train_dataloader {reason}: what it draws is not seeded by mmhrformer.'
+            f'{type(self).__name__}, so that a resumed run may see other data than one that was '
+            'left alone. What the training process draws is the same.'
+        )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seed the sampler and the workers.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        loader = getattr(runner.train_loop, 'dataloader', None)
+        samplers = [
+            _inner(loader, 'sampler'),
+            _inner(loader, 'batch_sampler'),
+            _inner(loader, 'batch_sampler', 'sampler'),
+        ]
+        for sampler in samplers:
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(runner.epoch)
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            return  # its workers have started already
+        if not (runner.cfg.get('randomness') or {}).get('diff_rank_seed'):
+            for sampler in samplers:
+                if hasattr(sampler, 'seed'):
+                    sampler.seed = runner.seed  # resuming has changed it to that of the checkpoint
+        if isinstance(loader, DataLoader):
+            init = loader.worker_init_fn
+            if isinstance(init, partial) and init.func is _seed_worker:
+                init = init.args[1]  # of the epoch before
+            loader.worker_init_fn = partial(
+                _seed_worker, (runner.seed, runner.epoch, get_rank()), init
+            )
+            loader._iterator = None  # the workers of the epoch before, if they are persistent
+        _seed(0, runner.seed, runner.iter)  # without workers, this process loads the data
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Seed this process.
+
+        Args:
+            runner (Runner): The runner.
+            batch_idx (int): Not used.
+            data_batch: Not used.
+        """
+        _seed(0, runner.seed, runner.iter)
+
+
+def _inner(thing: object, *names: str) -> object:
+    """An attribute of an attribute, or None where there is none: loaders have all kinds of them."""
+    for name in names:
+        thing = getattr(thing, name, None)
+    return thing
+
+
+def _seed(*numbers: int) -> None:
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _seed_worker(numbers: tuple[int, ...], init: Callable | None, worker: int) -> None:
+    if init is not None:
+        init(worker)
+    _seed(1, *numbers, worker)

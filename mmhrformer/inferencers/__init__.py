@@ -1,0 +1,1 @@
+"""What trained models see in images and videos."""

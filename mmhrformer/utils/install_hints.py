@@ -1,0 +1,368 @@
+"""What is installed, what does not fit it, and the commands that fix it.
+
+OpenMMLab's packages exist twice: the stock ones, whose last releases are of 2023 to 2025, and
+maintained forks of some, called ``onedl-...``, with the same import names. This module needs
+nothing but the standard library: it tells what is wrong where torch or mmcv cannot be imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import traceback
+import warnings
+from collections.abc import Iterable
+from importlib import metadata
+
+# Import name -> the distributions that bring it. They write the same files.
+OWNERS = {
+    'mmengine': ('mmengine', 'onedl-mmengine'),
+    'mmcv': ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+    'mmpose': ('mmpose',),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+}
+OTHERS = (
+    'torch', 'torchvision', 'numpy', 'xtcocotools', 'transformers', 'safetensors', 'onnx',
+    'onnxruntime', 'setuptools', 'openmim', 'onedl-mim',
+)  # fmt: skip
+
+NAMES = (*OTHERS, *(name for owners in OWNERS.values() for name in owners))
+
+# The oldest versions that the extras of this package accept.
+MINIMUM = {
+    'torch': '2.1', 'mmengine': '0.10.3', 'mmcv': '2.0.1', 'mmcv-lite': '2.0.1',
+    'mmpretrain': '1.0', 'mmpose': '1.0', 'mmdet': '3.0', 'mmsegmentation': '1.0',
+}  # fmt: skip
+
+BUILD_MMCV = (
+    'pip uninstall -y mmcv mmcv-lite && pip install "setuptools<81" wheel ninja psutil && '
+    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --no-binary mmcv mmcv==2.1.0'
+)
+FORKS = 'or, of the maintained forks: pip install'
+CORE = f"pip install 'mmhrformer[core]'; {FORKS} onedl-mmengine onedl-mmcv"
+
+OLDER_TRANSFORMERS = (
+    "pip install 'transformers>=4.28,<4.56', or, where nothing else needs it, pip uninstall -y "
+    'transformers: nothing here uses it'
+)
+
+BUILD_FORK = (
+    'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
+    '--force-reinstall --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv'
+)
+
+# Import name -> how to install it, of either family.
+INSTALL = {
+    'torch': 'pip install torch torchvision',
+    'torchvision': 'pip install torchvision, in the version that belongs to your torch',
+    'numpy': 'pip install numpy',
+    'mmengine': CORE,
+    'mmcv': CORE,
+    'mmpretrain': (
+        f"pip install 'mmhrformer[cls]'; {FORKS} onedl-mmengine onedl-mmcv onedl-mmpretrain"
+    ),
+    'mmpose': (
+        "pip install --no-build-isolation chumpy && pip install 'mmhrformer[pose]' (it has no "
+        f'maintained fork), and mmcv with its operators: {BUILD_MMCV}'
+    ),
+    'mmseg': (
+        f"pip install 'mmhrformer[seg]', and mmcv with its operators: {BUILD_MMCV}; {FORKS} "
+        'onedl-mmengine onedl-mmcv onedl-mmsegmentation'
+    ),
+    'mmdet': f"pip install 'mmdet>=3.0,<3.4'; {FORKS} onedl-mmdetection",
+    'xtcocotools': 'pip install xtcocotools',
+    'ftfy': 'pip install ftfy regex',
+    'regex': 'pip install ftfy regex',
+    'seaborn': 'pip install seaborn',
+    'safetensors': 'pip install safetensors',
+    'onnx': 'pip install onnx onnxruntime onnxslim',
+    'onnxruntime': 'pip install onnx onnxruntime onnxslim',
+    'onnxslim': 'pip install onnx onnxruntime onnxslim',
+    'mim': (
+        'nothing: python -m mmhrformer does without. If you want it: '
+        'pip install openmim "setuptools<81", or pip install onedl-mim'
+    ),
+}
+
+# The same where the forks are installed: a stock package would be written over them.
+INSTALL_FORKS = {
+    'mmengine': 'pip install onedl-mmengine',
+    'mmcv': 'pip install onedl-mmcv',
+    'mmpretrain': 'pip install onedl-mmpretrain',
+    'mmpose': (
+        'mmpose has no maintained fork, and the stock packages that it needs would be written over '
+        'the forks that are here: make an environment of its own (docs/support.md)'
+    ),
+    'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
+    'mmdet': 'pip install onedl-mmdetection',
+}
+
+# The frameworks import these, and not all of them say so.
+SAME_NAME = (
+    'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
+    'packaging', 'prettytable', 'pycocotools', 'rich', 'scipy', 'shapely', 'termcolor',
+    'terminaltables', 'tqdm', 'yapf',
+)  # fmt: skip
+OTHER_NAME = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml'}
+for _module, _name in [*zip(SAME_NAME, SAME_NAME), *OTHER_NAME.items()]:
+    INSTALL[_module] = f'pip install {_name}'
+
+# What an error says -> what is wrong, and the cure. The first that fits counts.
+CURES = (
+    (
+        r'mmcv\S*_ext\S*: undefined symbol|lib(c10|torch|cudart)\S*: cannot open shared object',
+        f'this mmcv was built for another torch. Build it for this one: {BUILD_MMCV}',
+    ),
+    (
+        r"No module named 'mmcv\._ext'",
+        f'this mmcv has no operators (it may be mmcv-lite). Build one that has: {BUILD_MMCV}',
+    ),
+    (
+        r'(?s)xtcocotools.*(numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot)',
+        'xtcocotools was built for NumPy 1. Build it for yours: pip install cython "setuptools<81" '
+        '&& pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir '
+        '--no-binary xtcocotools xtcocotools; or go back: pip install "numpy<2"',
+    ),
+    (
+        r"transformers[\w.]*' \(|No module named 'transformers\.|module 'transformers",
+        'mmpretrain 1.2 imports names that newer transformers have no longer, and mmsegmentation '
+        f'and mmdet import mmpretrain: {OLDER_TRANSFORMERS}',
+    ),
+    (
+        r'[Cc]ould not determine (the )?home directory',
+        'a library of the core wants a home: set HOME to a folder that can be written to, such as '
+        'HOME=/tmp',
+    ),
+    (
+        r'Numpy is not available',
+        'this torch was built for NumPy 1: pip install "numpy<2", or torch 2.3 or newer',
+    ),
+    (
+        r"FormatCode\(\) got an unexpected keyword argument 'verify'",
+        "this mmengine is older than its yapf: pip install -U 'mmengine>=0.10.3'",
+    ),
+    (
+        r'numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot'
+        r'|numpy\.core\.multiarray failed to import',
+        'a package was built for NumPy 1: install its newest version, or pip install "numpy<2"',
+    ),
+    (
+        r'MMCV==\S+ is used but incompatible',
+        'mmpose 1.3, mmdet 3.3 and mmsegmentation 1.2 accept mmcv 2.0.1 to 2.1.0 only: '
+        f'{BUILD_MMCV}; or, for all but pose, use the maintained forks, which accept newer ones',
+    ),
+    (
+        r'MMEngine==\S+ is used but incompatible',
+        "pip install 'mmengine>=0.10.3,<1.0'",
+    ),
+    (
+        r"No module named 'pkg_resources'",
+        'setuptools 82 has no pkg_resources any more: pip install "setuptools<81"',
+    ),
+    (
+        r'operator torchvision::nms does not exist|torchvision\S*: undefined symbol',
+        'this torchvision was built for another torch: pip install --force-reinstall --no-deps '
+        'torchvision, in the version that belongs to your torch',
+    ),
+)  # fmt: skip
+
+# What is too new: package, first version that does not fit, beside which package, the cure.
+TOO_NEW = (
+    ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
+    ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
+    ('mmcv', '2.2', 'mmsegmentation', BUILD_MMCV),
+    ('mmcv', '2.2', 'mmdet', BUILD_MMCV),
+)
+
+
+def installed(names: Iterable[str] = NAMES) -> dict[str, str]:
+    """Look up the versions of packages.
+
+    Args:
+        names (Iterable[str]): Names of distributions. Defaults to those that matter here.
+
+    Returns:
+        dict[str, str]: Versions by name of the distribution, of those that are installed.
+
+    Examples:
+        >>> 'torch' in installed()
+        True
+    """
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def has_forks() -> bool:
+    """Whether maintained forks are installed."""
+    return bool(installed(name for name in NAMES if name.startswith('onedl-mm')))
+
+
+def how_to_install(module: str) -> str:
+    """Tell how to install a package, of the family that is installed already.
+
+    Args:
+        module (str): Its import name.
+
+    Returns:
+        str: Commands; empty if nothing is known.
+
+    Examples:
+        >>> how_to_install('safetensors')
+        'pip install safetensors'
+    """
+    return {**INSTALL, **(INSTALL_FORKS if has_forks() else {})}.get(module, '')
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare it.
+
+    Args:
+        version (str): Such as ``'2.1.2+cu121'``.
+
+    Returns:
+        tuple[int, ...]: Such as ``(2, 1, 2)``.
+
+    Examples:
+        >>> release('2.13.0+cpu') > release('2.2rc1')
+        True
+    """
+    return tuple(map(int, re.findall(r'\d+', re.split(r'[^\d.]', version)[0])))
+
+
+def too_old(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find packages that are older than this one needs.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    return [
+        (
+            f'{name} {versions[name]} is too old, {oldest} is the oldest that works',
+            f"pip install -U '{name}>={oldest}'",
+        )
+        for name, oldest in MINIMUM.items()
+        if name in versions and release(versions[name]) < release(oldest)
+    ]
+
+
+def too_new(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find packages that are newer than what is installed beside them can do with.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    return [
+        (f'{name} {versions[name]} is too new for {beside} {versions[beside]}', cure)
+        for name, first, beside, cure in TOO_NEW
+        if name in versions and beside in versions and release(versions[name]) >= release(first)
+    ]
+
+
+def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find packages that were installed over one another.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    found = []
+    for module, owners in OWNERS.items():
+        both = [name for name in owners if name in versions]
+        if len(both) > 1:
+            names = ' and '.join(f'{name} {versions[name]}' for name in both)
+            again = ' or '.join(f'pip install --no-deps {name}=={versions[name]}' for name in both)
+            found.append(
+                (
+                    f'{names} are both installed and both write the files of {module}: '
+                    'the later one overwrote the other, pip does not notice',
+                    f'pip uninstall -y {" ".join(both)}, then one of them alone: {again}',
+                )
+            )
+    return found
+
+
+def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
+    """Find what is wrong by the versions alone.
+
+    Args:
+        versions (dict[str, str]): As :func:`installed` returns them.
+
+    Returns:
+        list[tuple[str, str]]: What is wrong, and the cure, for each.
+    """
+    return overwritten(versions) + too_old(versions) + too_new(versions)
+
+
+def cure_of(said: str) -> str:
+    """Tell what to do about an error.
+
+    Args:
+        said (str): The message of the error, or all that a process printed.
+
+    Returns:
+        str: What is wrong and the commands that mend it; empty if nothing is known.
+
+    Examples:
+        >>> cure_of("No module named 'safetensors'")
+        'pip install safetensors'
+    """
+    for pattern, cure in CURES:
+        if re.search(pattern, said):
+            return cure.replace(BUILD_MMCV, BUILD_FORK) if has_forks() else cure
+    names = re.findall(r"No module named '(\w+)", said)
+    return how_to_install(names[-1]) if names else ''
+
+
+def explain(err: BaseException) -> str:
+    """Tell what to do about an import that failed.
+
+    Args:
+        err (BaseException): The error; what it was raised from is read, too.
+
+    Returns:
+        str: The cure, and what else is wrong with the installed packages; perhaps empty.
+
+    Examples:
+        >>> explain(ModuleNotFoundError("No module named 'pkg_resources'"))
+        'setuptools 82 has no pkg_resources any more: pip install "setuptools<81"'
+    """
+    # With the names of the files, which tell what package it was.
+    said = ''.join(traceback.format_exception(err))
+    found = [f'{what}: {cure}' for what, cure in problems(installed())]
+    return '. '.join(filter(None, [cure_of(said), *found]))
+
+
+def check_core() -> None:
+    """Import what the backbone is built on, and tell how to mend it if that fails.
+
+    Raises:
+        ImportError: If torch, NumPy, mmengine or mmcv cannot be imported.
+    """
+    core = installed(['torch', 'numpy', *OWNERS['mmengine'], *OWNERS['mmcv']])
+    for what, cure in overwritten(core):
+        # It may work, or not: that depends on which was installed last.
+        warnings.warn(f'{what}. To mend it: {cure}', RuntimeWarning, stacklevel=3)
+    try:
+        for name in ('torch', 'numpy', 'mmengine.registry', 'mmcv.cnn'):
+            importlib.import_module(name)
+    except Exception as err:  # also what a package that was built for another NumPy raises
+        here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
+        raise ImportError(
+            f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. To mend it: '
+            f'{explain(err) or CORE}. Installed: {here}'
+        ) from err

@@ -1,0 +1,407 @@
+"""Exported models give, in other runtimes and at other sizes, what they give in torch."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+
+import golden
+import onnx
+import onnxruntime
+import onnxslim
+import pytest
+import torch
+from mmengine.config import Config
+from needs import Made
+from torch import nn
+
+import mmhrformer
+from mmhrformer import HRFormer, fuse_for_inference
+from mmhrformer.deploy import onnx as export
+from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
+from mmhrformer.models import HRFormerFusion, LocalWindowSelfAttention
+
+CONFIGS = {
+    'classification': 'demo/hrformer-demo_1xb64-6e_digits.py',
+    'pose': 'demo/td-hm_hrformer-demo_1xb16-2e_figures-96x128.py',
+    'segmentation': 'demo/ocrnet_hrformer-demo_1xb16-100_scenes-96x96.py',
+}
+SIZES = {'classification': (32, 32), 'pose': (128, 96), 'segmentation': (96, 96)}
+TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
+
+
+def make_model(task: str) -> nn.Module:
+    """A demo model whose normalizations have learned something."""
+    config = golden.CONFIGS / CONFIGS[task]
+    pytest.importorskip(Config.fromfile(config).default_scope)
+    model = mmhrformer.get_model(str(config))
+    golden.recipe.fill_module(model)
+    return model
+
+
+@pytest.fixture(scope='module')
+def models() -> dict[str, nn.Module]:
+    return Made(make_model)
+
+
+@pytest.fixture(scope='module')
+def exported(models, tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """Each task exported once, in its usual way; one of them simplified, which takes its time."""
+    folder = tmp_path_factory.mktemp('export')
+
+    def make(task: str) -> SimpleNamespace:
+        file = folder / f'{task}.onnx'
+        options = dict(simplify=task == 'segmentation', with_normalization=task == 'pose')
+        rows = export_onnx(models[task], file, SIZES[task], names=['one', 'two'], **options)
+        return SimpleNamespace(file=file, rows=rows, graph=onnx.load(file))
+
+    return Made(make)
+
+
+def session(file) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+
+
+def relative(out, wanted: torch.Tensor) -> float:
+    out = torch.as_tensor(out)
+    assert out.shape == wanted.shape
+    return ((out - wanted).abs().max() / (wanted.max() - wanted.min())).item()
+
+
+@pytest.mark.parametrize(
+    ('task', 'shapes'),
+    [
+        ('classification', [(1, 32, 32), (5, 32, 32)]),
+        ('pose', [(2, 128, 96), (7, 128, 96)]),
+        ('segmentation', [(1, 32, 32), (4, 96, 96), (2, 77, 131), (1, 224, 56)]),
+    ],
+)
+def test_onnxruntime_gives_what_torch_gives(task, shapes, models, exported):
+    run = session(exported[task].file)
+    deployed = DeployedModel(models[task], with_normalization=task == 'pose')
+    for batch, *size in shapes:
+        image = golden.image((batch, 3, *size))
+        with torch.no_grad():
+            wanted = deployed(image)
+        (out,) = run.run(None, {'image': image.numpy()})
+        assert relative(out, wanted) <= 1e-4
+    assert all(row.good for row in exported[task].rows)
+
+
+def test_deployed_models_predict_what_the_frameworks_do(models):
+    image = golden.image((2, 3, 96, 128))
+    with torch.no_grad():
+        scores = DeployedModel(models['classification'])(image)
+        samples = models['classification'].predict(image)
+        torch.testing.assert_close(scores, torch.stack([s.pred_score for s in samples]))
+        heatmaps = DeployedModel(models['pose'])(image)
+        torch.testing.assert_close(heatmaps, models['pose'](image, None, mode='tensor'))
+        logits = DeployedModel(models['segmentation'])(image)
+        meta = dict(img_shape=(96, 128), ori_shape=(96, 128), pad_shape=(96, 128))
+        whole = models['segmentation'].encode_decode(image, [meta] * 2)
+        torch.testing.assert_close(logits, whole)
+
+
+@pytest.mark.parametrize(
+    ('task', 'output', 'open_axes'),
+    [
+        ('classification', 'scores', {'batch'}),
+        ('pose', 'heatmaps', {'batch'}),
+        ('segmentation', 'logits', {'batch', 'height', 'width'}),
+    ],
+)
+def test_files_say_what_they_take_and_give(task, output, open_axes, models, exported):
+    graph = exported[task].graph
+    (given,), (returned,) = graph.graph.input, graph.graph.output
+    axes = {d.dim_param for d in given.type.tensor_type.shape.dim if d.dim_param}
+    assert (given.name, returned.name, axes) == ('image', output, open_axes)
+    assert [entry.version for entry in graph.opset_import if not entry.domain] == [17]
+    meta = {entry.key: entry.value for entry in graph.metadata_props}
+    assert meta['mmhrformer_version'] == mmhrformer.__version__
+    assert meta['task'] == task
+    assert meta['normalization'] == ('included' if task == 'pose' else 'expected')
+    assert meta['channel_order'] == ('BGR' if task == 'segmentation' else 'RGB')
+    assert json.loads(meta['names']) == ['one', 'two']
+    mean, std = models[task].data_preprocessor.mean, models[task].data_preprocessor.std
+    assert json.loads(meta['input_mean']) == pytest.approx(mean.flatten().tolist())
+    assert json.loads(meta['input_std']) == pytest.approx(std.flatten().tolist())
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_batch_normalization_is_folded(task, exported):
+    kinds = {node.op_type for node in exported[task].graph.graph.node}
+    assert 'LayerNormalization' in kinds
+    assert 'BatchNormalization' not in kinds
+
+
+@pytest.mark.parametrize('window', [1, 7, 13, 15])
+@pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
+@pytest.mark.parametrize('opset', [14, 17])
+def test_padding_follows_the_size_of_the_map(window, options, opset):
+    """At sizes that windows divide, too; zeros have other places at each size."""
+    attn = LocalWindowSelfAttention(8, 2, window, **options).eval()
+    golden.recipe.fill_module(attn)
+    content = io.BytesIO()
+    axes = dict(x={0: 'batch', 1: 'height', 2: 'width'})
+    kwargs = dict(opset_version=opset, input_names=['x'], dynamic_axes=axes, **export.EXPORTER)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(attn, torch.rand(2, 17, 9, 8), content, **kwargs)
+        run = session(content.getvalue())
+        for shape in ((2, 17, 9), (1, 17, 9), (3, window, 2 * window), (1, 20, 26), (2, 3, 1)):
+            x = torch.rand(*shape, 8)
+            assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_other_exporters_may_write_an_older_opset(models):
+    """That of mmdeploy writes 11."""
+    content = io.BytesIO()
+    deployed = DeployedModel(models['segmentation']).eval()
+    image = torch.rand(1, 3, 64, 64)
+    torch.onnx.export(deployed, image, content, opset_version=11, **export.EXPORTER)
+    assert len(content.getvalue()) > 4 * sum(p.numel() for p in deployed.parameters())
+
+
+def trace(model: nn.Module) -> torch.jit.ScriptModule:
+    """Trace as TorchScript with an image whose streams need no correction; save and load it."""
+    content = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(model, torch.rand(1, 3, 64, 96), check_trace=False)
+    torch.jit.save(traced, content)
+    content.seek(0)
+    return torch.jit.load(content)
+
+
+@pytest.mark.parametrize(
+    ('fuse', 'options'),
+    [(True, dict()), (False, dict(pad_mask=True, upsample='bilinear'))],
+    ids=['fused', 'pad_mask'],
+)
+def test_torchscript_takes_any_size(fuse, options):
+    model = HRFormer(arch=TINY, window_size=5, **options).eval()
+    golden.recipe.fill_module(model)
+    traced = trace(fuse_for_inference(model) if fuse else model)
+    for shape in ((1, 3, 32, 32), (3, 3, 97, 161), (1, 3, 160, 80)):
+        image = golden.image(shape)
+        with torch.no_grad():
+            for out, wanted in zip(traced(image), model(image)):
+                assert relative(out, wanted) < 1e-5
+
+
+def test_torchscript_of_a_whole_model(models):
+    deployed = DeployedModel(models['segmentation']).eval()
+    traced = trace(deployed)
+    for shape in ((1, 3, 64, 96), (3, 3, 45, 77)):
+        image = golden.image(shape)
+        with torch.no_grad():
+            assert relative(traced(image), deployed(image)) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='torch.export without open sizes')
+@pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
+def test_exported_programs_take_any_batch(options):
+    model = HRFormer(arch=TINY, window_size=5, **options)
+    model = nn.Sequential(model, HRFormerFusion(TINY['channels'], (8, 8, 8, 8), 16)).eval()
+    golden.recipe.fill_module(model)
+    axes = {0: torch.export.Dim('batch', min=1, max=512)}
+    with torch.no_grad():
+        example = (torch.rand(2, 3, 97, 160),)
+        program = torch.export.export(model, example, dynamic_shapes=(axes,)).module()
+        for batch in (1, 2, 5):
+            image = golden.image((batch, 3, 97, 160))
+            assert relative(program(image)[0], model(image)[0]) < 1e-5
+
+
+def test_the_model_is_left_as_it_is(models, exported):
+    before = make_model('pose').state_dict()
+    after = models['pose'].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(parameter.requires_grad for parameter in models['pose'].parameters())
+
+
+def test_wrong_results_leave_no_file(models, exported, monkeypatch, tmp_path):
+    """The recorded graph is one of other weights."""
+    wrong = copy.deepcopy(exported['classification'].graph)
+    monkeypatch.setattr(export, 'trace', lambda *args: wrong)
+    model = make_model('classification')
+    with torch.no_grad():
+        model.head.fc.weight.mul_(2)
+    with pytest.raises(ExportError, match=r'(?s)differs from torch .* 3 .*32x32.*--no-verify'):
+        export_onnx(model, tmp_path / 'wrong.onnx', (32, 32), simplify=False)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(model, tmp_path / 'a.onnx', (32, 32), simplify=False, verify=False) == []
+
+
+@pytest.mark.parametrize('failure', ['raises', 'wrong'])
+def test_a_bad_simplification_is_not_kept(failure, models, exported, monkeypatch, tmp_path):
+    graph = exported['classification'].graph
+
+    def slim(proto):
+        if failure == 'raises':
+            raise RuntimeError('not today')
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith('head.fc.bias'):
+                tensor.raw_data = torch.arange(10, dtype=torch.float32).numpy().tobytes()
+        return proto
+
+    monkeypatch.setattr(export, 'trace', lambda *args: copy.deepcopy(graph))
+    monkeypatch.setattr(onnxslim, 'slim', slim)
+    file = tmp_path / 'a.onnx'
+    message = 'not today' if failure == 'raises' else 'changed the results'
+    with pytest.warns(UserWarning, match=f'not simplified, .*{message}'):
+        rows = export_onnx(models['classification'], file, (32, 32))
+    assert all(row.good for row in rows)
+    assert len(onnx.load(file).graph.node) == len(graph.graph.node)
+
+
+def training(model):
+    model = copy.deepcopy(model)
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize(
+    ('change', 'options', 'message'),
+    [
+        (training, dict(), 'training mode: call model.train'),
+        (fuse_for_inference, dict(), 'export the model it was made from'),
+        (lambda m: copy.deepcopy(m).half(), dict(), r'torch.float16: call model.float'),
+        (lambda m: m.backbone, dict(), 'a HRFormer, which is of no known task: give a classifier'),
+        (None, dict(size=(31, 64)), r'size=\(31, 64\): .* at least 32 pixels'),
+        (None, dict(size=(64,)), r'size=\(64,\): give height and width'),
+        (None, dict(batch=0), 'batch=0: give a number of images'),
+        (None, dict(opset=11), 'opset=11: choose 14 to 17'),
+        (None, dict(file='model.pt'), r"file='model.pt': .* ends in .onnx"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_what_is_refused(change, options, message, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = change(models['pose']) if change else models['pose']
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model, **{'file': 'a.onnx', 'size': (128, 96), **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_augmented_tests_are_refused(models):
+    tta = mmhrformer.MODELS.build(
+        dict(type='SumLogitsTTAModel', module=make_model('segmentation'), data_preprocessor=None)
+    )
+    with pytest.raises(ValueError, match=r'SumLogitsTTAModel: .* export the model in its \.module'):
+        export.task_of(tta)
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[])]
+    for cfg in (
+        dict(test_dataloader=dict(dataset=dict(pipeline=pipeline))),
+        dict(model=dict(type='mmhrformer.SumLogitsTTAModel')),
+    ):
+        with pytest.raises(ValueError, match='test-time augmentation runs a model several times'):
+            export.refuse_tta(Config(cfg))
+    # Every segmentation config names the model for --tta; without it nothing is augmented.
+    export.refuse_tta(Config.fromfile(golden.CONFIGS / CONFIGS['segmentation']))
+
+
+def test_an_existing_file_stays(models, tmp_path):
+    file = tmp_path / 'a.onnx'
+    file.write_bytes(b'mine')
+    with pytest.raises(FileExistsError, match='name another file'):
+        export_onnx(models['pose'], file)
+    assert file.read_bytes() == b'mine'
+
+
+def test_missing_packages_are_named(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxslim', None)
+    find_spec = export.importlib.util.find_spec
+    gone = ('onnxruntime', 'onnxslim')
+    monkeypatch.setattr(
+        export.importlib.util, 'find_spec', lambda name: None if name in gone else find_spec(name)
+    )
+    message = 'needs onnxruntime, onnxslim: pip install onnx onnxruntime onnxslim'
+    with pytest.raises(ImportError, match=message):
+        export_onnx(models['pose'], tmp_path / 'a.onnx')
+    export.require_packages(simplify=False, verify=False)
+
+
+@pytest.mark.parametrize(
+    ('config', 'size', 'first'),
+    [
+        ('hrformer_cls/hrformer-tiny_8xb128_in1k.py', (224, 224), 'tench'),
+        ('hrformer_pose/td-hm_hrformer-small_8xb32-210e_coco-384x288.py', (384, 288), 'nose'),
+        ('hrformer_seg/ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024.py', (512, 1024), 'road'),
+        (CONFIGS['classification'], (32, 32), None),
+        (CONFIGS['segmentation'], (96, 96), 'sky'),
+    ],
+)
+def test_configs_tell_sizes_and_names(config, size, first):
+    cfg = Config.fromfile(golden.CONFIGS / config)
+    pytest.importorskip(cfg.default_scope)
+    assert export.default_size(cfg) == size
+    names = export.names_of_outputs(cfg)
+    assert names[0].startswith(first) if first else names == []
+    assert export.names_of_outputs(cfg, dict(classes=('x', 'y'))) == ['x', 'y']
+
+
+STEPS = [
+    (dict(type='TopdownAffine', input_size=(96, 128)), (128, 96)),
+    (dict(type='RandomResizedCrop', scale=160), (160, 160)),
+    (dict(type='RandomResizedCrop', scale=(64, 96)), (64, 96)),
+    (dict(type='mmseg.RandomCrop', crop_size=(64, 96)), (64, 96)),
+    (dict(type='CenterCrop', crop_size=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(1000, 96), keep_ratio=True), (224, 224)),
+]
+
+
+@pytest.mark.parametrize(('step', 'size'), STEPS)
+def test_size_is_that_of_the_pipeline_that_is_used(step, size):
+    """Not that of variables of a base config, which a child cannot change."""
+    steps = [dict(type='Resize', scale=(1, 1)), dict(type='LoadAnnotations')] * (size[0] != 224)
+    dataset = dict(type='A', pipeline=[*steps, step, dict(type='PackInputs')])
+    for nested in (
+        dataset,
+        dict(type='RepeatDataset', dataset=dataset),
+        dict(type='ConcatDataset', datasets=[dataset]),
+    ):
+        cfg = Config(dict(crop_size=(7, 7), train_dataloader=dict(dataset=nested)))
+        assert export.default_size(cfg) == size
+        assert export.default_size(Config(dict(test_dataloader=dict(dataset=nested)))) == size
+    assert export.default_size(Config(dict(train_pipeline=[*steps, step]))) == size
+
+
+def test_size_of_a_config_without_data():
+    pose = dict(model=dict(head=dict(decoder=dict(type='UDPHeatmap', input_size=(96, 128)))))
+    assert export.default_size(Config(pose)) == (128, 96)
+    segmentor = dict(model=dict(decode_head=[], data_preprocessor=dict(type='A', size=(64, 96))))
+    assert export.default_size(Config(segmentor)) == (64, 96)
+    assert export.default_size(Config(dict(model=dict(type='A')))) == (224, 224)
+
+
+def test_binary_segmentation_with_one_channel(models, tmp_path):
+    cfg = models['segmentation'].cfg.copy()
+    head = cfg.model.decode_head[0]
+    head.update(type='FCNHead', norm_cfg=dict(type='BN'), num_classes=2, out_channels=1)
+    head.update(threshold=0.4)
+    head.pop('loss_decode')
+    cfg.model.update(type='EncoderDecoder', decode_head=head)
+    cfg.model.pop('num_stages')
+    cfg.dump(tmp_path / 'a.py')
+    model = mmhrformer.get_model(str(tmp_path / 'a.py'))
+    golden.recipe.fill_module(model)
+    (row, *_) = export_onnx(model, tmp_path / 'a.onnx', (64, 64), simplify=False)
+    assert row.good
+    run, image = session(tmp_path / 'a.onnx'), golden.image((1, 3, 64, 96))
+    (logits,) = run.run(None, {'image': image.numpy()})
+    threshold = float(run.get_modelmeta().custom_metadata_map['threshold'])
+    assert threshold == 0.4
+    labels = torch.from_numpy(logits[0]).sigmoid() > threshold
+    expected = model.predict(image)[0].pred_sem_seg.data
+    assert labels.shape == expected.shape == (1, 64, 96)
+    assert (labels == expected).float().mean() > 0.99  # some may be on the threshold

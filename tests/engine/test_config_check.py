@@ -1,0 +1,383 @@
+"""What a config alone tells: missing data, dead options, a changed batch size."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from needs import needs
+from torch.utils.data import DataLoader, Dataset
+
+from mmhrformer.configs import find_config
+from mmhrformer.engine.config_check import (
+    PreflightChecks,
+    batch_size_change,
+    dead_options,
+    late_variables,
+    missing_data,
+    needs_gpu,
+)
+
+CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
+COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
+
+
+def load(name: str) -> Config:
+    return Config.fromfile(find_config(name))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('config', 'root', 'chapter'),
+    [
+        ('hrformer-tiny_8xb128_in1k', 'data/imagenet', '#imagenet-1k'),
+        (COCO, 'data/coco/', '#coco-keypoints'),
+        (CITYSCAPES, 'data/cityscapes/', '#cityscapes'),
+        (
+            'ocrnet_hrformer-small_8xb2-60k_pascal-context-59-520x520',
+            'data/VOCdevkit/VOC2010/',
+            '#pascal-context',
+        ),
+        (
+            'ocrnet_hrformer-small_8xb2-60k_coco-stuff10k-520x520',
+            'data/coco_stuff10k/',
+            '#coco-stuff-10k',
+        ),
+        (
+            'ocrnet_hrformer-small_8xb2-150k_ade20k-520x520',
+            'data/ade/ADEChallengeData2016/',
+            '#ade20k',
+        ),
+    ],
+)
+def test_missing_data_root_is_named_with_its_chapter(config, root, chapter, folder):
+    (line,) = missing_data(load(config), ['train_dataloader'])
+    assert line == (
+        f"train_dataloader.dataset.data_root: there is no '{root}'; docs/datasets.md{chapter} "
+        'tells how to get it'
+    )
+
+
+def test_missing_parts_are_named_one_by_one(folder):
+    (folder / 'data/coco/val2017').mkdir(parents=True)
+    lines = missing_data(load(COCO), ['val_dataloader'])
+    assert [line.split(';')[0] for line in lines] == [
+        'val_dataloader.dataset.ann_file: there is no '
+        "'data/coco/annotations/person_keypoints_val2017.json'",
+        'val_dataloader.dataset.bbox_file: there is no '
+        "'data/coco/person_detection_results/COCO_val2017_detections_AP_H_56_person.json'",
+    ]
+
+
+def test_missing_split_of_imagenet_is_named(folder):
+    (folder / 'data/imagenet/train').mkdir(parents=True)
+    cfg = load('hrformer-tiny_8xb128_in1k')
+    (line,) = missing_data(cfg, ['train_dataloader', 'val_dataloader'])
+    assert line.startswith("val_dataloader.dataset.split: there is no 'data/imagenet/val'")
+
+
+def test_wrapped_and_remote_datasets(folder):
+    inner = dict(type='CocoDataset', data_root='nowhere')
+    for dataset in (
+        dict(type='RepeatDataset', times=2, dataset=inner),
+        dict(type='ConcatDataset', datasets=[inner, dict(inner, data_root='')]),
+    ):
+        (line,) = missing_data(dict(loader=dict(dataset=dataset)), ['loader'])
+        assert "there is no 'nowhere'" in line
+    remote = dict(type='CocoDataset', ann_file='s3://bucket/ann.json')
+    assert missing_data(dict(loader=dict(dataset=remote)), ['loader']) == []
+
+
+def missing(scope: str, **dataset) -> list[str]:
+    return missing_data(dict(default_scope=scope, loader=dict(dataset=dataset)), ['loader'])
+
+
+@needs('mmpretrain')
+@pytest.mark.parametrize(
+    ('options', 'lines'),
+    [
+        (dict(type='CIFAR10'), 0),
+        (dict(type='mmpretrain.FashionMNIST', split='test'), 0),
+        (dict(type='CIFAR100', download=False), 1),
+        (dict(type='CUB', split='train'), 1),
+        (dict(type='CustomDataset', download=True), 0),
+    ],
+)
+def test_data_sets_that_fetch_themselves_are_left_alone(options, lines, folder):
+    assert len(missing('mmpretrain', data_root='data/nowhere', **options)) == lines
+
+
+@DATASETS.register_module()
+class NumbersInMemory(Dataset):
+    """A data set that makes what it needs."""
+
+    def __init__(self, data_root: str, split: str) -> None:
+        raise NotImplementedError
+
+
+@needs('mmpretrain', 'mmpose', 'mmseg')
+def test_what_is_no_local_file_is_no_missing_one(folder):
+    (folder / 'cars').mkdir()
+    ann, s3 = str(folder / 'ann.json'), dict(backend='petrel', path_mapping={'data/': 's3://data/'})
+    (folder / 'ann.json').write_text('{}')
+    load = dict(type='LoadImageFromFile')
+    labels = dict(data_prefix=dict(img_path='cars', seg_map_path='none'))
+    for scope, dataset in (
+        ('mmpretrain', dict(type='StanfordCars', data_root='cars', split='train')),  # no folder
+        ('mmpretrain', dict(type='CustomDataset', metainfo=dict(classes=['a']))),
+        ('mmpretrain', dict(type='NumbersInMemory', data_root='nowhere', split='train')),
+        ('mmpretrain', dict(type=NumbersInMemory, data_root='nowhere', split='train')),
+        ('mmpretrain', dict(type='CustomDataset', data_root='data/x', backend_args=s3)),
+        (
+            'mmseg',
+            dict(type='ADE20KDataset', data_root='x', pipeline=[dict(load, backend_args=s3)]),
+        ),
+        ('mmseg', dict(type='ADE20KDataset', pipeline=[load], **labels)),
+        ('mmpose', dict(type='CocoDataset', data_root='http://host/coco', ann_file='a.json')),
+        ('mmpose', dict(type='CocoDataset', data_root='unused', ann_file=ann)),
+        ('mmpose', dict(type='CocoDataset', data_prefix=dict(img=[str(folder)] * 2))),
+    ):
+        assert missing(scope, **dataset) == [], dataset
+    assert missing_data(dict(loader=DataLoader([1])), ['loader', 'other']) == []
+
+
+def test_every_data_set_in_any_wrapper_is_looked_at(folder):
+    one = dict(type='CocoDataset', data_root='nowhere')
+    own = dict(one, metainfo=dict(dataset_name='cats'))
+    for loader, number in (
+        (dict(dataset=dict(type='CombinedDataset', metainfo={}, datasets=[one, one])), 2),
+        (dict(dataset=dict(type='MultiImageMixDataset', dataset=dict(one), pipeline=[])), 1),
+        ([dict(dataset=one), dict(dataset=own)], 2),
+    ):
+        assert len(missing_data(dict(loader=loader), ['loader'])) == number
+    (line,) = missing('mmpose', **own)
+    assert 'docs/datasets.md' not in line  # which does not tell about cats
+
+
+def check(cfg: Config, tool: str, monkeypatch, caplog) -> str:
+    """Run the checks as if a tool had been started; return what was warned about."""
+    monkeypatch.setattr(sys, 'argv', [f'/somewhere/{tool}.py'])
+    said = []
+    monkeypatch.setattr(
+        'mmhrformer.engine.config_check.print_log',
+        lambda text, logger, level: said.append((level, text)),
+    )
+    PreflightChecks(save_dir='').add_config(cfg)
+    assert {level for level, _ in said} <= {logging.WARNING}
+    return '\n'.join(text for _, text in said)
+
+
+def test_tools_stop_and_others_warn(folder, monkeypatch, caplog):
+    cfg = load(CITYSCAPES)
+    for tool, loader in (('train', 'train_dataloader'), ('test', 'test_dataloader')):
+        with pytest.raises(FileNotFoundError, match=f'(?s)data are missing.*{loader}'):
+            check(cfg, tool, monkeypatch, caplog)
+    assert 'Data are missing:\ntrain_dataloader' in check(cfg, 'notebook', monkeypatch, caplog)
+
+
+def test_testing_needs_no_training_data(folder, monkeypatch, caplog):
+    for part in ('leftImg8bit/val', 'gtFine/val'):
+        (folder / 'data/cityscapes' / part).mkdir(parents=True)
+    assert check(load(CITYSCAPES), 'test', monkeypatch, caplog) == ''
+    with pytest.raises(FileNotFoundError, match='leftImg8bit/train'):
+        check(load(CITYSCAPES), 'train', monkeypatch, caplog)
+
+
+@pytest.mark.parametrize(
+    ('option', 'remedy'),
+    [
+        (dict(fp16=dict(loss_scale='dynamic')), 'AmpOptimWrapper'),
+        (dict(optimizer=dict(type='SGD')), 'optim_wrapper.optimizer'),
+        (dict(total_epochs=3), 'train_cfg.max_epochs'),
+        (dict(data_root='/elsewhere'), 'copied when the file was read'),
+    ],
+)
+def test_options_without_effect_stop_a_run(option, remedy, folder, monkeypatch, caplog):
+    cfg = load(CITYSCAPES)
+    cfg.merge_from_dict(option)
+    with pytest.raises(ValueError, match=f'(?s){next(iter(option))}: has no effect.*{remedy}'):
+        check(cfg, 'notebook', monkeypatch, caplog)
+
+
+def test_unknown_options_are_told(folder, monkeypatch, caplog):
+    cfg = load(CITYSCAPES)
+    cfg.my_option = dict(value=3)
+    assert 'Nothing reads these options of the config: my_option.' in check(
+        cfg, 'notebook', monkeypatch, caplog
+    )
+
+
+def test_used_variables_are_not_dead():
+    variables = dict(root='data/x/', rates=[1, 2], unused='y')
+    used = dict(path='data/x/train', inner=[dict(rates=[1, 2])])
+    assert list(dead_options(Config(dict(variables, train_cfg=used)))) == ['unused']
+    sgd = dict(type='SGD')  # a variable, in spite of its name
+    assert dead_options(Config(dict(optimizer=sgd, optim_wrapper=dict(optimizer=sgd)))) == {}
+
+
+def test_variables_may_grow_stale():
+    cfg = load(CITYSCAPES)
+    cfg.train_dataloader.dataset.data_root = cfg.val_dataloader.dataset.data_root = '/elsewhere'
+    cfg.test_dataloader.dataset.data_root = '/elsewhere'
+    assert dead_options(cfg) == {}
+
+
+PIPELINES = 'train_dataloader.dataset.pipeline'
+CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 24), sigma=1)\n"
+
+
+@pytest.mark.parametrize(
+    ('base', 'text', 'places'),
+    [
+        (
+            COCO,
+            CODEC,
+            [f'{PIPELINES}.5.input_size', f'{PIPELINES}.6.encoder', 'model.head.decoder'],
+        ),
+        (COCO, 'codec = dict(sigma=1)', [f'{PIPELINES}.6.encoder', 'model.head.decoder']),
+        (COCO, "data_root = 'x'", ['val_dataloader.dataset.bbox_file', 'test_evaluator.ann_file']),
+        (COCO, "data_mode = 'bottomup'", ['test_dataloader.dataset.data_mode']),
+        (COCO, 'vis_backends = []', ['visualizer.vis_backends']),
+        (
+            CITYSCAPES,
+            'crop_size = (64, 64)',
+            [f'{PIPELINES}.3.crop_size', f'{PIPELINES}.6.size', 'model.data_preprocessor.size'],
+        ),
+        (CITYSCAPES, 'train_pipeline = _base_.train_pipeline[:3]', [PIPELINES]),
+        (CITYSCAPES, "norm_cfg = dict(type='BN')", ['model.decode_head.1.norm_cfg']),
+        (CITYSCAPES, 'class_weight = [1.0] * 19', ['model.decode_head.0.loss_decode.class_weight']),
+    ],
+)
+def test_variables_changed_too_late_are_named_with_what_counts(base, text, places, folder):
+    """In a config that inherits them, as by --cfg-options."""
+    file = folder / 'child.py'
+    file.write_text(f'_base_ = [{str(find_config(base))!r}]\n{text}')
+    cfg = Config.fromfile(file)
+    ((key, remedy),) = dead_options(cfg).items()
+    assert key == text.split(' =')[0]
+    assert set(places) <= set(remedy.split(', '))
+    with pytest.raises(ValueError, match=rf'{key}: has no effect.*{places[0]}'):
+        PreflightChecks(save_dir='').add_config(cfg)
+    by_option = load(base)
+    by_option.merge_from_dict({key: cfg[key]})
+    assert set(places) <= set(late_variables(by_option)[key])
+
+
+@needs('mmpretrain', 'mmpose', 'mmseg')
+def test_variables_of_stock_configs(folder):
+    pose = 'mmpose::body_2d_keypoint/rtmpose/coco/rtmpose-s_8xb256-420e_coco-256x192.py'
+    seg = 'mmseg::hrnet/fcn_hr48_4xb2-80k_cityscapes-512x1024.py'
+    late = {
+        pose: dict(max_epochs=3, base_lr=0.123, codec=dict(sigma=1), num_keypoints=99),
+        seg: dict(
+            img_ratios=[0.25, 0.3],
+            crop_size=(5, 5),
+            data_preprocessor=dict(size=(9, 9)),
+            dataset_type='X',
+        ),
+        'mmpretrain::resnet/resnet50_8xb32_in1k.py': dict(dataset_type='X', test_pipeline=[]),
+    }
+    for base, options in late.items():
+        file = folder / 'child.py'
+        file.write_text(f'_base_ = [{base!r}]\n')
+        assert dead_options(Config.fromfile(file)) == late_variables(Config.fromfile(file)) == {}
+        file.write_text(file.read_text() + '\n'.join(f'{k} = {v!r}' for k, v in options.items()))
+        dead = dead_options(Config.fromfile(file))
+        known = {key for key, remedy in dead.items() if remedy}
+        assert known == set(options) - {'num_keypoints'}, dead
+
+
+def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
+    file = folder / 'child.py'
+    text = f'_base_ = [{str(find_config(COCO))!r}]\n{CODEC}model = dict(head=dict(decoder=codec))'
+    file.write_text(text)
+    said = check(Config.fromfile(file), 'notebook', monkeypatch, caplog)
+    assert f'codec was changed, but these still have its former value: {PIPELINES}.5' in said
+    assert 'model.head.decoder' not in said
+
+
+def test_variables_of_a_flat_config(folder, monkeypatch, caplog):
+    """Where no other file tells what was copied, what looks alike does."""
+    cfg = load(COCO)
+    cfg.codec.sigma = 7
+    cfg.dump(folder / 'flat.py')
+    said = check(Config.fromfile(folder / 'flat.py'), 'notebook', monkeypatch, caplog)
+    (line,) = [line for line in said.splitlines() if line.startswith('Instead of codec')]
+    assert f'{PIPELINES}.6.encoder' in line
+    assert 'model.head.decoder' in line
+
+
+@pytest.mark.parametrize(
+    ('options', 'processes', 'tool', 'said'),
+    [
+        ({}, 1, 'train', 'add --cfg-options optim_wrapper.type=OptimWrapper'),
+        ({'optim_wrapper.dtype': 'bfloat16'}, 1, 'train', 'and leave out optim_wrapper.dtype'),
+        ({'optim_wrapper.type': 'OptimWrapper'}, 1, 'train', ''),
+        ({}, 1, 'test', ''),
+        ({'optim_wrapper.type': 'OptimWrapper'}, 2, 'train', 'CPUDistributedDataParallel'),
+        ({}, 2, 'test', 'CPUDistributedDataParallel'),
+        (
+            {
+                'optim_wrapper.type': 'OptimWrapper',
+                'model_wrapper_cfg.type': 'mmhrformer.CPUDistributedDataParallel',
+            },
+            2,
+            'train',
+            '',
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_said_first(
+    monkeypatch, folder, caplog, options, processes, tool, said
+):
+    cfg = load(COCO)
+    cfg.merge_from_dict(options)
+    for device, problem in (('cpu', said), ('mps', said), ('cuda', '')):
+        monkeypatch.setattr('mmhrformer.engine.config_check.get_device', lambda name=device: name)
+        found = needs_gpu(cfg, processes, training=tool == 'train')
+        assert (problem in found) if problem else (found == '')
+        assert '\n' not in found
+    monkeypatch.setattr('mmhrformer.engine.config_check.get_device', lambda: 'cpu')
+    monkeypatch.setattr('mmhrformer.engine.config_check.get_world_size', lambda: processes)
+    with pytest.raises(FileNotFoundError, match=f'(?s)data are missing.*{re.escape(said)}'):
+        check(cfg, tool, monkeypatch, caplog)
+    monkeypatch.setattr('mmhrformer.engine.config_check.missing_data', lambda *args: [])
+    if said:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            check(cfg, tool, monkeypatch, caplog)
+    else:
+        check(cfg, tool, monkeypatch, caplog)
+    if tool == 'train':
+        assert said in check(cfg, 'notebook', monkeypatch, caplog)
+
+
+@pytest.mark.parametrize(
+    ('gpus', 'options', 'images'),
+    [
+        (8, {}, None),
+        (1, {'train_dataloader.batch_size': 8}, None),
+        (2, {'optim_wrapper.accumulative_counts': 4}, None),
+        (4, {}, '4 images a step (4 processes x 1)'),
+        (1, {'optim_wrapper.accumulative_counts': 2}, '2 images a step (1 processes x 1 x 2 acc'),
+        (1, {'auto_scale_lr.enable': True}, None),
+    ],
+)
+def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
+    cfg = load(CITYSCAPES)
+    cfg.merge_from_dict(options)
+    warning = batch_size_change(cfg, gpus)
+    if images is None:
+        assert warning == ''
+    else:
+        assert images in warning
+        assert 'learning rate 0.0001 is for 8' in warning
+        assert 'auto_scale_lr.enable=True' in warning
