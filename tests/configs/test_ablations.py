@@ -23,8 +23,8 @@ from mmhrformer import (
     HRFormer,
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
-    complexity,
 )
+from mmhrformer.analysis import complexity
 from mmhrformer.configs import config_root
 
 HERE = Path(__file__).parent
