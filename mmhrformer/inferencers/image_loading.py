@@ -69,9 +69,10 @@ class Loader:
             return self.take(pixels)
         with local_file(picture.source) as path:
             check_file(path)
-            return self._read(path)
+            return self.read(path)
 
-    def _read(self, file: Path) -> np.ndarray:
+    def read(self, file: Path) -> np.ndarray:
+        """Load a file that was checked."""
         try:
             results = self.step(dict(img_path=str(file)))
             return results['img']  # None where ignore_empty hides an error
