@@ -101,7 +101,8 @@ class Inferencer:
             self.loader, self.pipeline = build_pipeline(self.cfg)
             self.dataset_meta = self._dataset_meta(built.dataset_meta)
             self.visualizer = self._build_visualizer()
-        self.model = (fuse_for_inference(built) if fuse else built).to(self.device)
+        built = built.to(self.device)  # what is folded depends on the device
+        self.model = fuse_for_inference(built) if fuse else built
         self.model.dataset_meta = self.dataset_meta
 
     def __call__(
@@ -126,8 +127,8 @@ class Inferencer:
             **draw: Drawing options of the task, such as ``radius`` or ``opacity``.
 
         Returns:
-            dict: Lists: ``predictions`` for JSON, ``visualization``, ``data_samples``, ``files``.
-            If an image among others fails, its prediction is ``dict(input=..., error=...)``.
+            dict: The lists ``predictions`` (of an image that fails among others: its ``error``),
+            ``visualization``, ``data_samples`` and ``files``.
 
         Raises:
             FileNotFoundError: If there is no such file, or no image in the folder.
@@ -136,16 +137,10 @@ class Inferencer:
         """
         media = open_media(inputs)
         boxes = self._check_call(media, batch_size, boxes, draw)
-        found = dict(predictions=[], visualization=[], data_samples=[])
         with Writer(out_dir, media) as writer:
             options = draw if return_vis or out_dir is not None else None
-            for result in self._results(media, batch_size, boxes, options):
-                writer.add(result)
-                found['predictions'].append(result.prediction)
-                if return_vis:
-                    found['visualization'].append(result.drawn)
-                if return_datasamples:
-                    found['data_samples'].append(result.sample)
+            results = self._results(media, batch_size, boxes, options)
+            found = collect(results, writer, return_vis, return_datasamples)
         return dict(found, files=writer.files)
 
     def prepare(self, picture: Picture, boxes: np.ndarray | None = None) -> list[dict]:
@@ -304,6 +299,21 @@ class Inferencer:
 
     def _labels(self, sample: Any) -> np.ndarray | None:
         return None
+
+
+def collect(
+    results: Iterable[Result], writer: Writer, return_vis: bool, return_datasamples: bool
+) -> dict:
+    """Write results, and keep what was asked for; a long video would fill the memory."""
+    found = dict(predictions=[], visualization=[], data_samples=[])
+    for result in results:
+        writer.add(result)
+        found['predictions'].append(result.prediction)
+        if return_vis:
+            found['visualization'].append(result.drawn)
+        if return_datasamples:
+            found['data_samples'].append(result.sample)
+    return found
 
 
 def attempt(function: Callable, *args: Any) -> Any:
