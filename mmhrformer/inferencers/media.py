@@ -314,7 +314,7 @@ def check_file(file: Path, decode: bool = True) -> None:
             if decode:
                 image.load()
     except UnidentifiedImageError as err:
-        if not cv2.haveImageReader(str(file)):
+        if not cv2.haveImageReader(str(file)) or cv2.imread(str(file)) is None:
             raise ValueError('it is no image') from err
     except Image.DecompressionBombError as err:
         raise ValueError(
