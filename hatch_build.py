@@ -1,4 +1,4 @@
-"""The files of the wheel that depend on their names: those that ``tools/benchmark.py`` runs."""
+"""Build hook of the wheel: the files that ``tools/benchmark.py`` runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class BenchmarkFiles(BuildHookInterface):
-    """Adds ``benchmarks/benchmark*.py``; the table of forced files in pyproject.toml has no globs."""
+    """Adds ``benchmarks/benchmark*.py``: ``force-include`` in pyproject.toml takes no globs."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         for file in Path(self.root, 'benchmarks').glob('benchmark*.py'):

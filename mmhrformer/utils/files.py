@@ -45,14 +45,17 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         unfinished.unlink(missing_ok=True)  # it may have filled the disk
         raise
-    # The new name is safe from a power failure only when the folder is on the disk, too. Not every
-    # file system can do that; without, the old file comes back.
-    with contextlib.suppress(OSError):
-        folder = os.open(unfinished.parent, os.O_RDONLY)
+    _flush_folder(unfinished.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder to the disk: only then is a new name in it safe from a power failure."""
+    with contextlib.suppress(OSError):  # some file systems cannot; then the old file comes back
+        number = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(number)
         finally:
-            os.close(folder)
+            os.close(number)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
