@@ -12,8 +12,8 @@ from torch import Tensor
 from .reading import Inert, name_of_type, save_weights
 
 CONTAINERS = ('state_dict', 'model')
-# What wrappers put into names, before the model or before a part of it: DataParallel and averaged
-# models, torch.compile, FSDP, activation checkpointing, Lightning Fabric.
+# Parts of names that wrappers insert, before the model or before a part of it: DataParallel and
+# averaged models, torch.compile, FSDP, activation checkpointing, Lightning Fabric.
 WRAPPERS = frozenset(
     ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
 )
@@ -206,7 +206,7 @@ def _others(checkpoint: Mapping, taken: str) -> dict[str, str]:
 
 
 def _meaning(key: str, value: Mapping | None = None) -> str:
-    """What the key of weights tells about them."""
+    """A hint about weights by their key; empty if it gives none."""
     if key == 'ema_state_dict' and value and 'steps' in value:
         return SWAPPED
     return 'averaged, by their name' if re.search('ema|average|swa', key.lower()) else ''
@@ -224,7 +224,7 @@ def _where_weights_may_be(checkpoint: Mapping, others: Mapping[str, str]) -> str
 
 
 def meta_of_checkpoint(content: Mapping) -> dict:
-    """What a checkpoint tells about the data of its training: classes, palette; perhaps nothing."""
+    """Metainfo of the training data in a checkpoint, such as classes; empty if it has none."""
     meta = content.get('meta')
-    told = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
-    return dict(told) if isinstance(told, Mapping) else {}
+    dataset_meta = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return dict(dataset_meta) if isinstance(dataset_meta, Mapping) else {}

@@ -114,7 +114,7 @@ DIALECTS = {
 
 @dataclass
 class Report:
-    """What became of the tensors of a checkpoint.
+    """Account of the tensors of a checkpoint: used, renamed, resized, left over.
 
     Attributes:
         dialect (str): A key of :data:`DIALECTS`.

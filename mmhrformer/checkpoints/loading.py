@@ -165,8 +165,9 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
         contents, state_dict, report = _translate(saved)
     lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
     print_log('\n'.join([*lines, *told_of_others(contents.key, contents.others)]), logger)
-    told = meta_of_checkpoint(saved)
-    meta = dict(dataset_meta=told) if told and _is_plain(told) else {}
+    dataset_meta = meta_of_checkpoint(saved)
+    has_meta = dataset_meta and _is_plain(dataset_meta)
+    meta = dict(dataset_meta=dataset_meta) if has_meta else {}
     content = dict(meta=meta, state_dict=state_dict)
     if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
         unaveraged, _ = convert(find_weights(saved, 'ema_state_dict').tensors)

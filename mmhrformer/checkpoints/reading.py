@@ -84,7 +84,7 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# What builds tensors; names that this torch does not have are left out.
+# Functions that build tensors; names that this torch does not have are left out.
 _TENSORS = {
     f'torch._utils.{name}': getattr(torch._utils, name)
     for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3')
@@ -138,7 +138,7 @@ class _Unpickler(pickle._Unpickler):
             raise
 
     def find_class(self, module: str, name: str) -> Any:
-        # What torch writes names it as Python 2 did.
+        # torch writes the names of Python 2.
         full = f'{"builtins" if module == "__builtin__" else module}.{name}'
         if full in _TENSORS:
             return _TENSORS[full]
@@ -185,7 +185,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-# What torch, pickle and safetensors say -> what it means.
+# Messages of torch, pickle and safetensors -> their meaning.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
     '^EOFError$|^index out of range$|unpack requires a buffer|^negative seek|'
@@ -193,8 +193,8 @@ _MEANINGS = {
     'file not fully covered': ('it is cut off: download it again'),
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
 }
-_STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # what torch adds to its messages
-_FOLDER = 0x10  # the mark of a folder in a zip file
+_STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # in messages of torch
+_FOLDER = 0x10  # attribute of a folder in a zip file
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, by the format's definition
 
 
@@ -232,7 +232,7 @@ def find_damage(file: str | Path | BinaryIO) -> str:
 
 
 def _refuse_other_files(head: bytes) -> None:
-    """Say what a file is that begins like none of the formats of checkpoints."""
+    """Refuse empty files, web pages, Git LFS pointers and texts."""
     if not head:
         raise ValueError('it is empty: download it again')
     try:
@@ -256,7 +256,7 @@ def _refuse_other_files(head: bytes) -> None:
 
 
 def _parse(data: bytes, inert: set[str]) -> Any:
-    """Make of the bytes of a file what was saved; note the names of what is left inert."""
+    """Parse the bytes of a file, and collect the names of what is left inert."""
     head = data[:512]
     _refuse_other_files(head)
     if _is_safetensors(head):
@@ -297,7 +297,7 @@ def save_weights(content: Any) -> str:
 
 
 def _place_of_weights(content: Any, depth: int = 3) -> str | None:
-    """Where in a saved object a module or tensors by name are, as Python; None if nowhere."""
+    """Python expression of the place of a module or tensors by name; None if there are none."""
     if isinstance(content, Inert) and content.is_module:
         return '.state_dict()'
     if isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values()):
@@ -316,7 +316,7 @@ def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
 
     Tensors, numbers, texts and the plain containers of Python come out as they were saved. All else
     (configurations, logs, whole modules) becomes :class:`Inert`, and the log names its types. The
-    format is told by the content. A changed byte of a tensor is found by the checksums in files of
+    content tells the format. A changed byte of a tensor is found by the checksums in files of
     ``torch.save``; those of torch before 1.6 and safetensors files have none.
 
     Args:
@@ -353,7 +353,7 @@ def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
 
 
 def _reason(err: Exception) -> str:
-    """What an error of torch, pickle or safetensors means for the file."""
+    """The meaning of an error of torch, pickle or safetensors."""
     reason = ' '.join(_STACK.split(str(err))[0].split()) or type(err).__name__
     meant = (meaning for signs, meaning in _MEANINGS.items() if re.search(signs, reason))
     return next(meant, reason)

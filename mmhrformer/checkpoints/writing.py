@@ -244,7 +244,7 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with whole_file(path) as file:
             write(file)
     except (OSError, RuntimeError) as err:
-        # Of a full disk, torch says that it came to an unexpected place in the file.
+        # On a full disk, torch says that it came to an unexpected place in the file.
         cause = err.__context__ if isinstance(err.__context__, OSError) else err
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise OSError(f'cannot write {str(path)!r}: {reason}') from err

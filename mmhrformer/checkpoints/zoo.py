@@ -20,8 +20,8 @@ class Source:
     """One checkpoint of a model.
 
     Attributes:
-        origin (str): Who published it: ``'official'`` or ``'mmpose'``.
-        link (str): Where it is.
+        origin (str): Its publisher: ``'official'`` or ``'mmpose'``.
+        link (str): Its address.
         is_file (bool): Whether the link gives the file itself. Others are pages for sharing.
         is_whole (bool): Whether it holds the whole model or the backbone only.
         sha256 (str): Its SHA-256, or ``''`` if that is not known.
@@ -34,7 +34,7 @@ class Source:
     sha256: str = ''
 
     def path(self, model: str) -> Path:
-        """Where the file lies when it is here."""
+        """The place of the file in the cache, downloaded or not."""
         name = PurePosixPath(urlsplit(self.link).path).name if self.is_file else ''
         return cache_folder() / (name or f'{model}-{self.origin}.pth')
 
@@ -131,7 +131,7 @@ def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
     """Choose the checkpoint of a model.
 
     Args:
-        name (str): Name of a model, perhaps with ``@official`` or ``@mmpose`` behind it.
+        name (str): Name of a model, perhaps followed by ``@official`` or ``@mmpose``.
         whole (bool): Whether it has to hold the whole model. Defaults to False.
 
     Returns:

@@ -62,7 +62,7 @@ def _find_mismatch(labels: np.ndarray, image: np.ndarray, path: str | None) -> s
             'its class'
         )
     if labels.dtype.kind not in 'ui':
-        return 'classes are whole numbers; write masks of 8 bits'
+        return 'classes are integers; write masks of 8 bits'
     height, width = image.shape[:2]
     if labels.shape == (height, width):
         return ''
@@ -214,7 +214,7 @@ class PlaceRandomly(BaseTransform):
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
         spare = padded[0] - height, padded[1] - width
-        # Where images of several sizes share the place, it may be too far for some.
+        # Images of several sizes may share the place, which is too far for some.
         top, left = map(min, self._draw(spare), spare)
         place = slice(top, top + height), slice(left, left + width)
         results['img'] = np.empty((*padded, len(self.pad_val)), np.float32)

@@ -1,4 +1,4 @@
-"""What training needs beside the models; importing this registers it."""
+"""Hooks, optimizers, schedules and checks of training; importing this registers them."""
 
 from .bfloat16_hook import BFloat16PoseHook
 from .checkpoint_hook import SafeCheckpointHook

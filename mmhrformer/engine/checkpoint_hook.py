@@ -71,12 +71,12 @@ def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None
     ``last_checkpoint``.
 
     Args:
-        folder (Path): Where the checkpoints are.
+        folder (Path): Folder of the checkpoints.
         template (str): Their names, with ``{}`` for the step.
         pointer (Path): The file ``last_checkpoint``.
 
     Returns:
-        tuple: The checkpoint, or None if none is whole; what is wrong with newer ones.
+        tuple: The checkpoint, or None if none is whole; the damage of newer ones.
     """
     before, after = (re.escape(part) for part in re.split(r'\{.*?\}', template))
     step = {
@@ -161,11 +161,11 @@ class SafeCheckpointHook(CheckpointHook):
             raise ValueError(problem[0])
 
     def _prepare_resume(self, runner: Runner) -> str:
-        """Point ``last_checkpoint`` to the newest whole one; return what makes it impossible."""
+        """Point ``last_checkpoint`` to the newest whole checkpoint; return the problem, if any."""
         folder, pointer = self._folder(runner), Path(runner.work_dir, POINTER)
         newest, damaged = find_newest(folder, self.filename_tmpl, pointer)
         if runner._load_from is not None:
-            return _explain_named(runner._load_from, newest)
+            return _check_named(runner._load_from, newest)
         for path, damage in damaged.items():
             runner.logger.warning(f'The checkpoint {path} is damaged ({damage}): passed over.')
         if newest is None:
@@ -177,21 +177,21 @@ class SafeCheckpointHook(CheckpointHook):
             return ''
         if not pointer.is_file() or pointer.read_text(errors='replace') != str(newest):
             runner.logger.warning(f'The newest whole checkpoint is {newest}: resuming from it.')
-            write_atomically(pointer, _as_mmengine_reads(str(newest)))
+            write_atomically(pointer, _encode_path(str(newest)))
         return ''
 
     def _folder(self, runner: Runner) -> Path:
-        """Where the checkpoints are, as mmengine's hook finds it when training starts."""
+        """Folder of the checkpoints, as mmengine's hook chooses it when training starts."""
         if self.out_dir is None or self.out_dir == runner.work_dir:
             return Path(runner.work_dir)
         return Path(self.out_dir, Path(runner.work_dir).name)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Warn of what resuming keeps although the config says otherwise.
+        """Warn of options that resuming takes from the checkpoint, not from the config.
 
         Args:
             runner (Runner): The runner.
-            checkpoint (dict): What it loads.
+            checkpoint (dict): The checkpoint that it loads.
         """
         resumes = isinstance(runner, Runner) and runner._resume
         if not resumes or not isinstance(runner.optim_wrapper, OptimWrapper):
@@ -205,7 +205,7 @@ class SafeCheckpointHook(CheckpointHook):
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what killed runs left behind.
+        """Remove unfinished files of killed runs.
 
         Args:
             runner (Runner): The runner.
@@ -235,7 +235,7 @@ class SafeCheckpointHook(CheckpointHook):
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        with _explained(runner, self.last_ckpt):
+        with _explain_failure(runner, self.last_ckpt):
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -247,11 +247,11 @@ class SafeCheckpointHook(CheckpointHook):
                 **self.args,
             )
             if is_main_process():
-                write_atomically(Path(runner.work_dir, POINTER), _as_mmengine_reads(self.last_ckpt))
+                write_atomically(Path(runner.work_dir, POINTER), _encode_path(self.last_ckpt))
         self._remove_outdated(runner, kept)
 
     def _remove_outdated(self, runner: Runner, kept: list[int]) -> None:
-        """Remove what the checkpoint that has just been written replaces."""
+        """Remove the checkpoints that the one just written replaces."""
         if self.max_keep_ckpts > 0:
             for step in kept[: -self.max_keep_ckpts]:
                 path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
@@ -267,19 +267,19 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.safe:
             super()._save_best_checkpoint(runner, metrics)
             return
-        with _explained(runner, f'best checkpoint in {self.out_dir}'):
+        with _explain_failure(runner, f'best checkpoint in {self.out_dir}'):
             super()._save_best_checkpoint(runner, metrics)
         self.file_backend.remove_outdated()
 
 
-def _as_mmengine_reads(text: str) -> bytes:
-    """Encode a text for a file that is opened without an encoding, as on Windows not in UTF-8."""
+def _encode_path(text: str) -> bytes:
+    """Encode ``last_checkpoint`` as mmengine reads it: in the encoding of the locale."""
     return text.encode(locale.getpreferredencoding(False), 'surrogateescape')
 
 
 @contextlib.contextmanager
-def _explained(runner: Runner, what: str) -> Iterator[None]:
-    """Tell what is left when a checkpoint cannot be written."""
+def _explain_failure(runner: Runner, what: str) -> Iterator[None]:
+    """Turn errors of writing into a CheckpointError with the last good checkpoint."""
     try:
         yield
     except CheckpointError:  # the best and the newest one are written in one go
@@ -296,8 +296,8 @@ def _explained(runner: Runner, what: str) -> Iterator[None]:
         ) from err
 
 
-def _explain_named(name: str, newest: Path | None) -> str:
-    """Why a checkpoint that was named cannot be resumed from, or an empty string."""
+def _check_named(name: str, newest: Path | None) -> str:
+    """The problem of resuming from a checkpoint that was named, or an empty string."""
     path = Path(name).expanduser()
     if '://' in str(name):
         return ''

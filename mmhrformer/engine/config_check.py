@@ -37,7 +37,7 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
 
 
 def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
-    """What a config needs a GPU for where there is none, with the remedy; or an empty string."""
+    """Warning of options that need a GPU where there is none, or an empty string."""
     if get_device() not in ('cpu', 'mps'):
         return ''
     wrapper = _mapping(cfg, 'optim_wrapper')

@@ -179,7 +179,7 @@ def _are_dicts(steps: Any) -> bool:
 
 
 def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[str]:
-    """Where a variable, or what has changed inside it, was copied to.
+    """Places that a variable, or a changed part of it, was copied to.
 
     Numbers only count under a similar name: the same ones stand for all kinds of things.
     """
