@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data
+from .data_check import missing_data, name_of_type
 from .dead_options import dead_options, late_variables, what_counts
 
 
@@ -41,14 +41,14 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
     if get_device() not in ('cpu', 'mps'):
         return ''
     wrapper = _mapping(cfg, 'optim_wrapper')
-    if training and _name(wrapper) == 'AmpOptimWrapper':
+    if training and name_of_type(wrapper) == 'AmpOptimWrapper':
         others = [f'optim_wrapper.{key}' for key in ('dtype', 'loss_scale') if key in wrapper]
         and_remove = f', and leave out {" and ".join(others)}' if others else ''
         return (
             "optim_wrapper.type='AmpOptimWrapper', mixed precision, needs a GPU, and none was "
             f'found: add --cfg-options optim_wrapper.type=OptimWrapper{and_remove}'
         )
-    if processes > 1 and _name(_mapping(cfg, 'model_wrapper_cfg')) in (
+    if processes > 1 and name_of_type(_mapping(cfg, 'model_wrapper_cfg')) in (
         '', 'DistributedDataParallel', 'MMDistributedDataParallel',
     ):  # fmt: skip
         return (
@@ -62,11 +62,6 @@ def _mapping(cfg: Mapping, key: str) -> Mapping:
     """An option that is a config, or an empty one: it may have been built already."""
     value = cfg.get(key)
     return value if isinstance(value, Mapping) else {}
-
-
-def _name(option: Mapping) -> str:
-    kind = option.get('type', '')
-    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 @VISBACKENDS.register_module(name=['ConfigCheckVisBackend', 'PreflightChecks'])
