@@ -132,7 +132,19 @@ def test_profile(tool):
     assert found['kernels'] == 3  # convolution, ReLU, and the copy
     assert found['launches'] is None
     assert found['allocated'] >= 3 * 4 * 8 * 36
-    assert sum(top['share'] for top in found['top']) <= 1.001
+    assert sum(top['share'] for top in found['top']) <= 1 + 1e-9
+
+
+def test_own_times_leave_out_what_is_called(tool):
+    def node(name, duration, *children):
+        return SimpleNamespace(name=name, duration_time_ns=duration, children=children)
+
+    tree = node('outer', 100, node('middle', 70, node('inner', 30)), node('inner', 20))
+    times = list(tool.measure._own_times(tree))
+    assert times == [('outer', 10), ('middle', 40), ('inner', 30), ('inner', 20)]
+    first, second = tool.measure._top(times, 2)
+    assert first == dict(name='inner', share=0.5, calls=2)
+    assert (second['name'], second['share']) == ('middle', 0.4)
 
 
 def test_peak_memory(tool):
