@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -30,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 # Processes are forked from this one once everything is imported. It must not start threads, and
@@ -88,25 +88,17 @@ class Child:
         self.log, self.rows = folder / f'{slug}.log', folder / f'{slug}.jsonl'
         self.rows.write_text('')
         self.read, self.code = 0, None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            os._exit(self.work())
+        self.process = multiprocessing.get_context('fork').Process(target=self.work)
+        self.process.start()
 
-    def work(self) -> int:
-        """Do the job, in the child; the exit code."""
+    def work(self) -> None:
+        """Do the job, in the child."""
         os.setsid()  # it is ended with all that it starts
         sys.stdout = sys.stderr = log = self.log.open('w', buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        try:
-            with self.rows.open('a', buffering=1) as file:
-                self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
-        except BaseException:
-            traceback.print_exc()
-            return 1
-        return 0
+        with self.rows.open('a', buffering=1) as file:
+            self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
 
     def new_rows(self) -> list[dict]:
         """Rows that were not asked for before."""
@@ -116,14 +108,13 @@ class Child:
 
     def is_running(self) -> bool:
         """Whether it still runs; ends it when its time is over."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid and time.time() < self.deadline:
+        is_alive = self.process.is_alive()
+        if is_alive and time.time() < self.deadline:
             return True
-        self.code = os.waitstatus_to_exitcode(status) if pid else 'timed out'
+        self.code = 'timed out' if is_alive else self.process.exitcode
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        if not pid:
-            os.waitpid(self.pid, 0)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
         return False
 
     def verdict(self) -> dict:

@@ -216,14 +216,12 @@ def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
     peers.check_models(args.task, arch, [spec])
     ours = spec.base == 'ours'
     for mode in args.mode:
-        if peers.why_unavailable(spec, mode, 'cpu', False):
+        if peers.why_unavailable(spec, mode, 'cpu'):
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
         for form in args.forms if ours else args.forms[:1]:
             with use(form):  # which says how wide heads are when a model is folded
-                cfg = peers.model_config(spec, args.task, arch, args.size, None, False)
-                weights = peers.make_weights(args.task, arch, None)
-                network = peers.build_network(spec, cfg, weights, False)
+                network = peers.build_network(spec, args.task, arch, args.size)
             name = f'{spec.name} {arch}' if spec.base in peers.SAME_WEIGHTS else spec.name
             name += f' {form}' if len(args.forms) > 1 and ours else ''
             counted = count(network, (batch, 3, *args.size), mode, form)
