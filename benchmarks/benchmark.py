@@ -134,8 +134,10 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
         raise bp.BenchmarkError('--dtype fp16 needs --device cuda, --mode infer; else choose bf16')
     if args.json and not args.json.absolute().parent.is_dir():
         raise bp.BenchmarkError(f'--json {args.json}: there is no such folder')
-    has_peers = set(names) <= set(bp.SAME_WEIGHTS) and args.task == 'pose' and args.arch != 'tiny'
-    if args.startup and not has_peers:
+    is_comparable = (
+        set(names) <= set(bp.SAME_WEIGHTS) and args.task == 'pose' and args.arch != 'tiny'
+    )
+    if args.startup and not is_comparable:
         raise bp.BenchmarkError(
             '--startup compares ours and mmpose, --task pose, --arch small or base: mmpose has '
             'configs of these only'
@@ -259,7 +261,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what the command line asks for; the exit code."""
+    """Check, measure and report; returns the exit code."""
     args = read_arguments(argv)
     facts = report.describe_environment(args)
     report.print_environment(facts, args)

@@ -213,7 +213,7 @@ def peak_memory(step: Step, device: str) -> int:
 
 
 def profile(step: Step, device: str, count: int = 10) -> dict:
-    """Count what a step does.
+    """Count the operators, kernels and allocations of a step.
 
     Args:
         step (Step): The step; it must have run before.
@@ -222,7 +222,7 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
 
     Returns:
         dict: ``operators``, the torch operators that no other operator called; ``kernels``, on
-        CUDA what ran there, on the CPU the operators that compute or copy themselves, without
+        CUDA those that ran there, on the CPU the operators that compute or copy themselves, without
         code that torch.compile made; ``launches``, on CUDA the calls that launched kernels or
         graphs of them; ``allocated``, bytes that were allocated on the device, those that were
         returned in between counted again; ``top``, the operators (CPU) or kernels (CUDA) by

@@ -79,7 +79,7 @@ def cells_of(row: dict, base: dict, growth: bool) -> dict[str, str]:
         'candidate': row['candidate'],
         'ms': f'{row["median"] * 1e3:.1f}',
         'quartiles': f'{row["q1"] * 1e3:.1f}-{row["q3"] * 1e3:.1f}',
-        'images/s': f'{row["images_per_second"]:.1f}' if 'images_per_second' in row else '',
+        **({'images/s': f'{row["images_per_second"]:.1f}'} if 'images_per_second' in row else {}),
         'speed-up': f'{row["speedup"]:.2f}x',
         'by rounds (quartiles)': f'{row["round_speedup"]:.2f}x ({low:.2f}-{high:.2f})',
     }

@@ -235,7 +235,7 @@ def output_difference(outs: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def gradient_difference(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Norm of the difference of all gradients, relative to their norm; infinite by other names."""
+    """Norm of the difference of all gradients, relative to their norm; infinite if names differ."""
     if set(grads) != set(expected):
         return math.inf
     error = sum((grads[name] - grad).square().sum() for name, grad in expected.items())
@@ -303,14 +303,14 @@ def prepare_entrants(args: argparse.Namespace) -> tuple[Entrants, list[dict]]:
             '--allow-different times them all the same'
         )
     if args.mode == 'train' and not args.no_drop:
-        # Stochastic depth may change what is built and compiled: so it all is, anew.
+        # Stochastic depth may change the modules and the compiled code: build everything again.
         entrants = build_entrants(args, args.specs, drop=True)
         switch_precision(entrants, args.dtype)
     return entrants, found
 
 
 def switch_precision(entrants: Entrants, precision: str) -> None:
-    """Bring candidates to a data type, and forget compiled code, which was for another."""
+    """Bring candidates to a data type; drops the compiled code of another."""
     if any(entrant.spec.has('compiled') for entrant in entrants.values()):
         torch.compiler.reset()
     for entrant in entrants.values():

@@ -44,13 +44,13 @@ sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT)]
 import gpu_sections  # noqa: E402
 from gpu_sections import SECTIONS, Job, Settings  # noqa: E402
 
-# What is timed.
+# The columns that tell one timed candidate from another.
 IDENTITY = ('section', 'table', 'base', 'arch', 'backend', 'how', 'kernel', 'shape', 'option')
 MIN_TIME = 15  # seconds, without which nothing is started
 
 
 class Report:
-    """The file of results, and what is known at the start."""
+    """The file of results, with the facts of the run."""
 
     def __init__(self, path: Path, facts: dict) -> None:
         self.path = path
@@ -177,7 +177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
-    """The file of results, with what is known at the start."""
+    """The file of results, with the facts of the run."""
     card = card_name(args.dry)
     args.out.mkdir(parents=True, exist_ok=True)
     git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
@@ -188,7 +188,7 @@ def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks for; the exit code is 1 if a job failed."""
+    """Run the jobs of the chosen sections; the exit code is 1 if a job failed."""
     args = parse_arguments(argv)
     report = make_report(args, sys.argv[1:] if argv is None else argv)
     deadline = time.time() + args.budget
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         job.prepare()
     gc.freeze()  # else each collection, before each turn, looks at all that is inherited: 0.5 s
     report.add(dict(section='run', job='build networks', seconds=round(time.time() - began, 1)))
-    # What is not timed goes on at the same time.
+    # Untimed jobs run at the same time.
     warmers = {warm.name: warm for job in jobs for warm in job.warmers}
     follow([start(warm) for warm in warmers.values()], report)
     for job in jobs:

@@ -40,7 +40,7 @@ from mmhrformer.models import hrformer
 from mmhrformer.utils.install_hints import NAMES, installed
 
 # Sections in the order in which they run, and seconds that a job of theirs may take. The tests have
-# what is left.
+# the rest of the budget.
 CAPS = dict(
     env=40, warm=170, infer=150, train=200, seg=90, compiled=120, profile=60, kernels=100,
     parity=900,
@@ -51,7 +51,7 @@ ROUNDS = 7
 PEERS = ('hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
 KERNELS_NAMED = 20  # by a profile
 COMPILING_AHEAD = 6  # processes, for the sweep
-# Names of jobs that failed; a table leaves out what was not compiled ahead.
+# Names of jobs that failed; a table leaves out candidates that were not compiled ahead.
 UNFINISHED: set[str] = set()
 
 Emit = Callable[..., None]
@@ -66,7 +66,7 @@ class Settings(NamedTuple):
 
     @property
     def device(self) -> str:
-        """Where everything runs."""
+        """The device of all candidates."""
         return 'cpu' if self.dry else 'cuda'
 
 
@@ -213,13 +213,13 @@ def first_call(step: Callable, device: str) -> tuple[object, float]:
 
 
 def difference(outs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Norm of the difference of the last outputs, relative to the norm of what is expected."""
+    """Norm of the difference of the last outputs, relative to the norm of the expected ones."""
     a, b = outs[-1].double(), expected[-1].double()
     return ((a - b).norm() / b.norm()).item()
 
 
 def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candidate, Callable]]:
-    """Make the steps of a table; what fails becomes a row."""
+    """Make the steps of a table; a failure becomes a row."""
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
     device, expected, start = settings.device, {}, time.time()
     pool = None if settings.dry else torch.cuda.graph_pool_handle()
@@ -251,7 +251,7 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
 
 
 def time_table(table: Table, settings: Settings, emit: Emit) -> None:
-    """Time the candidates of a table in turn, and tell what is known after each turn.
+    """Time the candidates of a table in turn, and emit the rounds so far after each turn.
 
     A step that raises is left out from then on. An error of the GPU itself raises wherever CUDA is
     called next, and ends the process.
@@ -305,7 +305,7 @@ def warm_name(table: Table, candidate: Candidate) -> str:
 
 
 def run_env(settings: Settings, emit: Emit) -> None:
-    """Versions, the card, and what it can do at most."""
+    """Versions, the card, and its ceilings."""
     versions = installed([*NAMES, 'triton'])
     emit(what='versions', cores=os.cpu_count(), python=sys.version.split()[0], **versions)
     if settings.dry:
@@ -338,7 +338,7 @@ def run_parity(settings: Settings, emit: Emit) -> None:
 
 
 def outcomes(log: str) -> dict:
-    """How many tests passed, failed and so on, by the output of ``pytest -v``, complete or not.
+    """Numbers of tests that passed, failed and so on, by the output of ``pytest -v``, complete or not.
 
     Examples:
         >>> outcomes('a.py::b FAILED [ 50%]\\n[gw1] [100%] PASSED a.py::c \\n')

@@ -48,7 +48,7 @@ LAYER_NORM_LAUNCHES = dict(
     forward=[(2048, 4), (4096, 4), (4096, 8), (8192, 4)],
     backward=[(2048, 4, 1024), (4096, 4, 1024), (4096, 4, 640), (4096, 8, 1024), (8192, 4, 1024)],
 )
-# The norm of the difference of what options compute, relative, that is rounding.
+# Relative norm of the difference of two options' results up to which it is rounding.
 LIMIT = 0.02
 # Maps that are read or written, by kernel.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
