@@ -338,7 +338,7 @@ def run_parity(settings: Settings, emit: Emit) -> None:
 
 
 def outcomes(log: str) -> dict:
-    """Numbers of tests that passed, failed and so on, by the output of ``pytest -v``, complete or not.
+    """Numbers of passed, failed and other tests in the output of ``pytest -v``, complete or not.
 
     Examples:
         >>> outcomes('a.py::b FAILED [ 50%]\\n[gw1] [100%] PASSED a.py::c \\n')

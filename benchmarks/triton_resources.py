@@ -104,7 +104,7 @@ def dump(file: str, option: str) -> str:
 
 
 def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
-    """Compile a kernel, and count the instructions of its machine code."""
+    """Compile a kernel, and count the resources of its machine code."""
     names = kernel.arg_names
     constants = {name: value for name, value in keywords.items() if name in names}
     options = {name: value for name, value in keywords.items() if name not in names}
