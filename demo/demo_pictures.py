@@ -11,6 +11,7 @@ import numpy as np
 
 from mmhrformer import get_inferencer
 
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 MIN_SIDE = 192  # the demo images are small: they are enlarged before drawing
 
 
@@ -51,7 +52,14 @@ def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np
     options = dict(return_vis=True, min_side=MIN_SIDE)
     if name == 'cls':
         digits = [sorted((data / 'val' / str(digit)).glob('*.png'))[0] for digit in range(10)]
-        return tile(find(digits, **options)['visualization'], 5)
+        images = [cv2.resize(cv2.imread(str(path)), (128, 128)) for path in digits]
+        for image, found in zip(images, find(digits)['predictions']):
+            scores = np.asarray(found['pred_scores'])
+            for row, label in enumerate(scores.argsort()[::-1][:3]):
+                text, place = f'{label}: {scores[label]:.0%}', (3, 14 + 14 * row)
+                colour = (255, 255, 0) if row == 0 else (200, 200, 200)
+                cv2.putText(image, text, place, FONT, 0.42, colour, lineType=cv2.LINE_AA)
+        return tile(images, 5)
     if name == 'pose':
         found = json.loads((data / 'annotations/person_keypoints_val.json').read_text())
         images, boxes = found['images'][:8], []
@@ -59,6 +67,7 @@ def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np
             people = [a['bbox'] for a in found['annotations'] if a['image_id'] == image['id']]
             boxes.append([(x, y, x + w, y + h) for x, y, w, h in people])
         paths = [data / 'val' / image['file_name'] for image in images]
+        options.update(radius=3, thickness=2)
         return tile(find(paths, boxes=boxes, **options)['visualization'], 4)
     paths = sorted((data / 'img_dir/val').glob('*.jpg'))[:6]
     masks = find(paths, with_labels=False, opacity=0.8, **options)['visualization']
