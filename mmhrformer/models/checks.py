@@ -206,3 +206,21 @@ def check_attention(embed_dims: int, num_heads: int, window_size: int) -> None:
         )
     if window_size < 1:
         raise ValueError(f'window_size={window_size}: a window has at least 1 token a side')
+
+
+# The neck
+
+
+def check_neck(in_channels: Sequence[int], mid_channels: Sequence[int], out_channels: int) -> None:
+    """Refuse channels of :class:`HRFormerFusion` that are none, or not of the same streams."""
+    for name, value in dict(in_channels=in_channels, mid_channels=mid_channels).items():
+        if not are_whole(value):
+            raise ValueError(
+                f'{name}={value!r}: give whole numbers of at least 1, one for each stream'
+            )
+    check_whole('out_channels', out_channels)
+    if len(in_channels) != len(mid_channels):
+        raise ValueError(
+            f'in_channels={tuple(in_channels)} and mid_channels={tuple(mid_channels)} must name '
+            'the same streams: give them equal lengths'
+        )
