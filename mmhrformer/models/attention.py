@@ -7,8 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import padding_mask, window_merge, window_partition
-from ..ops.windows import is_static
+from ..ops.windows import is_static, padding_mask, window_merge, window_partition
 from ..registry import MODELS
 from .checks import check_attention
 
@@ -76,9 +75,10 @@ class LocalWindowSelfAttention(BaseModule):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within the windows of a map of shape (B, H, W, C)."""
+        """Attend within windows: transform a map of shape (B, H, W, C) to one of the same shape."""
         size, window, heads = x.shape[1:3], self.window_size, self.num_heads
         if ops.attends_on_map(x, self.qkv, heads, window) and self._has_stock_bias():
+            # One kernel reads the windows from the map: none is copied.
             table = self.relative_position_bias_table
             return ops.attend_on_map(x, self.qkv, self.proj, table, heads, window, self.pad_mask)
         head_dim = self.embed_dims // heads

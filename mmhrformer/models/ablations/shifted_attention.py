@@ -117,7 +117,7 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
         return self.shift_size if min(size) > self.window_size else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within the shifted windows of a map of shape (B, H, W, C)."""
+        """Attend within shifted windows: transform a map (B, H, W, C) to one of the same shape."""
         H, W = x.shape[1:3]
         shift = self.shift_for((H, W))
         if not shift:
