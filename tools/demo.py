@@ -61,6 +61,12 @@ def parse_args() -> argparse.Namespace:
         help="find people by mmdet: mmpose's detector, or the model or config named here",
     )
     parser.add_argument('--detector-weights', help='checkpoint of the detector')
+    add_inside_options(parser)
+    return parser.parse_args()
+
+
+def add_inside_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that look inside the model."""
     parser.add_argument(
         '--show-features', action='store_true', help='draw the four streams of the first image'
     )
@@ -78,7 +84,6 @@ def parse_args() -> argparse.Namespace:
         metavar='NAME',
         help='block that attends, such as stage3.0.branches.1.0 (the last one of each stream)',
     )
-    return parser.parse_args()
 
 
 def numbers(text: str, count: int, option: str) -> list[float]:
