@@ -196,11 +196,8 @@ CHECKPOINTS = (
          "f_pixel.1.0.', 'decode_head.1.object_attention.f_pixel.1.1."),
         ('tables dropped from models that lack them by mistake',
          'if key not in own and not backbone.with_rpe', 'if key not in own'),
-        ('tables with too few rows accepted', '** 2 != len(table)', '** 2 > len(table)'),
-    ),
-    *of(
-        'mmhrformer/checkpoints/dialects.py', 'test_bad_input.py checkpoints/test_dialects.py',
         ('large finite weights refused', 'isfinite()) or bool', 'isfinite()) and bool'),
+        ('tables with too few rows accepted', '** 2 != len(table)', '** 2 > len(table)'),
     ),
     *of(
         'mmhrformer/checkpoints/contents.py', 'checkpoints/test_contents.py',
