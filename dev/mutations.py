@@ -256,7 +256,8 @@ CHECKPOINTS = (
         ('busy servers not tried again', '408, 429, 500', '408, 500'),
         ('dates taken for hashes', r'(?!20\d\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\.)', ''),
         ('hashes in capitals refused', 'sha256.lower() or', 'sha256 or'),
-        ('no time limit', 'timeout=TIMEOUT', 'timeout=None'),
+        ('lost connections not tried again', "TransientError(f'the connection",
+         "DownloadError(f'the connection"),
     ),
     *of(
         'mmhrformer/checkpoints/writing.py', 'checkpoints/test_writing.py',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from functools import cache
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from mmhrformer import HRFormer, load_checkpoint
+from mmhrformer.checkpoints import loading
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
@@ -94,6 +96,17 @@ def test_official_pose_estimator_without_some_tensors():
     assert report.used == len(model.state_dict()) - 2
     with pytest.raises(RuntimeError, match=r'backbone\.bn1\.weight'):
         load_checkpoint(model, tensors, strict=True)
+
+
+def test_only_incomplete_backbones_are_warned_of(monkeypatch):
+    """A new head is what fine-tuning begins with."""
+    levels = []
+    monkeypatch.setattr(loading, 'print_log', lambda *args: levels.append(args[-1]))
+    load_checkpoint(pose_estimator(), official('cls'))
+    tensors = dict(official('pose')['state_dict'])
+    del tensors['backbone.bn1.weight']
+    load_checkpoint(pose_estimator(), tensors)
+    assert levels == [logging.INFO, logging.WARNING]
 
 
 def test_strict_refuses_tensors_that_are_not_used():
