@@ -150,6 +150,17 @@ def test_two_backward_passes_leave_the_statistics_of_one_forward_pass():
     assert all(torch.equal(tensor, before[name]) for name, tensor in norm.named_buffers())
 
 
+@pytest.mark.parametrize('kind', ['batch', 'average'])
+def test_statistics_are_updated_after_a_backward_pass_as_before(kind):
+    norm = make_norm(kind, torch.float32)
+    plain = copy.deepcopy(norm)
+    for _ in range(2):
+        x = torch.randn(2, 6, 4, 4).requires_grad_()
+        norm_gelu_conv(x, norm).sum().backward()
+        plain(x)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(plain.named_buffers()))
+
+
 class Doubled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
