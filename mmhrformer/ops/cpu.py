@@ -8,12 +8,9 @@ from mmengine.utils import digit_version
 from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
 
-from . import reference
-from .recompute import norm_gelu_conv
-from .sdpa import sdpa
+from . import reference, sdpa
+from .recompute import norm_gelu_conv as norm_gelu_conv
 from .state import autocast_dtype, needs_grad
-
-__all__ = ['conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']
 
 # Before, attention with a mask is the plain formula, in slower steps than ours.
 HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')
@@ -38,7 +35,7 @@ def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     head_dim = qkv.shape[-1]
     padding = head_padding(head_dim)
     if bias is None or (HAS_MASKED_SDPA and not needs_grad(qkv, bias)):
-        return sdpa(qkv, bias, scale, padding)
+        return sdpa.window_attention(qkv, bias, scale, padding)
     if not padding:
         return reference.window_attention(qkv, bias, scale)
     out = reference.window_attention(F.pad(qkv, (0, padding)), bias, scale)
