@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from graphs import Graphs
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from mmhrformer import HRFormer, ops
 from mmhrformer.models.ffn import DepthwiseConv2d
@@ -105,15 +107,27 @@ def test_autocast_keeps_its_data_type_and_the_parameters_theirs():
     torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.1)
 
 
-def kept_bytes(function) -> int:
-    """Bytes that a forward pass allocates and does not free, besides its result.
+class Allocations(TorchDispatchMode):
+    """Memory of the results of all operators, hooks on saved tensors or not."""
 
-    Counted by the allocator: hooks would not see what is saved within other hooks.
-    """
-    function()  # the first call allocates more
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = function()  # its result must live until all is counted
-    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()) - out.nbytes
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+
+def kept_bytes(function) -> int:
+    """Bytes that a forward pass leaves allocated, besides its result."""
+    with Allocations() as allocations:
+        out = function()
+    return sum(n for ref, n in allocations.storages.values() if not ref.expired()) - out.nbytes
 
 
 @pytest.mark.parametrize(
