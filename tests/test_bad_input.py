@@ -35,7 +35,7 @@ from mmhrformer import (
     load_checkpoint,
 )
 from mmhrformer.datasets import transforms
-from mmhrformer.engine.config_check import PreflightChecks
+from mmhrformer.engine.config_check import ConfigCheckVisBackend
 
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 OURS = 'hrformer-tiny_8xb128_in1k'
@@ -84,7 +84,7 @@ def field(words: str, **fields) -> Bad:
 ATTENTION = 'mmhrformer.LocalWindowSelfAttention'
 ONE_OR_FOUR = 'at least 1 token|4 streams'
 CONFIGS = [
-    option("'smal'|choose one of|'small'", arch='smal'),
+    option("'smal'|choose one of|'tiny', 'small', 'base'", arch='smal'),
     option("3|choose one of|'small'", arch=3),
     option("None|choose one of|'small'", arch=None),
     option("unknown fields ['depth']|'num_blocks'", arch={**MICRO, 'depth': 2}),
@@ -98,21 +98,26 @@ CONFIGS = [
     field('(8, 16, 24, -32)|at least 1', channels=(8, 16, 24, -32)),
     field('(1, 2, 5, 4)|5 heads cannot share 24 channels', num_heads=(1, 2, 5, 4)),
     field('None|give 4 numbers', num_heads=None),
+    field('(1, 2, 2, 4, 4)|give 4 numbers', num_heads=(1, 2, 2, 4, 4)),
     field('(1, 0, 1)|at least 1', num_modules=(1, 0, 1)),
     field('3|give 3 numbers', num_modules=3),
-    field('1.5|whole number above 0', num_blocks=1.5),
-    field("'2'|whole number above 0", num_blocks='2'),
+    field('(1, 1, 1, 1)|give 3 numbers', num_modules=(1, 1, 1, 1)),
+    field('0|whole number of at least 1', num_blocks=0),
+    field('1.5|whole number of at least 1', num_blocks=1.5),
+    field("'2'|whole number of at least 1", num_blocks='2'),
     field('-1|above 0', mlp_ratio=-1),
     field('0.01|above 0|such as 4', mlp_ratio=0.01),
     field('inf|above 0', mlp_ratio=float('inf')),
     field("'4'|above 0", mlp_ratio='4'),
     option(f'(7, 7, 7)|{ONE_OR_FOUR}', window_size=(7, 7, 7)),
+    option(f'0|{ONE_OR_FOUR}', window_size=0),
     option(f'(7, 7, 0, 7)|{ONE_OR_FOUR}', window_size=(7, 7, 0, 7)),
     option(f"[7, 7, 7, '7']|{ONE_OR_FOUR}|whole", window_size=[7, 7, 7, '7']),
     option(f'7.5|{ONE_OR_FOUR}|whole', window_size=7.5),
     option(f"'7777'|{ONE_OR_FOUR}", window_size='7777'),
     option(f'None|{ONE_OR_FOUR}', window_size=None),
     option('-0.1|choose a number in [0, 1)', drop_path_rate=-0.1),
+    option('1.0|choose a number in [0, 1)', drop_path_rate=1.0),
     option('nan|choose a number in [0, 1)', drop_path_rate=float('nan')),
     option("'0.1'|choose a number in [0, 1)", drop_path_rate='0.1'),
     option('(4,)|choose some of the streams (0, 1, 2, 3)', out_indices=(4,)),
@@ -121,6 +126,8 @@ CONFIGS = [
     option('()|choose some of the streams (0, 1, 2, 3)', out_indices=()),
     option('(1.0,)|choose some of the streams (0, 1, 2, 3)', out_indices=(1.0,)),
     option('4|choose some of the streams (0, 1, 2, 3)', out_indices=4),
+    option("'0'|choose some of the streams (0, 1, 2, 3)", out_indices='0'),
+    option('None|choose some of the streams (0, 1, 2, 3)', out_indices=None),
     option('5|choose -1 to 4', frozen_stages=5),
     option('-2|choose -1 to 4', frozen_stages=-2),
     option("'1'|choose -1 to 4", frozen_stages='1'),
@@ -131,7 +138,14 @@ CONFIGS = [
     option("None|dict(type='BN')", norm_cfg=None),
     option("{'typ': 'BN'}|dict(type='BN')", norm_cfg=dict(typ='BN')),
     option('(B, 8, H, W)|mmpretrain.LN2d|expected input with shape', norm_cfg=dict(type='LN')),
-    option('num_groups|divides all channels', norm_cfg=dict(type='GN', num_groups=5)),
+    option(
+        "'num_groups': 5|(B, 8, H, W)|divides all channels, [8, 16, 24, 32, 64, 256]",
+        norm_cfg=dict(type='GN', num_groups=5),
+    ),
+    option("{'type': 'GN'}|an option is missing, such as num_groups", norm_cfg=dict(type='GN')),
+    option("'BatchNorm'|dict(type='BN')", norm_cfg=dict(type='BatchNorm')),
+    option("'epsilon'|dict(type='BN')", norm_cfg=dict(type='BN', epsilon=1e-3)),
+    option("'BN'|dict(type='BN')", norm_cfg='BN'),
     option("None|dict(type='mmhrformer.NAME'", attn_cfg=None),
     option('window_size|set those', attn_cfg=dict(type=ATTENTION, window_size=3)),
     option("{'hidden': 3}|dict(type='mmhrformer.NAME'", ffn_cfg=dict(hidden=3)),
@@ -349,6 +363,7 @@ TENSORS = [
     tensor('last', lambda: image(1, 64, 64, 3), ValueError, '(1, 64, 64, 3)', '(B, 3, H, W)'),
     tensor('1x1', lambda: image(1, 3, 1, 1), ValueError, '1x1', 'resize or pad', '32x32'),
     tensor('31x64', lambda: image(1, 3, 31, 64), ValueError, '31x64', 'resize or pad', '32x32'),
+    tensor('64x16', lambda: image(1, 3, 64, 16), ValueError, '64x16', 'resize or pad', '32x32'),
     tensor('0x0', lambda: image(1, 3, 0, 0), ValueError, '0x0', 'resize or pad', '32x32'),
     *(
         tensor(str(dtype), lambda dtype=dtype: image(dtype=dtype), TypeError, str(dtype), *TO_FLOAT)
@@ -639,8 +654,8 @@ DATA = [
         for kind, options, remedy in (
             (transforms.RandomScaleAspect, dict(scale_range=(2, 1)), 'two numbers, 0 < lowest'),
             (transforms.RandomScaleAspect, dict(aspect_range=1.1), 'two numbers, 0 < lowest'),
-            (transforms.RandomBrightness, dict(shift=-3), 'choose a whole number from 0 to 255'),
-            (transforms.RandomBrightness, dict(shift='3'), 'choose a whole number from 0 to 255'),
+            (transforms.RandomBrightness, dict(shift=-3), 'expected an integer from 0 to 255'),
+            (transforms.RandomBrightness, dict(shift='3'), 'expected an integer from 0 to 255'),
             (transforms.PlaceRandomly, dict(size=32, pad_val=(0, 0, 0)), 'height and width'),
             (transforms.RandomScaleRotation, dict(rotation_prob=-0.1), 'from 0 to 1'),
             (transforms.RandomScaleRotation, dict(scale_std='x'), 'from 0 to below 1'),
@@ -674,7 +689,7 @@ def data_of(folder: Path, **options) -> dict:
 def check_config(config: dict) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['train.py'])
-        PreflightChecks(save_dir='').add_config(Config(config))
+        ConfigCheckVisBackend(save_dir='').add_config(Config(config))
 
 
 # Command lines

@@ -115,9 +115,9 @@ def choose_model(args: argparse.Namespace) -> tuple[str, str | bool]:
     folder = DEMO_OUTPUT / args.task / 'train'
     if not (folder / 'last_checkpoint').is_file():
         raise FileNotFoundError(
-            f'there is no checkpoint in {folder.resolve()}: run "make demo", or "python '
-            f'demo/run_demo.py --tasks {args.task}", which trains one; or give --checkpoint, or '
-            '--model with a name of the zoo'
+            f'there is no checkpoint in {folder.resolve()}: in a clone run "make demo", or '
+            f'"python demo/run_demo.py --tasks {args.task}", which trains one; or give '
+            '--checkpoint, or --model with a name of the zoo'
         )
     noted = Path(find_latest_checkpoint(folder))
     return model, str(noted if noted.is_file() else folder / noted.name)  # the folder was moved

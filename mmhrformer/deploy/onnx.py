@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.writing import check_destination
 from ..datasets.meta import meta_of_dataset
-from ..models.hrformer import MIN_INPUT
+from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
