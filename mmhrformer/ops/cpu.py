@@ -57,19 +57,19 @@ class ContiguousBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the map, of shape (B, C, H, W), the weight and the bias."""
         x, weight = ctx.saved_tensors
+        is_contiguous = x.is_contiguous()
+        x, grad = x.contiguous(), grad.contiguous()  # lets go of what is computed again, too
         C = len(weight)
         # With one input channel both formats of the weight are the same memory under other
         # strides, and torch goes by the strides.
         weight = weight.reshape(-1).view(weight.shape)
         options = ([ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], C)
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-        grads = torch.ops.aten.convolution_backward(
-            grad.contiguous(), x.contiguous(), weight, [C], *options, wanted
-        )
-        if grads[0] is not None and not x.is_contiguous():
-            channels_last = grads[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-            grads = channels_last, *grads[1:]
-        return *grads, None
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
+        if grads[0] is None or is_contiguous:
+            return *grads, None
+        del x, grad
+        return grads[0].contiguous(memory_format=torch.channels_last), *grads[1:], None
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
