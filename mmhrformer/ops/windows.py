@@ -48,7 +48,10 @@ def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) ->
             x = F.pad(x, (0, 0, left, right, top, bottom))
         else:
             inside = x
-            x = pad_value.expand(B, top + H + bottom, left + W + right, C).clone()
+            # torch.vmap writes images into what belongs to an image only: hence the sum.
+            x = (inside.new_zeros(B, 1, 1, C) + pad_value).expand(
+                B, top + H + bottom, left + W + right, C
+            ).clone()
             x[:, top : top + H, left : left + W] = inside
     rows, cols = window_count(H, window), window_count(W, window)
     x = x.reshape(B, rows, window, cols, window, C).transpose(2, 3)  # (B, rows, cols, w, w, C)
