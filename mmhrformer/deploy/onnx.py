@@ -9,7 +9,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,10 @@ class DeployedModel(nn.Module):
 
 
 def task_of(model: nn.Module) -> str:
-    """Tell what a model is for.
+    """Find the task of a model.
 
     Args:
-        model (nn.Module): The model.
+        model (nn.Module): A model of one of the three frameworks.
 
     Returns:
         str: A value of :data:`TASKS`.
@@ -177,14 +177,7 @@ def task_of(model: nn.Module) -> str:
 
 
 def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Read mean and standard deviation from a model's data preprocessor.
-
-    Args:
-        model (nn.Module): A model of one of the three frameworks.
-
-    Returns:
-        tuple[list[float], list[float]]: Of each channel, in the order in which the model gets them.
-    """
+    """Mean and standard deviation of each channel, in the order in which a model gets them."""
     preprocessor = model.data_preprocessor
     if not getattr(preprocessor, '_enable_normalize', False):
         channels = model.backbone.in_channels
@@ -193,14 +186,7 @@ def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def channel_order(model: nn.Module) -> str:
-    """Tell which channels a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them.
-
-    Args:
-        model (nn.Module): A model of one of the three frameworks.
-
-    Returns:
-        str: The order.
-    """
+    """Channels that a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them."""
     # mmpretrain, mmseg and mmengine (mmpose) call it by three names.
     names = ('to_rgb', 'channel_conversion', '_channel_conversion')
     turns = any(getattr(model.data_preprocessor, name, False) for name in names)
@@ -208,14 +194,7 @@ def channel_order(model: nn.Module) -> str:
 
 
 def refuse_tta(cfg: Config) -> None:
-    """Refuse a config that describes a test with several scales or flips.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        ValueError: If it does.
-    """
+    """Raise a ValueError for a config that describes a test with several scales or flips."""
     pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
     kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
     for kind in map(str, kinds):
@@ -289,28 +268,11 @@ def _steps(cfg: Any) -> list:
     return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]
 
 
-def export_onnx(
-    model: nn.Module,
-    file: str | Path,
-    size: Sequence[int] = (224, 224),
-    batch: int | None = None,
-    dynamic_size: bool | None = None,
-    opset: int = 17,
-    with_normalization: bool = False,
-    simplify: bool = True,
-    verify: bool = True,
-    names: Sequence[str] = (),
-    overwrite: bool = False,
-) -> list[Comparison]:
-    """Write a model to an ONNX file.
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of :func:`export_onnx`.
 
-    Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
-    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
-
-    Args:
-        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
-            evaluation mode, of float32. It is left as it is.
-        file (str | Path): File to write, which ends in ``.onnx``.
+    Attributes:
         size (Sequence[int]): Height and width of the images, in pixels; with open sizes, one that
             is compared. Defaults to (224, 224).
         batch (int, optional): Number of images. Defaults to None: any.
@@ -323,6 +285,42 @@ def export_onnx(
         verify (bool): Whether to compare with torch. Defaults to True.
         names (Sequence[str]): Names of the classes or keypoints, to be written into the file.
         overwrite (bool): Whether the file may exist. Defaults to False.
+    """
+
+    size: Sequence[int] = (224, 224)
+    batch: int | None = None
+    dynamic_size: bool | None = None
+    opset: int = OPSETS[-1]
+    with_normalization: bool = False
+    simplify: bool = True
+    verify: bool = True
+    names: Sequence[str] = ()
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if len(self.size) != 2 or min(self.size) < MIN_INPUT:
+            raise ValueError(
+                f'size={tuple(self.size)}: give height and width of at least {MIN_INPUT} pixels'
+            )
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f'batch={self.batch}: give a number of images, or None for any')
+        if self.opset not in OPSETS:
+            raise ValueError(f'opset={self.opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
+
+
+def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Comparison]:
+    """Write a model to an ONNX file.
+
+    Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
+    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
+            evaluation mode, of float32. It is left as it is.
+        file (str | Path): File to write, which ends in ``.onnx``.
+        *args: See :class:`ExportOptions`.
+        **kwargs: See :class:`ExportOptions`.
 
     Returns:
         list[Comparison]: What was compared.
@@ -338,24 +336,28 @@ def export_onnx(
         >>> for row in export_onnx(model, 'tiny.onnx'):  # doctest: +SKIP
         ...     print(row)
     """
-    require_packages(simplify, verify)
-    path = _check_file(file, overwrite)
+    options = ExportOptions(*args, **kwargs)
+    require_packages(options.simplify, options.verify)
+    path = _check_file(file, options.overwrite)
+    graph, comparisons = _make_graph(model, options)
+    write_atomically(path, graph.SerializeToString())
+    return comparisons
+
+
+def _make_graph(model: nn.Module, options: ExportOptions):
+    """Trace, simplify and compare a model; the graph and the comparisons."""
     task = _check_model(model)
-    _check_numbers(size, batch, opset)
-    if dynamic_size is None:
-        dynamic_size = task == 'segmentation'
+    if options.dynamic_size is None:
+        options = replace(options, dynamic_size=task == 'segmentation')
     model = copy.deepcopy(model).cpu()
-    reference = DeployedModel(model, with_normalization).eval()
+    reference = DeployedModel(model, options.with_normalization).eval()
     # The reference is not folded, so that the comparison covers the folding, too.
     with torch.no_grad():
         folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
-    deployed = DeployedModel(folded, with_normalization).eval()
-    graph = trace(deployed, size, batch, dynamic_size, opset)
-    _add_metadata(graph, deployed, names)
-    cases = _cases(size, batch, dynamic_size) if verify else []
-    graph, comparisons = _choose(graph, simplify, reference, cases)
-    write_atomically(path, graph.SerializeToString())
-    return comparisons
+    deployed = DeployedModel(folded, options.with_normalization).eval()
+    graph = trace(deployed, options)
+    _add_metadata(graph, deployed, options.names)
+    return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
 
 
 def require_packages(simplify: bool = True, verify: bool = True) -> None:
@@ -402,54 +404,26 @@ def _check_model(model: nn.Module) -> str:
     return task
 
 
-def _check_numbers(size: Sequence[int], batch: int | None, opset: int) -> None:
-    if len(size) != 2 or min(size) < MIN_INPUT:
-        raise ValueError(
-            f'size={tuple(size)}: give height and width of at least {MIN_INPUT} pixels'
-        )
-    if batch is not None and batch < 1:
-        raise ValueError(f'batch={batch}: give a number of images, or None for any')
-    if opset not in OPSETS:
-        raise ValueError(f'opset={opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
-
-
-def trace(
-    deployed: DeployedModel,
-    size: Sequence[int],
-    batch: int | None,
-    dynamic_size: bool,
-    opset: int,
-):
-    """Trace a forward pass as a graph of ONNX.
-
-    Args:
-        deployed (DeployedModel): The model.
-        size (Sequence[int]): Height and width, if they are fixed.
-        batch (int, optional): Number of images, or None for any.
-        dynamic_size (bool): Whether height and width are open.
-        opset (int): Version of the operators.
-
-    Returns:
-        onnx.ModelProto: The graph.
-    """
+def trace(deployed: DeployedModel, options: ExportOptions):
+    """Trace a forward pass as a graph of ONNX, an ``onnx.ModelProto``."""
     import onnx
 
     name, sides = OUTPUTS[deployed.task]
     open_input, open_output = {}, {}
-    if batch is None:
+    if options.batch is None:
         open_input[0] = open_output[0] = 'batch'
-    if dynamic_size:
+    if options.dynamic_size:
         open_input |= {2: 'height', 3: 'width'}
         open_output |= sides
-    size = TRACED_SIZE if dynamic_size else size
-    image = torch.rand(batch or TRACED_BATCH, deployed.model.backbone.in_channels, *size)
-    options = dict(opset_version=opset, input_names=[INPUT], output_names=[name])
-    options['dynamic_axes'] = {INPUT: open_input, name: open_output}
+    size = TRACED_SIZE if options.dynamic_size else options.size
+    image = torch.rand(options.batch or TRACED_BATCH, deployed.model.backbone.in_channels, *size)
+    arguments = dict(opset_version=options.opset, input_names=[INPUT], output_names=[name])
+    arguments['dynamic_axes'] = {INPUT: open_input, name: open_output}
     content = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         # That numbers of channels are fixed, that this exporter is the older one.
         warnings.simplefilter('ignore')
-        torch.onnx.export(deployed, (image,), content, **options, **EXPORTER)
+        torch.onnx.export(deployed, (image,), content, **arguments, **EXPORTER)
     return onnx.load_from_string(content.getvalue())
 
 
@@ -473,15 +447,13 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 
 
-def _cases(
-    size: Sequence[int], batch: int | None, dynamic_size: bool
-) -> list[tuple[int, tuple[int, int]]]:
+def _cases(options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
     """Batches and sizes to compare: the asked-for one, and others where they are open."""
-    batches = BATCHES if batch is None else (batch,)
-    if not dynamic_size:
-        return [(number, tuple(size)) for number in batches]
-    others = [(number, other) for other in OTHER_SIZES for number in batches]
-    return [(batches[0], tuple(size)), *others]
+    batches = BATCHES if options.batch is None else (options.batch,)
+    if not options.dynamic_size:
+        return [(batch, tuple(options.size)) for batch in batches]
+    others = [(batch, size) for size in OTHER_SIZES for batch in batches]
+    return [(batches[0], tuple(options.size)), *others]
 
 
 def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tuple]):
@@ -526,16 +498,7 @@ def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tu
 
 
 def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> list[Comparison]:
-    """Run a graph in onnxruntime and compare.
-
-    Args:
-        graph (onnx.ModelProto): The graph.
-        expected (Sequence): Of each run the number of images, their size, the images and what torch
-            makes of them.
-
-    Returns:
-        list[Comparison]: One of each run.
-    """
+    """Run a graph in onnxruntime on (batch, size, images, outputs of torch), and compare."""
     if not expected:
         return []
     import onnxruntime

@@ -206,11 +206,16 @@ def test_torchscript_of_a_whole_model(models):
 
 
 @pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='torch.export without open sizes')
-@pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
-def test_exported_programs_take_any_batch(options):
+@pytest.mark.parametrize(
+    ('fuse', 'options'),
+    [(False, {}), (False, dict(with_rpe=False)), (False, dict(pad_mask=True)), (True, {})],
+    ids=str,
+)
+def test_exported_programs_take_any_batch(fuse, options):
     model = HRFormer(arch=TINY, window_size=5, **options)
     model = nn.Sequential(model, HRFormerFusion(TINY['channels'], (8, 8, 8, 8), 16)).eval()
     golden.recipe.fill_module(model)
+    model = fuse_for_inference(model) if fuse else model
     axes = {0: torch.export.Dim('batch', min=1, max=512)}
     with torch.no_grad():
         example = (torch.rand(2, 3, 97, 160),)
