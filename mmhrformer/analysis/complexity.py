@@ -123,7 +123,7 @@ def complexity(model: nn.Module, shape: tuple[int, ...] | None = None) -> dict[s
     Examples:
         >>> from mmhrformer import HRFormer
         >>> complexity(HRFormer('tiny'), (1, 3, 64, 64))['macs']
-        133562368
+        164407712
     """
     model = revert_sync_batchnorm(copy.deepcopy(model))
     model.train(False)

@@ -220,7 +220,7 @@ class FusedBlock(InferenceOnly):
         return x + self.ffn(self.norm2(x))
 
 
-# What blocks there are in a model, folded or not.
+# The kinds of blocks in a model, folded or not.
 BLOCKS = (HRFormerBlock, FusedBlock)
 
 

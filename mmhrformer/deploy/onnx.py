@@ -71,7 +71,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far onnxruntime was from torch on one batch of noise.
+    """Difference between onnxruntime and torch on one batch of noise.
 
     Attributes:
         batch (int): Number of images.
@@ -100,7 +100,7 @@ HEADER = f'{"batch":>5}  {"size":>9}  {"max error":>9}  {"range":>9}  error / ra
 
 
 class DeployedModel(nn.Module):
-    """What a model does in use, from an image tensor to one tensor.
+    """A model as it is deployed: from one image tensor to one output tensor.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone.
@@ -361,7 +361,7 @@ def _make_graph(model: nn.Module, options: ExportOptions):
 
 
 def require_packages(simplify: bool = True, verify: bool = True) -> None:
-    """Tell what is not installed, before work is done.
+    """Check that the packages for an export are installed, before work is done.
 
     Args:
         simplify (bool): Whether onnxslim is needed. Defaults to True.
@@ -385,7 +385,7 @@ def _check_file(file: str | Path, overwrite: bool) -> Path:
 
 
 def _check_model(model: nn.Module) -> str:
-    """Refuse what would be exported as something else; returns the task."""
+    """Refuse models that would be exported as something else; returns the task."""
     task = task_of(model)
     if model.training:
         raise ValueError('model is in training mode: call model.train(False) before the export')
@@ -428,7 +428,7 @@ def trace(deployed: DeployedModel, options: ExportOptions):
 
 
 def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
-    """Write into a graph what its user has to know."""
+    """Write the facts that a user needs into the metadata of a graph."""
     import onnx
 
     mean, std = normalization(deployed.model)
@@ -487,7 +487,7 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
 
 
 def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Noise, and what torch makes of it."""
+    """A batch of noise, and the output of torch for it."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, deployed.model.backbone.in_channels, *size)
     image = torch.randn(shape, generator=generator)
