@@ -4,16 +4,17 @@ All candidates run in one process and take turns: round after round, each is tim
 order that rotates. The figures of a candidate are the median of its rounds, with the lower and
 upper quartile. Its speed-up is given twice: the median of the baseline divided by its own median,
 and the median over the rounds of the baseline's time divided by its own time in the same round;
-the latter is the better one on a machine that others use, too. Where several sizes, batches or
-windows are measured, all of them take turns, and `growth` is a candidate's time per pixel
-divided by its time per pixel in the first case, again as the median over the rounds.
+the latter is the better one on a shared machine. Where several sizes, batches or windows are
+measured, all of them take turns, and `growth` is a candidate's time per pixel divided by its time
+per pixel in the first case, again as the median over the rounds.
 
 Before anything is timed, candidates with the same weights (ours in all its variants, and mmpose's
 HRFormer, which gets our weights under its names) must compute the same: outputs within 1e-4 of
 their range in float32 and, for training, gradients within 1 % of their norm.
 
-A step is a forward pass of backbone, neck and heads (--mode infer), or that, a mean-square loss
-against fixed random targets, backward and an AdamW step (--mode train); images are random.
+A step is a forward pass of backbone, neck and heads (--mode infer; below float32 the models are
+cast), or that, a mean-square loss against fixed random targets, backward and an AdamW step (--mode
+train; below float32 with autocast); images are random.
 
 Examples:
   python tools/benchmark.py --candidates ours mmpose --batch-size 1 8
@@ -28,48 +29,13 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
+import benchmark_measure as bm
+import benchmark_peers as bp
+import benchmark_report as report
+import benchmark_steps as bs
 import torch
-from benchmark_measure import (
-    Times,
-    peak_memory,
-    profile,
-    quartiles,
-    summarize,
-    time_rounds,
-    time_snippets,
-)
-from benchmark_peers import (
-    BASES,
-    CONFIGS,
-    HRFORMER,
-    SAME_WEIGHTS,
-    SUFFIXES,
-    BenchmarkError,
-    check_models,
-    mmpose_backbone,
-    model_config,
-    parse_spec,
-    stock_path,
-    why_unavailable,
-)
-from benchmark_report import (
-    describe_environment,
-    load_average,
-    print_environment,
-    print_results,
-)
-from benchmark_steps import (
-    DTYPES,
-    Case,
-    Entrants,
-    Step,
-    make_step,
-    prepare_entrants,
-)
 from mmengine.logging import MMLogger
 
 from mmhrformer.deploy.compile import allow_many_versions
@@ -78,7 +44,7 @@ COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-
 SIZES = {'pose': (256, 192), 'cls': (224, 224), 'seg': (512, 1024)}
 
 
-# ---------------------------------------------------------------- what was asked for
+# ---------------------------------------------------------------- the command line
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -89,55 +55,45 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def at_least(lowest: float, kind: type = int) -> Callable[[str], float]:
-    """What reads a number that has a lower limit."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'{text!r} is no number') from None
-        if not value >= lowest:
-            raise argparse.ArgumentTypeError(f'{text}: give {lowest} or more')
-        return value
-
-    return parse
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a positive integer')
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    suffixes = '\n'.join(f'  -{name:<10} {text}' for name, text in SUFFIXES.items())
+    suffixes = '\n'.join(f'  -{name:<10} {text}' for name, text in bp.SUFFIXES.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f'candidates: {", ".join(BASES)}; followed by any of\n{suffixes}',
+        epilog=f'candidates: {", ".join(bp.BASES)}; followed by any of\n{suffixes}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--task', choices=CONFIGS, default='pose')
+    add('--task', choices=bp.CONFIGS, default='pose')
     add('--arch', choices=('tiny', 'small', 'base'), default='small')
     add('--candidates', nargs='+', default=['ours', 'mmpose'], metavar='NAME', help='see below')
     add('--baseline', metavar='NAME', help='what others are compared with; mmpose, or the first')
     add('--mode', choices=('infer', 'train'), default='infer')
     add('--size', nargs='+', type=parse_size, metavar='HxW', help="the paper's for the task")
-    add('--batch-size', nargs='+', type=at_least(1), default=[1], metavar='N')
-    add('--window', nargs='+', type=at_least(1), default=[None], metavar='N', help='HRFormer only')
-    add('--dtype', choices=DTYPES, default='fp32')
-    text = 'how --dtype is reached: the model is cast (default of infer), or autocast (of train)'
-    add('--precision-by', choices=('cast', 'autocast'), help=text)
+    add('--batch-size', nargs='+', type=positive, default=[1], metavar='N')
+    add('--window', nargs='+', type=positive, default=[None], metavar='N', help='HRFormer only')
+    add('--dtype', choices=bs.DTYPES, default='fp32', help='fp16 in inference on CUDA only')
     add('--device', choices=('cpu', 'cuda'), default='cpu')
-    add('--threads', nargs='+', type=at_least(1), metavar='N', help='CPU threads, one after other')
+    add('--threads', type=positive, default=torch.get_num_threads(), metavar='N', help='of CPU')
     text = 'memory layout of images and weights, for all candidates'
     add('--channels-last', action=argparse.BooleanOptionalAction, default=False, help=text)
     add('--compile-mode', choices=COMPILE_MODES, default='default', help='of torch.compile')
     text = 'train without stochastic depth and dropout, instead of as the configs have them'
     add('--no-drop', action='store_true', help=text)
-    add('--rounds', type=at_least(1), default=10, metavar='N')
-    add('--warmup', type=at_least(1), default=2, metavar='N', help='untimed calls')
+    add('--rounds', type=positive, default=10, metavar='N')
+    add('--warmup', type=positive, default=2, metavar='N', help='untimed calls')
     text = 'of one turn: short steps are repeated'
-    add('--min-time', type=at_least(0, float), default=0.2, metavar='SECONDS', help=text)
+    add('--min-time', type=float, default=0.2, metavar='SECONDS', help=text)
     add('--memory', action='store_true', help='bytes saved for backward (train) and peak memory')
     add('--profile', action='store_true', help='count operators and kernels, name the slowest')
-    text = 'time import and build in fresh processes, instead of steps'
+    text = 'time import and build in new processes, instead of steps'
     add('--startup', action='store_true', help=text)
     add('--allow-different', action='store_true', help='time models that do not compute the same')
     add('--json', type=Path, metavar='FILE', help='write everything, raw times included')
@@ -146,153 +102,109 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line and check what goes together.
-
-    Args:
-        argv (list[str], optional): The arguments, if not those of the process.
-
-    Returns:
-        argparse.Namespace: The arguments; ``specs`` are the candidates that can be measured,
-        ``unavailable`` tells of each other one why not, ``cases`` are the cases.
-
-    Raises:
-        SystemExit: If they make no sense; with a message on the standard error.
-    """
+    """Read the command line; adds the candidates as ``specs``, and ``cases``."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(['python', sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
     args.size = args.size or [SIZES[args.task]]
-    args.threads = list(dict.fromkeys(args.threads or [torch.get_num_threads()]))
-    args.precision_by = args.precision_by or ('cast' if args.mode == 'infer' else 'autocast')
-    args.autocast = args.precision_by == 'autocast' and args.dtype != 'fp32'
-    args.cases = [Case(s, b, w) for s in args.size for b in args.batch_size for w in args.window]
-    args.cases = list(dict.fromkeys(args.cases))
+    cases = (bs.Case(s, b, w) for s in args.size for b in args.batch_size for w in args.window)
+    args.cases = list(dict.fromkeys(cases))
     try:
-        choose_candidates(args)
-        check_device(args)
-        check_sizes(args)
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise BenchmarkError(f'--json {args.json}: there is no such folder')
-        check_models(args.task, args.arch, args.specs)
-        if args.startup:
-            check_startup(args)
-    except BenchmarkError as err:
+        args.specs = [bp.parse_spec(name) for name in dict.fromkeys(args.candidates)]
+        names = [spec.name for spec in args.specs]
+        args.baseline = args.baseline or ('mmpose' if 'mmpose' in names else names[0])
+        check(args, names)
+        for spec in args.specs:
+            check_candidate(spec, args)
+        bp.check_models(args.task, args.arch, args.specs)
+    except bp.BenchmarkError as err:
         parser.error(str(err))
     return args
 
 
-def choose_candidates(args: argparse.Namespace) -> None:
-    """Sort the candidates into those that can be measured and the others; find the baseline."""
-    specs = [parse_spec(name) for name in dict.fromkeys(args.candidates)]
-    reasons = {
-        spec.name: why_unavailable(spec, args.mode, args.device, args.autocast) for spec in specs
-    }
-    args.specs = [spec for spec in specs if not reasons[spec.name]]
-    args.unavailable = {name: reason for name, reason in reasons.items() if reason}
-    names = [spec.name for spec in args.specs]
-    if not names:
-        told = '; '.join(f'{name}: {reason}' for name, reason in args.unavailable.items())
-        raise BenchmarkError(f'none of the candidates can be measured: {told}')
-    if args.baseline and args.baseline not in names:
-        raise BenchmarkError(
+def check(args: argparse.Namespace, names: list[str]) -> None:
+    """Refuse arguments that do not go together, or not with this machine."""
+    if args.baseline not in names:
+        raise bp.BenchmarkError(
             f'--baseline {args.baseline} is not measured: choose from {", ".join(names)}'
         )
-    args.baseline = args.baseline or ('mmpose' if 'mmpose' in names else names[0])
-
-
-def check_device(args: argparse.Namespace) -> None:
-    """Refuse a device or a data type that this machine or torch cannot do."""
     if args.device == 'cuda' and not torch.cuda.is_available():
-        raise BenchmarkError('--device cuda: torch sees no CUDA device on this machine')
-    if args.dtype == 'fp16' and args.device == 'cpu':
-        raise BenchmarkError('--dtype fp16 needs --device cuda; on the CPU choose bf16')
-    if args.dtype == 'fp16' and args.mode == 'train' and not args.autocast:
-        raise BenchmarkError(
-            '--dtype fp16 --precision-by cast cannot train, the optimizer would divide by zero: '
-            'choose autocast'
-        )
-
-
-def check_sizes(args: argparse.Namespace) -> None:
-    """Refuse images that a candidate cannot take."""
-    for spec in args.specs:
-        # mmpose's and mmseg's HRNets enlarge streams by whole factors; ours takes any size.
-        unit = {'ours': 1, 'vit-s': 16, 'vit-b': 16}.get(spec.base, 32)
-        for height, width in args.size:
-            if min(height, width) < 32:
-                raise BenchmarkError(f'--size {height}x{width}: give at least 32x32 pixels')
-            if height % unit or width % unit:
-                raise BenchmarkError(
-                    f'--size {height}x{width}: candidate {spec.name} needs multiples of {unit} '
-                    'pixels'
-                )
-
-
-def check_startup(args: argparse.Namespace) -> None:
-    """Refuse what has no start-up to compare."""
-    others = [spec.name for spec in args.specs if spec.name not in SAME_WEIGHTS]
-    if others or args.task != 'pose' or args.arch == 'tiny':
-        raise BenchmarkError(
+        raise bp.BenchmarkError('--device cuda: torch sees no CUDA device on this machine')
+    if args.dtype == 'fp16' and (args.device == 'cpu' or args.mode == 'train'):
+        raise bp.BenchmarkError('--dtype fp16 needs --device cuda, --mode infer; else choose bf16')
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise bp.BenchmarkError(f'--json {args.json}: there is no such folder')
+    is_comparable = (
+        set(names) <= set(bp.SAME_WEIGHTS) and args.task == 'pose' and args.arch != 'tiny'
+    )
+    if args.startup and not is_comparable:
+        raise bp.BenchmarkError(
             '--startup compares ours and mmpose, --task pose, --arch small or base: mmpose has '
             'configs of these only'
         )
 
 
+def check_candidate(spec: bp.Spec, args: argparse.Namespace) -> None:
+    """Refuse a candidate that cannot run as asked for, or not on images of these sizes."""
+    if reason := bp.why_unavailable(spec, args.mode, args.device):
+        raise bp.BenchmarkError(f'candidate {spec.name}: {reason}; leave it out')
+    # mmpose's and mmseg's HRNets enlarge streams by whole factors; ours takes any size.
+    unit = {'ours': 1, 'vit-s': 16, 'vit-b': 16}.get(spec.base, 32)
+    for height, width in args.size:
+        if min(height, width) < 32:
+            raise bp.BenchmarkError(f'--size {height}x{width}: give at least 32x32 pixels')
+        if height % unit or width % unit:
+            raise bp.BenchmarkError(
+                f'--size {height}x{width}: candidate {spec.name} needs multiples of {unit} pixels'
+            )
+
+
 # ---------------------------------------------------------------- measuring
 
 
-def measure(args: argparse.Namespace, entrants: Entrants, threads: int) -> list[dict]:
-    """Time all candidates in all cases, then look at memory and operators.
-
-    Args:
-        args (argparse.Namespace): The arguments.
-        entrants (Entrants): The candidates.
-        threads (int): CPU threads.
-
-    Returns:
-        list[dict]: A row for each case and candidate.
-    """
-    torch.set_num_threads(threads)
+def measure(args: argparse.Namespace, entrants: bs.Entrants) -> list[dict]:
+    """Time all candidates in all cases, then look at memory and operators; a row for each."""
     steps = {
-        (case, spec.name): make_step(entrants[spec.name, case.window], case)
+        (case, spec.name): bs.make_step(entrants[spec.name, case.window], case)
         for case in args.cases
         for spec in args.specs
     }
-    times = time_rounds(steps, args.rounds, args.warmup, args.min_time, args.device)
+    found = bm.time_rounds(steps, args.rounds, args.warmup, args.min_time)
     rows = []
     for (case, name), step in steps.items():
-        row = dict(candidate=name, threads=threads, **describe(case, name, times, args))
+        row = describe(case, name, found, args)
         if args.memory:
-            row.update(measure_memory(step, args))
+            row.update(measure_memory(step, args.device))
         if args.profile:
-            row['profile'] = profile(step, args.device)
+            row['profile'] = bm.profile(step, args.device)
         rows.append(row)
     return rows
 
 
 def describe(
-    case: Case, name: str, times: dict[tuple[Case, str], Times], args: argparse.Namespace
+    case: bs.Case,
+    name: str,
+    found: dict[tuple[bs.Case, str], bm.Measurement],
+    args: argparse.Namespace,
 ) -> dict:
-    """What the times say about a candidate in a case."""
-    mine, first = times[case, name], args.cases[0]
-    row = dict(case=str(case), **asdict(case), **asdict(mine))
-    row.update(summarize(mine.seconds, times[case, args.baseline].seconds))
+    """The row of a candidate in a case: its times, and their ratios to others'."""
+    mine, seconds = found[case, name], found[case, name].times
+    row = dict(candidate=name, case=str(case), **case._asdict(), **mine.metadata)
+    row.update(calls=mine.number_per_run, seconds=seconds)
+    row.update(bm.summarize(seconds, found[case, args.baseline].times))
     row['images_per_second'] = case.batch / row['median']
-    pairs = zip(mine.seconds, times[first, name].seconds)
-    row['growth'] = quartiles([a / b * first.pixels / case.pixels for a, b in pairs])[1]
+    first = args.cases[0]
+    growth = [a / b for a, b in zip(seconds, found[first, name].times)]
+    row['growth'] = bm.quartiles(growth)[1] * first.pixels / case.pixels
     return row
 
 
-def measure_memory(step: Step, args: argparse.Namespace) -> dict[str, int | None]:
-    """Bytes of the weights, saved for the backward pass, and at the peak of a step."""
-    network = step.entrant.network
-    network.zero_grad(set_to_none=True)  # the gradients of a step are part of its peak
-    result = dict(weights=sum(p.numel() * p.element_size() for p in network.parameters()))
-    if args.mode == 'train':
-        result['saved'] = step.saved_bytes()
-    # A CUDA graph keeps its memory between its runs.
-    captured = step.entrant.spec.has('cudagraph')
-    result['peak'] = None if captured else peak_memory(step, args.device)
+def measure_memory(step: bs.Step, device: str) -> dict[str, int]:
+    """Bytes saved for the backward pass, and at the peak of a step."""
+    step.entrant.network.zero_grad(set_to_none=True)  # gradients are part of the peak of a step
+    result = dict(saved=step.saved_bytes()) if step.entrant.trains else {}
+    if not step.entrant.spec.has('cudagraph'):  # a CUDA graph keeps its memory between its runs
+        result['peak'] = bm.peak_memory(step, device)
     return result
 
 
@@ -304,41 +216,26 @@ with DefaultScope.overwrite_default_scope('mmpose'):
 """
 
 
-def startup_snippets(arch: str) -> dict[str, str]:
-    """Code that imports and builds, by what it builds.
-
-    Args:
-        arch (str): ``'small'`` or ``'base'``.
-
-    Returns:
-        dict[str, str]: The code. ``torch`` is what none can do without.
-    """
-    cfg = model_config(parse_spec('ours'), 'pose', arch, (0, 0), None, True)
-    extra = json.loads(json.dumps(mmpose_backbone(cfg.model.backbone)['extra']))
-    return {
-        'torch': 'import torch',
-        'ours backbone': f'from mmhrformer import HRFormer\nHRFormer(arch={arch!r})',
-        'mmpose backbone': f'from mmpose.models.backbones import HRFormer\nHRFormer({extra!r})',
-        'ours model': BUILD.format(str(cfg.filename)),
-        'mmpose model': BUILD.format(str(stock_path('mmpose', HRFORMER.format(arch)))),
-    }
-
-
 def measure_startup(args: argparse.Namespace) -> list[dict]:
-    """Time import and build of ours and of mmpose's, in fresh processes.
-
-    Args:
-        args (argparse.Namespace): The arguments.
-
-    Returns:
-        list[dict]: A row for each.
-    """
-    threads = args.threads[0]
-    seconds = time_snippets(startup_snippets(args.arch), args.rounds, threads)
+    """Time import and build of ours and of mmpose's in new processes; a row for each."""
+    sizes = (args.size[0], None, True)
+    ours, mmpose = (
+        bp.model_config(bp.parse_spec(x), 'pose', args.arch, *sizes) for x in bp.SAME_WEIGHTS
+    )
+    extra = json.loads(json.dumps(mmpose.model.backbone.extra))
+    snippets = {
+        'torch': 'import torch',  # which none can do without
+        'ours backbone': f'from mmhrformer import HRFormer\nHRFormer(arch={args.arch!r})',
+        'mmpose backbone': f'from mmpose.models.backbones import HRFormer\nHRFormer({extra!r})',
+        'ours model': BUILD.format(str(ours.filename)),
+        'mmpose model': BUILD.format(str(bp.stock_path('mmpose', bp.HRFORMER.format(args.arch)))),
+    }
+    found = bm.time_snippets(snippets, args.rounds, args.threads)
     rows = []
-    for name, mine in seconds.items():
-        row = dict(candidate=name, threads=threads, case='import and build', seconds=mine)
-        rows.append({**row, **summarize(mine, seconds.get(f'mmpose {name.split()[-1]}', mine))})
+    for name, seconds in found.items():
+        row = dict(candidate=name, case='import and build', seconds=seconds)
+        peer = found.get(f'mmpose {name.split()[-1]}', seconds)
+        rows.append({**row, **bm.summarize(seconds, peer)})
     return rows
 
 
@@ -346,17 +243,7 @@ def measure_startup(args: argparse.Namespace) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Check and measure.
-
-    Args:
-        args (argparse.Namespace): The arguments.
-
-    Returns:
-        tuple[list[dict], list[dict]]: What the check of equality found, and what was measured.
-
-    Raises:
-        BenchmarkError: If candidates do not compute the same.
-    """
+    """The rows of the check of equality, and the measured ones."""
     if args.startup:
         return [], measure_startup(args)
     if any(spec.has('compiled') for spec in args.specs):
@@ -365,33 +252,26 @@ def run(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     before, level = torch.get_num_threads(), logger.level
     try:
         logger.setLevel('WARNING')
-        torch.set_num_threads(args.threads[0])
-        entrants, checks = prepare_entrants(args)
-        return checks, [row for n in args.threads for row in measure(args, entrants, n)]
+        torch.set_num_threads(args.threads)
+        entrants, checks = bs.prepare_entrants(args)
+        return checks, measure(args, entrants)
     finally:
         torch.set_num_threads(before)
         logger.setLevel(level)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what the command line asks for.
-
-    Args:
-        argv (list[str], optional): The arguments, if not those of the process.
-
-    Returns:
-        int: The exit code.
-    """
+    """Check, measure and report; returns the exit code."""
     args = read_arguments(argv)
-    facts = describe_environment(args)
-    print_environment(facts, args)
+    facts = report.describe_environment(args)
+    report.print_environment(facts, args)
     try:
         checks, rows = run(args)
-    except BenchmarkError as err:
+    except bp.BenchmarkError as err:
         print(f'benchmark.py: {err}', file=sys.stderr)
         return 1
-    print_results(rows, args)
-    facts['load_average_at_end'] = load_average()
+    report.print_results(rows, args)
+    facts['load_average_at_end'] = report.load_average()
     if args.json:
         write_json(args, facts, checks, rows)
     return 0
@@ -401,11 +281,10 @@ def write_json(args: argparse.Namespace, facts: dict, checks: list[dict], rows: 
     """Write everything that was found, raw times included."""
     left_out = ('specs', 'cases', 'command', 'json')
     arguments = {name: value for name, value in vars(args).items() if name not in left_out}
-    report = dict(command=args.command, arguments=arguments, environment=facts)
-    report.update(checks=checks, results=rows)
+    found = dict(command=args.command, arguments=arguments, environment=facts)
     # JSON has no infinite difference, as that of outputs of another shape; it becomes text.
-    report = json.loads(json.dumps(report), parse_constant=str)
-    args.json.write_text(json.dumps(report, indent=1) + '\n')
+    found = json.dumps(dict(found, checks=checks, results=rows))
+    args.json.write_text(json.dumps(json.loads(found, parse_constant=str), indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,20 +1,18 @@
-"""Measure steps: time, what is saved for the backward pass, peak memory, operators, start-up."""
+"""Measurement of steps: time, memory, operators, and start-up of new processes."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import re
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+import timeit
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._profiler import _EventType, _ProfilerEvent
@@ -22,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
+from torch.utils.benchmark import Measurement, TaskSpec, timer
 
 Step = Callable[[], object]
 
@@ -37,37 +36,14 @@ IDLE = {
 }  # fmt: skip
 
 
-@dataclass
-class Times:
-    """What was timed of a step.
-
-    Attributes:
-        first_call (float): Seconds of the very first call, compilation included.
-        calls (int): Calls in each round.
-        seconds (list[float]): Seconds of a call in each round, the mean over the round's calls.
-    """
-
-    first_call: float = 0.0
-    calls: int = 1
-    seconds: list[float] = field(default_factory=list)
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
+def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median and upper quartile.
-
-    Args:
-        values (list[float]): At least one value.
-
-    Returns:
-        tuple[float, float, float]: The three.
 
     Examples:
         >>> quartiles([5.0, 1.0, 2.0, 4.0, 3.0])
-        (2.0, 3.0, 4.0)
+        [2.0, 3.0, 4.0]
     """
-    if len(values) == 1:
-        return (values[0],) * 3
-    return tuple(statistics.quantiles(values, n=4, method='inclusive'))
+    return np.percentile(values, (25, 50, 75)).tolist()
 
 
 def summarize(seconds: list[float], baseline: list[float]) -> dict[str, float]:
@@ -83,37 +59,17 @@ def summarize(seconds: list[float], baseline: list[float]) -> dict[str, float]:
         baseline's seconds divided by this step's in the same round, with its quartiles
         ``round_speedup_q1`` and ``round_speedup_q3``.
     """
-    q1, median, q3 = quartiles(seconds)
-    low, middle, high = quartiles([b / s for b, s in zip(baseline, seconds)])
-    return dict(
-        median=median,
-        q1=q1,
-        q3=q3,
-        speedup=quartiles(baseline)[1] / median,
-        round_speedup=middle,
-        round_speedup_q1=low,
-        round_speedup_q3=high,
-    )
+    found = dict(zip(('q1', 'median', 'q3'), quartiles(seconds)))
+    found['speedup'] = quartiles(baseline)[1] / found['median']
+    names = ('round_speedup_q1', 'round_speedup', 'round_speedup_q3')
+    return {**found, **dict(zip(names, quartiles([b / s for b, s in zip(baseline, seconds)])))}
 
 
-def synchronizer(device: str) -> Step:
-    """What waits until everything that was started on a device is done."""
-    return torch.cuda.synchronize if device == 'cuda' else lambda: None
-
-
-def _timed(step: Step, calls: int, wait: Step) -> float:
-    """Seconds of a call, over several calls without garbage collection."""
+def _timed(step: Step, calls: int) -> float:
+    """Seconds of some calls, without garbage collection, until a GPU is done, too."""
     gc.collect()
-    gc.disable()
-    wait()
-    start = time.perf_counter()
-    try:
-        for _ in range(calls):
-            step()
-        wait()
-        return (time.perf_counter() - start) / calls
-    finally:
-        gc.enable()
+    # Timer.timeit of torch.utils.benchmark would add two untimed calls to each turn.
+    return timeit.Timer(step, timer=timer).timeit(calls)
 
 
 def time_rounds(
@@ -121,52 +77,52 @@ def time_rounds(
     rounds: int,
     warmup: int,
     min_time: float,
-    device: str,
-    tell: Callable[[Hashable, Times], None] = lambda name, times: None,
-) -> dict[Hashable, Times]:
+    tell: Callable[[Hashable, list[float]], None] = lambda name, seconds: None,
+) -> dict[Hashable, Measurement]:
     """Time steps in turn, round after round.
 
-    Whatever else the machine does in a round then slows all down. The order rotates.
+    Other load on the machine in a round then slows down all of them. The order rotates.
 
     Args:
         steps (dict[Hashable, Step]): The steps.
-        rounds (int): How often each has its turn.
+        rounds (int): Number of rounds.
         warmup (int): Untimed calls before the first round, at least 1.
-        min_time (float): Seconds that a turn shall at least take; a step is called again until
-            then, as often in each round.
-        device (str): ``'cpu'`` or ``'cuda'``.
-        tell (Callable): Called after each turn with the step's name and its times so far.
+        min_time (float): Least seconds of a turn; a step is called repeatedly until then, equally
+            often in each round.
+        tell (Callable): Called after each turn with the step's name and the seconds of a call in
+            each of its rounds so far.
 
     Returns:
-        dict[Hashable, Times]: The times, by the names of the steps.
+        dict[Hashable, Measurement]: The measurements by the names of the steps: a time for each
+        round, and in ``metadata`` the seconds of the very first call, compilation included.
     """
-    wait = synchronizer(device)
-    times = {name: Times() for name in steps}
-    expected = 0.0
+    found, expected = {}, 0.0
     for name, step in steps.items():
-        seconds = [_timed(step, 1, wait) for _ in range(warmup)]
-        times[name].first_call = seconds[0]
-        times[name].calls = max(1, round(min_time / max(seconds[-1], 1e-6)))
-        expected += times[name].calls * seconds[-1] * rounds
+        seconds = [_timed(step, 1) for _ in range(warmup)]
+        calls = max(1, round(min_time / max(seconds[-1], 1e-6)))
+        spec = TaskSpec(stmt=str(name), setup='', num_threads=torch.get_num_threads())
+        found[name] = Measurement(calls, [], spec, metadata=dict(first_call=seconds[0]))
+        expected += calls * seconds[-1] * rounds
     print(f'{rounds} rounds take about {expected:.0f} s', file=sys.stderr, flush=True)
     names = list(steps)
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            times[name].seconds.append(_timed(steps[name], times[name].calls, wait))
-            tell(name, times[name])
-    return times
+            seconds = _timed(steps[name], found[name].number_per_run)
+            found[name].raw_times.append(seconds)
+            tell(name, found[name].times)
+    return found
 
 
 def saved_bytes(forward: Step, excluded: Iterable[Tensor] = ()) -> int:
     """Count the bytes that autograd keeps for the backward pass.
 
-    Each storage counts once and as a whole, however many tensors look into it. What a function
-    hides from autograd's hooks is not seen; compare with the peak memory.
+    Each storage counts once and as a whole, however many tensors look into it. Tensors that a
+    function hides from autograd's hooks are not counted; compare with the peak memory.
 
     Args:
         forward (Step): A forward pass; nothing is computed backwards.
-        excluded (Iterable[Tensor]): What is there anyway, such as parameters.
+        excluded (Iterable[Tensor]): Tensors that are in memory anyway, such as parameters.
 
     Returns:
         int: The bytes.
@@ -188,75 +144,59 @@ def saved_bytes(forward: Step, excluded: Iterable[Tensor] = ()) -> int:
     return sum(storage.nbytes() for address, storage in storages.items() if address not in known)
 
 
-def _resident(field_name: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(rf'{field_name}:\s+(\d+) kB', status)[1]) * 1024
+# ---------------------------------------------------------------- profiles
 
 
-def peak_memory(step: Step, device: str) -> int | None:
-    """Measure by how much a step raises the memory in use, at its peak.
-
-    On CUDA it is what torch allocates. On the CPU it is the growth of the resident set of the
-    process, a rough figure: the allocator keeps and returns memory as it likes.
-
-    Args:
-        step (Step): The step; it must have run before.
-        device (str): ``'cpu'`` or ``'cuda'``.
-
-    Returns:
-        int | None: Bytes, or None where the system does not tell.
-    """
-    gc.collect()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def _trace(step: Step, device: str) -> tuple[list[_ProfilerEvent], list[FunctionEvent]]:
+    """Profile a step: its tree of calls, and the list of its events."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == 'cuda')
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps left free would hide the growth
-        Path('/proc/self/clear_refs').write_text('5')  # starts the peak anew
-        before = _resident('VmRSS')
-        step()
-        return max(0, _resident('VmHWM') - before)
-    except (OSError, TypeError):
-        return None
+    # Only this tree has the callers right. events() finds them by time stamps that torch 2.1 rounds
+    # to microseconds: a short operator may lie outside its caller there, or have a negative time.
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    return tree, list(profiler.events())
+
+
+def _walk(tree: Iterable[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
+    """All nodes of a tree of calls."""
+    for node in tree:
+        yield node
+        yield from _walk(node.children)
 
 
 def _operators(node: _ProfilerEvent) -> int:
-    """Torch operators that no other operator called."""
+    """Number of torch operators that no other operator called."""
     return 1 if node.name.startswith('aten::') else sum(map(_operators, node.children))
 
 
 def _kernels(node: _ProfilerEvent) -> int:
-    """Operators that compute or copy themselves: innermost ones, less :data:`IDLE`."""
+    """Number of operators that compute or copy themselves: innermost ones, less :data:`IDLE`."""
     inner = sum(map(_kernels, node.children))
     works = node.name.startswith('aten::') and node.name.removeprefix('aten::') not in IDLE
     return inner or int(works)
 
 
-def _allocated(node: _ProfilerEvent, device: str) -> int:
-    """Bytes allocated on a device."""
-    own = 0
-    if node.tag == _EventType.Allocation and str(node.extra_fields.device).startswith(device):
-        own = max(0, node.extra_fields.alloc_size)
-    return own + sum(_allocated(child, device) for child in node.children)
+def _allocations(tree: list[_ProfilerEvent], device: str) -> list[int]:
+    """Bytes of each allocation on a device in the order of time; negative where memory is freed."""
+    found = [node for node in _walk(tree) if node.tag == _EventType.Allocation]
+    found = [node for node in found if str(node.extra_fields.device).startswith(device)]
+    found.sort(key=lambda node: node.start_time_ns)
+    return [node.extra_fields.alloc_size for node in found]
 
 
-def _top(events: list, device: str, count: int) -> list[dict]:
-    """The operators (CPU) or kernels (CUDA) that take most of the time, with their shares."""
-    totals: dict[str, list[float]] = {}
-    for event in events:
-        span = event.time_range.elapsed_us()  # a kernel calls nothing else
-        total = totals.setdefault(event.name, [0.0, 0])
-        total[0] += span if device == 'cuda' else event.self_cpu_time_total
-        total[1] += 1
-    whole = sum(duration for duration, _ in totals.values()) or 1.0
-    ranking = sorted(totals.items(), key=lambda item: -item[1][0])[:count]
-    return [dict(name=name, share=t / whole, calls=calls) for name, (t, calls) in ranking]
+def _own_time(node: _ProfilerEvent) -> int:
+    """Nanoseconds of a call, less those of the calls in it."""
+    return max(0, node.duration_time_ns - sum(child.duration_time_ns for child in node.children))
+
+
+def _top(times: list[tuple[str, float]], count: int) -> list[dict]:
+    """The names with most of the time, with their shares of it and their numbers of calls."""
+    totals, calls = Counter(), Counter(name for name, _ in times)
+    for name, duration in times:
+        totals[name] += duration
+    whole = totals.total() or 1
+    return [dict(name=x, share=t / whole, calls=calls[x]) for x, t in totals.most_common(count)]
 
 
 def _is_kernel(event: FunctionEvent) -> bool:
@@ -266,8 +206,14 @@ def _is_kernel(event: FunctionEvent) -> bool:
     return event.device_type == DeviceType.CUDA and not is_span and not is_copy
 
 
+def peak_memory(step: Step, device: str) -> int:
+    """Bytes in use at the peak of a step, over those before it, as torch allocates them."""
+    gc.collect()
+    return max(accumulate(_allocations(_trace(step, device)[0], device)), default=0)
+
+
 def profile(step: Step, device: str, count: int = 10) -> dict:
-    """Count what a step does.
+    """Count the operators, kernels and allocations of a step.
 
     Args:
         step (Step): The step; it must have run before.
@@ -276,40 +222,44 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
 
     Returns:
         dict: ``operators``, the torch operators that no other operator called; ``kernels``, on
-        CUDA what ran there, on the CPU the operators that compute or copy themselves, without
+        CUDA those that ran there, on the CPU the operators that compute or copy themselves, without
         code that torch.compile made; ``launches``, on CUDA the calls that launched kernels or
         graphs of them; ``allocated``, bytes that were allocated on the device, those that were
         returned in between counted again; ``top``, the operators (CPU) or kernels (CUDA) by
         their share of the time.
     """
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == 'cuda')
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        step()
-        synchronizer(device)()
-    # Only this tree has the callers right: the time stamps of short operators are too coarse.
-    tree = profiler.profiler.kineto_results.experimental_event_tree()
-    events = list(profiler.events())
-    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    timed, kernels, launches = on_cpu, sum(map(_kernels, tree)), None
+    tree, events = _trace(step, device)
+    timed = [(node.name, _own_time(node)) for node in _walk(tree)]
+    kernels, launches = sum(map(_kernels, tree)), None
     if device == 'cuda':
-        timed = [event for event in events if _is_kernel(event)]
+        spans = [event for event in events if _is_kernel(event)]
+        timed = [(event.name, event.time_range.elapsed_us()) for event in spans]
+        calls = [event.name for event in events if event.device_type == DeviceType.CPU]
         kernels = len(timed)
-        launches = sum(bool(re.match('(cuda|cu)(Graph)?Launch', event.name)) for event in on_cpu)
+        launches = sum(bool(re.match('(cuda|cu)(Graph)?Launch', name)) for name in calls)
     return dict(
         operators=sum(map(_operators, tree)),
         kernels=kernels,
         launches=launches,
-        allocated=sum(_allocated(node, device) for node in tree),
-        top=_top(timed, device, count),
+        allocated=sum(size for size in _allocations(tree, device) if size > 0),
+        top=_top(timed, count),
     )
 
 
+# ---------------------------------------------------------------- start-up
+
+SNIPPET = """import time
+start = time.perf_counter()
+{}
+print('seconds', time.perf_counter() - start)"""
+
+
 def time_snippets(snippets: dict[str, str], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Time Python code in fresh processes, in turn; the start of Python itself is not timed.
+    """Time Python code in new processes, in turn; the start of Python itself is not timed.
 
     Args:
         snippets (dict[str, str]): Code by name.
-        rounds (int): How often each has its turn. One more, untimed, comes before.
+        rounds (int): Number of rounds. One more, untimed, comes before.
         threads (int): CPU threads of the processes.
 
     Returns:
@@ -320,14 +270,11 @@ def time_snippets(snippets: dict[str, str], rounds: int, threads: int) -> dict[s
     """
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS='ignore')
     env['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True)
     seconds = {name: [] for name in snippets}
     for turn in range(rounds + 1):
         for name, code in snippets.items():
-            code = f'import time\nstart = time.perf_counter()\n{code}\n'
-            code += "print('seconds', time.perf_counter() - start)"
-            command = [sys.executable, '-c', code]
-            streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            done = subprocess.run(command, env=env, text=True, **streams)
+            done = subprocess.run([sys.executable, '-c', SNIPPET.format(code)], **options)
             if done.returncode:
                 raise RuntimeError(f'start-up of {name} failed:\n{done.stdout[-3000:]}')
             if turn:

@@ -1,14 +1,16 @@
-"""Build the models that ``tools/benchmark.py`` compares.
+"""The models that ``tools/benchmark.py`` compares.
 
-A candidate is a model, perhaps with suffixes that say how it is run: ``ours``,
+A candidate is a model, perhaps with suffixes for the way in which it is run: ``ours``,
 ``ours-fused-compiled``, ``mmpose-nchw``, ``hrnet-w32-compiled``.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import re
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -24,7 +26,7 @@ from mmhrformer.configs import PACKAGES, find_config
 from mmhrformer.models.hrformer import parse_arch
 from mmhrformer.utils.install_hints import how_to_install
 
-# Our configs, and the framework that builds them.
+# Our configs, and the frameworks that build them.
 CONFIGS = {
     'pose': 'td-hm_hrformer-{}_8xb32-210e_coco-256x192',
     'cls': 'hrformer-{}_8xb128_in1k',
@@ -54,31 +56,23 @@ SUFFIXES = {
     'with-cp': 'ours only, training: recompute blocks in the backward pass',
     'compiled': 'torch.compile, see --compile-mode',
     'cudagraph': 'CUDA inference: one captured CUDA graph',
-    'nchw': 'contiguous images and weights, whatever --channels-last says',
-    'nhwc': 'channels-last images and weights, whatever --channels-last says',
+    'nchw': 'contiguous images and weights in spite of --channels-last',
 }
 
 
 class BenchmarkError(ValueError):
-    """Something that was asked for cannot be measured; says what to ask for instead."""
+    """A request that cannot be measured; the message says what to ask for instead."""
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A candidate, by its name.
-
-    Attributes:
-        name (str): The name, as asked for.
-        base (str): One of :data:`BASES`.
-        suffixes (frozenset[str]): Some of :data:`SUFFIXES`.
-    """
+class Spec(NamedTuple):
+    """A candidate: its name, one of :data:`BASES`, and some of :data:`SUFFIXES`."""
 
     name: str
     base: str
     suffixes: frozenset[str]
 
     def has(self, suffix: str) -> bool:
-        """Tell whether the name has a suffix."""
+        """Whether the name has a suffix."""
         return suffix in self.suffixes
 
 
@@ -99,37 +93,21 @@ def parse_spec(name: str) -> Spec:
         >>> parse_spec('ours-fused-compiled').base
         'ours'
     """
-    base, suffixes = name, set()
-    while base not in BASES:
-        found = [suffix for suffix in SUFFIXES if base.endswith(f'-{suffix}')]
-        if not found:
-            raise BenchmarkError(
-                f'there is no candidate {name!r}: choose one of {", ".join(BASES)}, followed by '
-                f'any of {", ".join("-" + suffix for suffix in SUFFIXES)}'
-            )
-        suffixes.add(found[0])
-        base = base.removesuffix(f'-{found[0]}')
+    match = re.fullmatch(f'({"|".join(BASES)})((-({"|".join(SUFFIXES)}))*)', name)
+    if not match:
+        raise BenchmarkError(
+            f'there is no candidate {name!r}: choose one of {", ".join(BASES)}, followed by any '
+            f'of {", ".join("-" + suffix for suffix in SUFFIXES)}'
+        )
+    spec = Spec(name, match[1], frozenset(re.findall('|'.join(SUFFIXES), match[2])))
     for suffix in ('fused', 'with-cp'):
-        if suffix in suffixes and base != 'ours':
+        if spec.has(suffix) and spec.base != 'ours':
             raise BenchmarkError(f'candidate {name!r}: only ours can be {suffix}')
-    for pair in (('nchw', 'nhwc'), ('fused', 'with-cp')):
-        if suffixes.issuperset(pair):
-            raise BenchmarkError(f'candidate {name!r}: choose {pair[0]} or {pair[1]}')
-    return Spec(name, base, frozenset(suffixes))
+    return spec
 
 
-def why_unavailable(spec: Spec, mode: str, device: str, autocast: bool) -> str:
-    """Say why a candidate cannot be measured in this run.
-
-    Args:
-        spec (Spec): The candidate.
-        mode (str): ``'infer'`` or ``'train'``.
-        device (str): ``'cpu'`` or ``'cuda'``.
-        autocast (bool): Whether the data type comes from autocast.
-
-    Returns:
-        str: The reason, or nothing if it can be measured.
-    """
+def why_unavailable(spec: Spec, mode: str, device: str) -> str:
+    """The reason why a candidate cannot be measured, or an empty text if it can."""
     if spec.has('fused') and mode == 'train':
         return 'fused models cannot be trained'
     if spec.has('with-cp') and mode == 'infer':
@@ -138,22 +116,11 @@ def why_unavailable(spec: Spec, mode: str, device: str, autocast: bool) -> str:
         return 'CUDA graphs are captured of inference only'
     if spec.has('cudagraph') and device != 'cuda':
         return 'CUDA graphs need --device cuda'
-    if spec.has('cudagraph') and autocast:
-        return 'CUDA graphs are captured without autocast: --precision-by cast'
     return ''
 
 
 def check_models(task: str, arch: str, specs: list[Spec]) -> None:
-    """Check that the models exist and that their frameworks are installed.
-
-    Args:
-        task (str): ``'pose'``, ``'cls'`` or ``'seg'``.
-        arch (str): The architecture of ours.
-        specs (list[Spec]): The candidates.
-
-    Raises:
-        BenchmarkError: If one does not.
-    """
+    """Check that the models exist and that their frameworks are installed."""
     needed = {SCOPES[task]: f'task {task}'}
     for spec in specs:
         if spec.base == 'mmpose':
@@ -169,8 +136,7 @@ def check_models(task: str, arch: str, specs: list[Spec]) -> None:
     for scope, who in needed.items():
         if importlib.util.find_spec(scope) is None:
             raise BenchmarkError(
-                f'{who} needs {PACKAGES[scope]}, which is not installed: '
-                f'pip install {PACKAGES[scope]}'
+                f'{who} needs {PACKAGES[scope]}, which is not installed: {how_to_install(scope)}'
             )
     try:
         find_config(CONFIGS[task].format(arch))
@@ -205,36 +171,15 @@ class Network(nn.Module):
 
 
 def stock_path(scope: str, name: str) -> Path:
-    """Find a config that a framework ships.
-
-    Args:
-        scope (str): The framework's package.
-        name (str): The config's path below the framework's configs.
-
-    Returns:
-        Path: The config.
-
-    Raises:
-        BenchmarkError: If the framework is not installed, or has no such config.
-    """
-    spec = importlib.util.find_spec(scope)
-    if spec is None:
-        raise BenchmarkError(f'{PACKAGES[scope]} is not installed: {how_to_install(scope)}')
-    configs = Path(spec.origin).parent / '.mim/configs'
+    """The path of a config that a framework ships, by its path below the framework's configs."""
+    configs = Path(importlib.util.find_spec(scope).origin).parent / '.mim/configs'
     if not (configs / name).is_file():
         raise BenchmarkError(f'{configs} has no {name}: reinstall {PACKAGES[scope]}')
     return configs / name
 
 
 def mmpose_backbone(ours: ConfigDict) -> dict:
-    """The config of mmpose's HRFormer that computes the same as ours.
-
-    Args:
-        ours (ConfigDict): The config of our backbone.
-
-    Returns:
-        dict: The config of mmpose's, which builds in any scope.
-    """
+    """The config of mmpose's HRFormer that computes the same as ours; it builds in any scope."""
     arch, upsample = parse_arch(ours.arch), ours.get('upsample', 'nearest')
     stages = {}
     for streams, num_modules in enumerate(arch['num_modules'], start=2):
@@ -261,40 +206,10 @@ def mmpose_backbone(ours: ConfigDict) -> dict:
     return dict(type='mmpose.HRFormer', in_channels=3, norm_cfg=norm_cfg, extra=extra)
 
 
-def load_weights(model: nn.Module, spec: Spec, weights: dict[str, Tensor]) -> None:
-    """Load the tensors of our model, with mmpose's backbone by its names; all, and no others.
-
-    Args:
-        model (nn.Module): Our model, or that with mmpose's backbone.
-        spec (Spec): The candidate.
-        weights (dict[str, Tensor]): The tensors by our names.
-
-    Raises:
-        RuntimeError: If a tensor is missing or left over.
-    """
-    if spec.base == 'mmpose':
-        backbone = to_dialect(weights, 'mmpose', backbone_only=True)
-        rest = {k: v for k, v in weights.items() if not k.startswith('backbone.')}
-        weights = {**{f'backbone.{k}': v for k, v in backbone.items()}, **rest}
-    model.load_state_dict(weights)
-
-
 def model_config(
     spec: Spec, task: str, arch: str, size: tuple[int, int], window: int | None, drop: bool
 ) -> Config:
-    """The config of a candidate.
-
-    Args:
-        spec (Spec): The candidate.
-        task (str): ``'pose'``, ``'cls'`` or ``'seg'``.
-        arch (str): The architecture of ours.
-        size (tuple[int, int]): Height and width of the images, for what depends on them.
-        window (int, optional): Side of HRFormer's windows, if not the config's.
-        drop (bool): Whether to keep the config's stochastic depth.
-
-    Returns:
-        Config: The config, without weights to download.
-    """
+    """The config of a candidate, without weights to download; see :func:`build_network`."""
     if spec.base in SAME_WEIGHTS:
         cfg = Config.fromfile(find_config(CONFIGS[task].format(arch)))
     else:
@@ -316,35 +231,20 @@ def model_config(
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model of a config on the CPU, with random weights.
-
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        nn.Module: The classifier, pose estimator or segmentor.
-    """
+    """Build the model of a config on the CPU, with random weights."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return revert_sync_batchnorm(MODELS.build(cfg.model))
 
 
-def make_weights(task: str, arch: str, window: int | None, seed: int = 0) -> dict[str, Tensor]:
-    """Make the random weights that ours and mmpose's share.
+@cache
+def make_weights(task: str, arch: str, window: int | None) -> dict[str, Tensor]:
+    """The random weights that ours and mmpose's share, by our names.
 
     Statistics and scales of the norms are random, too: with those of a new model a wrong folding
     of batch normalization would not show.
-
-    Args:
-        task (str): ``'pose'``, ``'cls'`` or ``'seg'``.
-        arch (str): The architecture.
-        window (int, optional): Side of the windows, if not the config's.
-        seed (int): What the random numbers follow from. Defaults to 0.
-
-    Returns:
-        dict[str, Tensor]: The tensors of our model by name.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = build_model(model_config(parse_spec('ours'), task, arch, (0, 0), window, False))
         for module in model.modules():
             if isinstance(module, (_BatchNorm, nn.LayerNorm)):
@@ -356,21 +256,37 @@ def make_weights(task: str, arch: str, window: int | None, seed: int = 0) -> dic
     return model.state_dict()
 
 
-def build_network(spec: Spec, cfg: Config, weights: dict[str, Tensor], drop: bool) -> Network:
+def build_network(
+    spec: Spec,
+    task: str,
+    arch: str,
+    size: tuple[int, int],
+    window: int | None = None,
+    drop: bool = False,
+) -> Network:
     """Build a candidate's network on the CPU, in evaluation mode.
+
+    Ours and mmpose's get equal weights, :func:`make_weights`; other models have random ones.
 
     Args:
         spec (Spec): The candidate.
-        cfg (Config): Its config, see :func:`model_config`.
-        weights (dict[str, Tensor]): Tensors of our model; other models keep random weights.
-        drop (bool): Whether to keep the dropout of its heads.
+        task (str): ``'pose'``, ``'cls'`` or ``'seg'``.
+        arch (str): The architecture of ours and mmpose's.
+        size (tuple[int, int]): Height and width of the images, for models that depend on them.
+        window (int, optional): Side of HRFormer's windows, if not the config's.
+        drop (bool): Whether to keep the config's stochastic depth and dropout. Defaults to False.
 
     Returns:
         Network: The network.
     """
-    model = build_model(cfg)
+    model = build_model(model_config(spec, task, arch, size, window, drop))
     if spec.base in SAME_WEIGHTS:
-        load_weights(model, spec, weights)
+        weights = make_weights(task, arch, window)
+        if spec.base == 'mmpose':
+            backbone = to_dialect(weights, 'mmpose', backbone_only=True)
+            rest = {k: v for k, v in weights.items() if not k.startswith('backbone.')}
+            weights = {**{f'backbone.{k}': v for k, v in backbone.items()}, **rest}
+        model.load_state_dict(weights)
     if not drop:
         for module in model.modules():
             if isinstance(module, _DropoutNd):

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -30,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 # Processes are forked from this one once everything is imported. It must not start threads, and
@@ -44,13 +44,13 @@ sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT)]
 import gpu_sections  # noqa: E402
 from gpu_sections import SECTIONS, Job, Settings  # noqa: E402
 
-# What is timed.
+# The columns that tell one timed candidate from another.
 IDENTITY = ('section', 'table', 'base', 'arch', 'backend', 'how', 'kernel', 'shape', 'option')
 MIN_TIME = 15  # seconds, without which nothing is started
 
 
 class Report:
-    """The file of results, and what is known at the start."""
+    """The file of results, with the facts of the run."""
 
     def __init__(self, path: Path, facts: dict) -> None:
         self.path = path
@@ -88,25 +88,17 @@ class Child:
         self.log, self.rows = folder / f'{slug}.log', folder / f'{slug}.jsonl'
         self.rows.write_text('')
         self.read, self.code = 0, None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            os._exit(self.work())
+        self.process = multiprocessing.get_context('fork').Process(target=self.work)
+        self.process.start()
 
-    def work(self) -> int:
-        """Do the job, in the child; the exit code."""
+    def work(self) -> None:
+        """Do the job, in the child."""
         os.setsid()  # it is ended with all that it starts
         sys.stdout = sys.stderr = log = self.log.open('w', buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        try:
-            with self.rows.open('a', buffering=1) as file:
-                self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
-        except BaseException:
-            traceback.print_exc()
-            return 1
-        return 0
+        with self.rows.open('a', buffering=1) as file:
+            self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
 
     def new_rows(self) -> list[dict]:
         """Rows that were not asked for before."""
@@ -116,14 +108,13 @@ class Child:
 
     def is_running(self) -> bool:
         """Whether it still runs; ends it when its time is over."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid and time.time() < self.deadline:
+        is_alive = self.process.is_alive()
+        if is_alive and time.time() < self.deadline:
             return True
-        self.code = os.waitstatus_to_exitcode(status) if pid else 'timed out'
+        self.code = 'timed out' if is_alive else self.process.exitcode
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        if not pid:
-            os.waitpid(self.pid, 0)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
         return False
 
     def verdict(self) -> dict:
@@ -186,7 +177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
-    """The file of results, with what is known at the start."""
+    """The file of results, with the facts of the run."""
     card = card_name(args.dry)
     args.out.mkdir(parents=True, exist_ok=True)
     git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
@@ -197,7 +188,7 @@ def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks for; the exit code is 1 if a job failed."""
+    """Run the jobs of the chosen sections; the exit code is 1 if a job failed."""
     args = parse_arguments(argv)
     report = make_report(args, sys.argv[1:] if argv is None else argv)
     deadline = time.time() + args.budget
@@ -215,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         job.prepare()
     gc.freeze()  # else each collection, before each turn, looks at all that is inherited: 0.5 s
     report.add(dict(section='run', job='build networks', seconds=round(time.time() - began, 1)))
-    # What is not timed goes on at the same time.
+    # Untimed jobs run at the same time.
     warmers = {warm.name: warm for job in jobs for warm in job.warmers}
     follow([start(warm) for warm in warmers.values()], report)
     for job in jobs:

@@ -1,11 +1,10 @@
-"""What gpu_check.py does: its jobs, and the tables of candidates that they time."""
+"""The jobs of gpu_check.py, and the tables of candidates that they time."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import gc
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -38,9 +37,10 @@ from torch import Tensor, nn
 from mmhrformer import compile_blocks, graph_backbone, ops
 from mmhrformer.deploy.compile import allow_many_versions
 from mmhrformer.models import hrformer
+from mmhrformer.utils.install_hints import NAMES, installed
 
 # Sections in the order in which they run, and seconds that a job of theirs may take. The tests have
-# what is left.
+# the rest of the budget.
 CAPS = dict(
     env=40, warm=170, infer=150, train=200, seg=90, compiled=120, profile=60, kernels=100,
     parity=900,
@@ -49,17 +49,16 @@ SECTIONS = [name for name in CAPS if name != 'warm']
 DTYPE = 'bf16'
 ROUNDS = 7
 PEERS = ('hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
-PACKAGES = 'torch triton numpy mmengine mmcv mmcv-lite mmpretrain mmpose mmdet mmsegmentation'
 KERNELS_NAMED = 20  # by a profile
 COMPILING_AHEAD = 6  # processes, for the sweep
-# Names of jobs that failed; a table leaves out what was not compiled ahead.
+# Names of jobs that failed; a table leaves out candidates that were not compiled ahead.
 UNFINISHED: set[str] = set()
 
 Emit = Callable[..., None]
 
 
 class Settings(NamedTuple):
-    """What the command line asks for."""
+    """The wishes of the command line."""
 
     dry: bool
     archs: tuple[str, ...]
@@ -67,7 +66,7 @@ class Settings(NamedTuple):
 
     @property
     def device(self) -> str:
-        """Where everything runs."""
+        """The device of all candidates."""
         return 'cpu' if self.dry else 'cuda'
 
 
@@ -95,7 +94,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of its own does."""
+    """The work of a process of its own."""
 
     name: str
     section: str
@@ -128,52 +127,21 @@ def network(table: Table, candidate: Candidate) -> nn.Module:
 
 @cache
 def _network(base: str, arch: str, task: str, size: tuple[int, int], drop: bool) -> nn.Module:
-    spec = bp.parse_spec(base)
-    weights = _weights(task, arch) if arch else {}
-    return bp.build_network(
-        spec, bp.model_config(spec, task, arch, size, None, drop), weights, drop
-    )
-
-
-@cache
-def _weights(task: str, arch: str) -> dict[str, Tensor]:
-    return bp.make_weights(task, arch, None)
-
-
-class Replay:
-    """A function captured in a CUDA graph, which is called by address.
-
-    The function is kept: with it would go the weights and images that the graph reads.
-    """
-
-    def __init__(self, run: Callable, pool: object) -> None:
-        self.run, self.graph = run, torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.result = run()
-
-    def __call__(self) -> object:
-        self.graph.replay()
-        return self.result
+    return bp.build_network(bp.parse_spec(base), task, arch, size, None, drop)
 
 
 def capture(run: Callable, pool: object, device: str) -> Callable:
     """Capture a function in a CUDA graph, and return its replay; on a CPU the function itself."""
-    return run if device == 'cpu' else Replay(run, pool)
+    return run if device == 'cpu' else bs.Replay(run, pool)
 
 
 def make_step(table: Table, candidate: Candidate, settings: Settings, pool: object) -> Callable:
-    """What is timed of a candidate: a forward pass, which returns the outputs, or a training step.
+    """The timed step of a candidate: a forward pass, which returns the outputs, or training.
 
     The pool is the memory of CUDA graphs, which never run at the same time.
     """
     trains = table.mode == 'train'
-    options = dict(mode=table.mode, device=settings.device, channels_last=True, autocast=trains)
+    options = dict(mode=table.mode, device=settings.device, channels_last=True)
     net = copy.deepcopy(network(table, candidate))
     entrant = bs.Entrant(bp.parse_spec(candidate.base), net, SimpleNamespace(**options))
     entrant.prepare(DTYPE)
@@ -232,28 +200,26 @@ def captured_training(step: bs.TrainingStep, form: str, pool: object, device: st
 # ---------------------------------------------------------------- tables
 
 
-def first_call(step: Callable, device: str) -> tuple[object, dict]:
-    """Run a step twice: its result, and how long the first and how much memory the second took."""
-    wait = bm.synchronizer(device)
-    start = time.perf_counter()
+def first_call(step: Callable, device: str) -> tuple[object, float]:
+    """Run a step twice: its result, and the seconds of the first; the peak is of the second."""
+    start = bm.timer()
     step()
-    wait()
-    row = dict(first_call_s=round(time.perf_counter() - start, 3))
+    seconds = bm.timer() - start
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     result = step()
-    wait()
-    return result, row
+    bm.timer()  # waits for the GPU, where errors appear late
+    return result, round(seconds, 3)
 
 
 def difference(outs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Norm of the difference of the last outputs, relative to the norm of what is expected."""
+    """Norm of the difference of the last outputs, relative to the norm of the expected ones."""
     a, b = outs[-1].double(), expected[-1].double()
     return ((a - b).norm() / b.norm()).item()
 
 
 def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candidate, Callable]]:
-    """Make the steps of a table; what fails becomes a row."""
+    """Make the steps of a table; a failure becomes a row."""
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
     device, expected, start = settings.device, {}, time.time()
     pool = None if settings.dry else torch.cuda.graph_pool_handle()
@@ -267,7 +233,8 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
         try:
             before = 0 if settings.dry else torch.cuda.memory_allocated()
             step = make_step(table, candidate, settings, pool)
-            result, row = first_call(step, device)
+            result, seconds = first_call(step, device)
+            row = dict(first_call_s=seconds)
             if device == 'cuda' and candidate.how == 'eager':  # graphs share their memory
                 row['peak_mb'] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
             if candidate.arch and table.mode == 'infer':  # those have the same weights
@@ -284,7 +251,7 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
 
 
 def time_table(table: Table, settings: Settings, emit: Emit) -> None:
-    """Time the candidates of a table in turn, and tell what is known after each turn.
+    """Time the candidates of a table in turn, and emit the rounds so far after each turn.
 
     A step that raises is left out from then on. An error of the GPU itself raises wherever CUDA is
     called next, and ends the process.
@@ -300,19 +267,19 @@ def time_table(table: Table, settings: Settings, emit: Emit) -> None:
                 emit(**candidate._asdict(), error=f'{type(err).__name__}: {err}'[:500])
                 broken.add(candidate)
 
-    def tell(candidate: Candidate, found: bm.Times) -> None:
+    def tell(candidate: Candidate, seconds: list[float]) -> None:
         if candidate not in broken:
-            emit(**candidate._asdict(), **facts, **measured(table.batch, found.seconds))
+            emit(**candidate._asdict(), **facts, **measured(table.batch, seconds))
 
     facts = dict(task=table.task, mode=table.mode, size=table.size, batch=table.batch, dtype=DTYPE)
     steps = {one: partial(guarded, one, step) for one, step in ready(table, settings, emit)}
     options = (2, 1, 0.0) if settings.dry else (ROUNDS, 3, 0.1)
     if steps:
-        bm.time_rounds(steps, *options, settings.device, tell)
+        bm.time_rounds(steps, *options, tell)
 
 
 def measured(batch: int, seconds: list[float]) -> dict:
-    """What a row tells of the rounds of a candidate."""
+    """The rounds of a candidate in a row, in milliseconds."""
     low, median, high = (round(1e3 * x, 4) for x in bm.quartiles(seconds))
     rounds = [round(1e3 * x, 4) for x in seconds]
     return dict(ms=median, q1=low, q3=high, images_s=round(1e3 * batch / median, 1), rounds=rounds)
@@ -338,12 +305,9 @@ def warm_name(table: Table, candidate: Candidate) -> str:
 
 
 def run_env(settings: Settings, emit: Emit) -> None:
-    """Versions, the card, and what it can do at most."""
-    versions = {'python': sys.version.split()[0]}
-    for name in PACKAGES.split():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    emit(what='versions', cores=os.cpu_count(), **versions)
+    """Versions, the card, and its ceilings."""
+    versions = installed([*NAMES, 'triton'])
+    emit(what='versions', cores=os.cpu_count(), python=sys.version.split()[0], **versions)
     if settings.dry:
         return
     card = torch.cuda.get_device_properties(0)
@@ -357,8 +321,7 @@ def run_env(settings: Settings, emit: Emit) -> None:
         product=lambda: square @ square,
         launch=lambda: numbers[:1].add_(1),
     )
-    times = bm.time_rounds(limits, 5, 3, 0.1, 'cuda')
-    seconds = {name: bm.quartiles(found.seconds)[1] for name, found in times.items()}
+    seconds = {name: x.median for name, x in bm.time_rounds(limits, 5, 3, 0.1).items()}
     emit(what='ceilings', copy_tb_s=2**32 / seconds['copy'] / 1e12,
          bf16_tflops=2 * 2**39 / seconds['product'] / 1e12,
          operator_us=1e6 * seconds['launch'])  # fmt: skip
@@ -375,7 +338,7 @@ def run_parity(settings: Settings, emit: Emit) -> None:
 
 
 def outcomes(log: str) -> dict:
-    """How many tests passed, failed and so on, by the output of ``pytest -v``, complete or not.
+    """Numbers of passed, failed and other tests in the output of ``pytest -v``, complete or not.
 
     Examples:
         >>> outcomes('a.py::b FAILED [ 50%]\\n[gw1] [100%] PASSED a.py::c \\n')

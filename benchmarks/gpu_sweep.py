@@ -48,7 +48,7 @@ LAYER_NORM_LAUNCHES = dict(
     forward=[(2048, 4), (4096, 4), (4096, 8), (8192, 4)],
     backward=[(2048, 4, 1024), (4096, 4, 1024), (4096, 4, 640), (4096, 8, 1024), (8192, 4, 1024)],
 )
-# The norm of the difference of what options compute, relative, that is rounding.
+# Relative norm of the difference of two options' results up to which it is rounding.
 LIMIT = 0.02
 # Maps that are read or written, by kernel.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
@@ -68,7 +68,7 @@ class Sweep(NamedTuple):
     options: list
     apply: Callable  # takes one of the options, and sets it
     run: Callable
-    torch: Callable | None = None  # what torch has for the same
+    torch: Callable | None = None  # the same by torch
 
 
 def attention(kind: str, name: str, B: int, H: int, W: int, heads: int, dim: int) -> Sweep:
@@ -183,7 +183,7 @@ def sweeps(device: str) -> Iterator[Sweep]:
 
 
 def entries(sweep: Sweep) -> dict[str, Callable]:
-    """What is timed of a sweep."""
+    """The timed steps of a sweep."""
 
     def step(option: tuple) -> object:
         sweep.apply(option)
@@ -205,7 +205,7 @@ def results(step: Callable) -> Tensor:
 
 
 def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict[str, Callable]:
-    """What is timed of a sweep, several calls at a time, if it computes what the others do."""
+    """The timed steps of a sweep, several calls each, of options that compute the same."""
     steps, expected = {}, None
     for name, step in entries(sweep).items():
 
@@ -245,9 +245,9 @@ def run(device: str, capture: Callable, emit: Callable) -> None:
     calls, time = (CALLS, 0.01) if device == 'cuda' else (1, 0.0)
     for sweep in sweeps(device):
         steps = prepare(sweep, calls, lambda repeat: capture(repeat, None, device), emit)
-        times = bm.time_rounds(steps, 3, 2, time, device) if steps else {}
-        for name, found in times.items():
-            us = 1e6 * bm.quartiles(found.seconds)[1] / calls
+        found = bm.time_rounds(steps, 3, 2, time) if steps else {}
+        for name, measurement in found.items():
+            us = 1e6 * measurement.median / calls
             tb_s = sweep.moved * DTYPE.itemsize / us / 1e6
             row = dict(us=round(us, 3), tb_s=round(tb_s, 3))
             emit(kernel=sweep.kernel, shape=sweep.shape, option=name, **row)

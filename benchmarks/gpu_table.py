@@ -41,7 +41,7 @@ def markdown(head: list[str], lines: Iterable[list]) -> str:
 
 
 def ratio(row: dict | None, peer: dict | None) -> str:
-    """How often a candidate runs in the time of another: the median over the rounds, if known."""
+    """Runs of a candidate in the time of one of another: the median over the rounds, if known."""
     if row is None or peer is None:
         return ''
     if 'rounds' not in row or 'rounds' not in peer:
@@ -122,7 +122,7 @@ def has_failed(row: dict) -> bool:
 
 
 def render(data: dict) -> str:
-    """All tables of what gpu_check.py wrote."""
+    """All tables of a file of gpu_check.py."""
     forms = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
     tables: dict[str, list[dict]] = {}
     for row in data['rows']:

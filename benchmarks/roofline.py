@@ -1,4 +1,4 @@
-"""Count what a model asks of a GPU, and say how fast it can be at best; no GPU is needed.
+"""Count the work of a model on a GPU, and bound its speed; no GPU is needed.
 
     python benchmarks/roofline.py --arch small base --bandwidth 4.3 --tflops 790 --launch 4
 
@@ -43,14 +43,14 @@ MODELS = ('ours', 'ours-fused', 'mmpose', 'hrnet-w32', 'hrnet-w48', 'vit-s', 'vi
 COUNTED = {'fused', 'with-cp'}
 BATCH_SIZES = {'infer': 64, 'train': 32}
 aten = torch.ops.aten
-# Views that torch does not call so, and what takes memory and runs nothing.
+# Views that torch does not call so, and operators that only allocate.
 FREE = {'_unsafe_view', '_reshape_alias', 'detach', 'alias', 'lift_fresh', 'empty', 'empty_like'}
 FREE |= {'empty_strided', 'new_empty', 'new_empty_strided'}
 WRITE_ONLY = {'copy_', 'fill_', 'zero_', 'bernoulli_'}
 
 
 def size_of(*things: object) -> int:
-    """Bytes of the tensors in nested lists, each once; what is expanded is in memory once.
+    """Bytes of the tensors in nested lists, each once; an expanded tensor is in memory once.
 
     Examples:
         >>> size_of([torch.zeros(2, 3), torch.zeros(4).expand(5, 4)], 'text')
@@ -78,7 +78,7 @@ def kernels_of(func: torch._ops.OpOverload, args: tuple, out: object) -> list[tu
 
 
 class Count(TorchDispatchMode):
-    """Counts the kernels, bytes and floating-point operations of what runs in it.
+    """Counts the kernels, bytes and floating-point operations of the code in it.
 
     Attributes:
         operators (int): Operators that run something.
@@ -119,7 +119,7 @@ class FusedAttention(TorchFunctionMode):
     """Attention as the operator that CUDA takes for it; for meta tensors it is the formula."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call a function, or what stands for it."""
+        """Call a function, or its substitute."""
         return (attend if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
@@ -133,7 +133,7 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
 
 @contextmanager
 def use(form: str) -> Iterator[None]:
-    """Force a form of the operators, Triton's too: what they launch is fake on the meta device."""
+    """Force a form of the operators, Triton's too, whose launches are fake on the meta device."""
     with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
         yield
 
@@ -181,7 +181,7 @@ def bounds(counted: Count, args: argparse.Namespace) -> dict[str, float]:
 
 
 def print_row(name: str, counted: Count, batch: int, args: argparse.Namespace) -> None:
-    """Print what was counted of a model, and where most of its bytes go."""
+    """Print the counts of a model, and its operators with the most bytes."""
     times = bounds(counted, args)
     longest = max(times, key=times.get)
     flops, size = counted.flops / batch / 1e9, counted.bytes.total() / batch / 1e6
@@ -210,20 +210,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
-    """Build a model for each mode and form, and print what it costs."""
+    """Build a model for each mode and form, and print its costs."""
     if spec.suffixes - COUNTED:
         raise peers.BenchmarkError(f'of the suffixes only {sorted(COUNTED)} change what is counted')
     peers.check_models(args.task, arch, [spec])
     ours = spec.base == 'ours'
     for mode in args.mode:
-        if peers.why_unavailable(spec, mode, 'cpu', False):
+        if peers.why_unavailable(spec, mode, 'cpu'):
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
         for form in args.forms if ours else args.forms[:1]:
             with use(form):  # which says how wide heads are when a model is folded
-                cfg = peers.model_config(spec, args.task, arch, args.size, None, False)
-                weights = peers.make_weights(args.task, arch, None)
-                network = peers.build_network(spec, cfg, weights, False)
+                network = peers.build_network(spec, args.task, arch, args.size)
             name = f'{spec.name} {arch}' if spec.base in peers.SAME_WEIGHTS else spec.name
             name += f' {form}' if len(args.forms) > 1 and ours else ''
             counted = count(network, (batch, 3, *args.size), mode, form)

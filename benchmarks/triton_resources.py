@@ -99,12 +99,12 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def dump(file: str, option: str) -> str:
-    """What the disassembler says of a file."""
+    """The output of the disassembler for a file."""
     return subprocess.run([TOOL, option, file], capture_output=True, text=True, check=True).stdout
 
 
 def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
-    """Compile a kernel, and count what its machine code has."""
+    """Compile a kernel, and count the resources of its machine code."""
     names = kernel.arg_names
     constants = {name: value for name, value in keywords.items() if name in names}
     options = {name: value for name, value in keywords.items() if name not in names}

@@ -72,7 +72,7 @@ def name_of_record(versions: dict[str, str]) -> str:
     found = [f'{name}{versions[name]}' for name in OWNERS['mmcv'] if name in versions]
     if len(found) != 1:
         raise ValueError(
-            f'mmcv is brought by {found or "no package"}: "python -m mmhrformer env" tells the cure'
+            f'mmcv is brought by {found or "no package"}: "python -m mmhrformer env" tells the fix'
         )
     (mmcv,) = found
     python = '.'.join(versions['python'].split('.')[:2])

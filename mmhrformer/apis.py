@@ -1,4 +1,4 @@
-"""What a notebook wants in one line: models with weights, and what they see in an image."""
+"""The public API: models by name, inference, and faster forms of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find our configs, and read one."""
+"""Our configs: find and read them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def find_config(name: str) -> Path:
         Path: The config file.
 
     Raises:
-        FileNotFoundError: If there is none; the message proposes similar names.
+        FileNotFoundError: If there is none; the message suggests similar names.
 
     Examples:
         >>> find_config('hrformer-tiny_8xb128_in1k').name
@@ -61,10 +61,10 @@ def read_config(path: str | Path) -> Config:
         path (str | Path): The file.
 
     Returns:
-        Config: What it says.
+        Config: The config.
 
     Raises:
-        ValueError: If it is no Python; the error of mmengine does not tell which file it is about.
+        ValueError: If it is not valid Python; the error names the file, which mmengine's does not.
     """
     try:
         return Config.fromfile(path)
@@ -79,13 +79,13 @@ def open_config(model: str | Path | Config) -> Config:
     """Find and read the config of a model, once.
 
     Args:
-        model (str | Path | Config): As :func:`find_config`, or a config that is read already.
+        model (str | Path | Config): As for :func:`find_config`, or a config that is read already.
 
     Returns:
-        Config: What it says, or the given one.
+        Config: The config, or the given one.
 
     Raises:
-        FileNotFoundError: If there is none; the message proposes similar names.
+        FileNotFoundError: If there is none; the message suggests similar names.
         ValueError: If it cannot be read.
     """
     return model if isinstance(model, Config) else read_config(find_config(str(model)))

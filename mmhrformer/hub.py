@@ -1,4 +1,4 @@
-"""Models by name, and our names in mmpretrain's hub."""
+"""Models by name, and our models in mmpretrain's hub."""
 
 from __future__ import annotations
 
@@ -31,34 +31,47 @@ def get_model(
     Args:
         name (str | Path | Config): Name of a model of the zoo (:func:`list_models`), path of a
             config with an HRFormer backbone, or such a config.
-        pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model
-            (``False`` leaves random weights); or a checkpoint of any dialect: a path, or a name of
-            the zoo such as ``NAME@official``. Defaults to False.
-        device (str): Where the model shall be. Defaults to ``'cpu'``.
+        pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model;
+            or a checkpoint of any dialect: a path, or a name of the zoo such as ``NAME@official``.
+            Defaults to False: random weights.
+        device (str): Device of the model. Defaults to ``'cpu'``.
         cfg_options (dict, optional): Options of the config to change, by dotted name.
 
     Returns:
-        nn.Module: The classifier, pose estimator or segmentor; its config is ``model.cfg``, and
-        ``model.dataset_meta``, a dict, what the checkpoint tells of the data of its training.
+        nn.Module: The classifier, pose estimator or segmentor, with its config in ``model.cfg`` and
+        the checkpoint's description of its training data, a dict, in ``model.dataset_meta``.
 
     Raises:
-        FileNotFoundError: If there is no such config, or the checkpoint has to be downloaded by
-            hand.
-        ImportError: If the framework that the model is for is not installed.
+        FileNotFoundError: If there is no such config, or the checkpoint must be downloaded by hand.
+        ImportError: If the framework of the model is not installed.
         RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint, or the config is of no model.
+        ValueError: If there is no such checkpoint, or the config has no model.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
-        >>> model(torch.rand(1, 3, 224, 224)).shape  # doctest: +SKIP
-        torch.Size([1, 1000])
     """
     cfg = copy.deepcopy(open_config(name))
-    content = {}
-    if pretrained:
-        whole = pretrained is True
-        file, content = read(name_of(cfg) if whole else pretrained, whole)
+    path, content = _read_weights(cfg, pretrained)  # whose errors come before the time of building
     cfg.merge_from_dict(cfg_options or {})
+    model = _build(cfg)
+    if pretrained:
+        with naming(path):
+            load_checkpoint(model, content, strict=True)
+    model.to(device).train(False)  # mmpose's eval() returns nothing
+    model.cfg, model.dataset_meta = cfg, meta_of_checkpoint(content)
+    return model
+
+
+def _read_weights(cfg: Config, pretrained: bool | str | Path) -> tuple[Path | None, dict]:
+    """Read the checkpoint that was asked for."""
+    if not pretrained:
+        return None, {}
+    whole = pretrained is True
+    return read(name_of(cfg) if whole else pretrained, whole)
+
+
+def _build(cfg: Config) -> nn.Module:
+    """Build the model of a config in its scope, for one process."""
     for option in ('default_scope', 'model'):
         if option not in cfg:
             raise ValueError(
@@ -68,14 +81,7 @@ def get_model(
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-    if pretrained:
-        with naming(file):
-            load_checkpoint(model, content, strict=True)
-    model = revert_sync_batchnorm(model).to(device)
-    model.train(False)  # mmpose's eval() returns nothing
-    model.cfg, model.dataset_meta = cfg, meta_of_checkpoint(content)
-    return model
+        return revert_sync_batchnorm(MODELS.build(cfg.model))
 
 
 def register_in_mmpretrain() -> list[str]:

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
-from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
+from mmengine import registry
 from mmengine.registry import Registry
 
 from .utils.install_hints import explain
 
 # Classes that are built on a framework: name -> (module that defines it, framework, our extra).
-# They are imported when somebody asks for them, so that the rest works without the framework.
+# They are imported on demand, so that the rest works without the framework.
 FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
@@ -46,10 +40,10 @@ def import_framework_class(name: str) -> type:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AssertionError) as err:  # mmseg asserts the version of mmcv
-        cure = explain(err) or f"pip install 'mmhrformer[{extra}]'"
+        fix = explain(err) or f"pip install 'mmhrformer[{extra}]'"
         raise ImportError(
             f"'mmhrformer.{name}' needs {framework}, which could not be imported ({err}). "
-            f'To mend it: {cure}'
+            f'Fix: {fix}'
         ) from err
 
 
@@ -65,36 +59,16 @@ class ModelRegistry(Registry):
 
 
 MODELS = ModelRegistry(
-    'model', parent=MMENGINE_MODELS, scope='mmhrformer', locations=['mmhrformer.models']
-)
-MODEL_WRAPPERS = Registry(
-    'model_wrapper',
-    parent=MMENGINE_MODEL_WRAPPERS,
-    scope='mmhrformer',
-    locations=['mmhrformer.engine'],
-)
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmhrformer', locations=['mmhrformer.engine'])
-PARAM_SCHEDULERS = Registry(
-    'parameter scheduler',
-    parent=MMENGINE_PARAM_SCHEDULERS,
-    scope='mmhrformer',
-    locations=['mmhrformer.engine'],
+    'model', parent=registry.MODELS, scope='mmhrformer', locations=['mmhrformer.models']
 )
 TRANSFORMS = Registry(
-    'transform',
-    parent=MMENGINE_TRANSFORMS,
-    scope='mmhrformer',
-    locations=['mmhrformer.datasets'],
+    'transform', parent=registry.TRANSFORMS, scope='mmhrformer', locations=['mmhrformer.datasets']
 )
+_ENGINE = dict(scope='mmhrformer', locations=['mmhrformer.engine'])
+HOOKS = Registry('hook', parent=registry.HOOKS, **_ENGINE)
+MODEL_WRAPPERS = Registry('model_wrapper', parent=registry.MODEL_WRAPPERS, **_ENGINE)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    scope='mmhrformer',
-    locations=['mmhrformer.engine'],
+    'optimizer wrapper constructor', parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, **_ENGINE
 )
-VISBACKENDS = Registry(
-    'vis_backend',
-    parent=MMENGINE_VISBACKENDS,
-    scope='mmhrformer',
-    locations=['mmhrformer.engine'],
-)
+PARAM_SCHEDULERS = Registry('parameter scheduler', parent=registry.PARAM_SCHEDULERS, **_ENGINE)
+VISBACKENDS = Registry('vis_backend', parent=registry.VISBACKENDS, **_ENGINE)

@@ -35,7 +35,7 @@ from mmhrformer import (
     load_checkpoint,
 )
 from mmhrformer.datasets import transforms
-from mmhrformer.engine.config_check import PreflightChecks
+from mmhrformer.engine.config_check import ConfigCheckVisBackend
 
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 OURS = 'hrformer-tiny_8xb128_in1k'
@@ -639,8 +639,8 @@ DATA = [
         for kind, options, remedy in (
             (transforms.RandomScaleAspect, dict(scale_range=(2, 1)), 'two numbers, 0 < lowest'),
             (transforms.RandomScaleAspect, dict(aspect_range=1.1), 'two numbers, 0 < lowest'),
-            (transforms.RandomBrightness, dict(shift=-3), 'choose a whole number from 0 to 255'),
-            (transforms.RandomBrightness, dict(shift='3'), 'choose a whole number from 0 to 255'),
+            (transforms.RandomBrightness, dict(shift=-3), 'expected an integer from 0 to 255'),
+            (transforms.RandomBrightness, dict(shift='3'), 'expected an integer from 0 to 255'),
             (transforms.PlaceRandomly, dict(size=32, pad_val=(0, 0, 0)), 'height and width'),
             (transforms.RandomScaleRotation, dict(rotation_prob=-0.1), 'from 0 to 1'),
             (transforms.RandomScaleRotation, dict(scale_std='x'), 'from 0 to below 1'),
@@ -674,7 +674,7 @@ def data_of(folder: Path, **options) -> dict:
 def check_config(config: dict) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['train.py'])
-        PreflightChecks(save_dir='').add_config(Config(config))
+        ConfigCheckVisBackend(save_dir='').add_config(Config(config))
 
 
 # Command lines

@@ -1,5 +1,11 @@
 # The "v3" of the official scripts: grouped 7x7 instead of 3x3 convolutions in front of the OCR head.
-_base_ = ['../hrformer_seg/ocrnet_hrformer-base-w13_8xb2-150k_ade20k-520x520.py']
+_base_ = [
+    '../hrformer_seg/ocrnet_hrformer-base-w13_8xb2-150k_ade20k-520x520.py',
+    '../_base_/ablations/ocr_v3.py',
+]
 
-# As many groups as divide the 1,170 channels of the streams and the 512 of the head.
-model = dict(decode_head=[dict(head, kernel_size=7, groups=2) for head in _base_.model.decode_head])
+model = dict(
+    decode_head=[
+        dict(head, **ocr) for ocr in [_base_.pop('ocr')] for head in _base_.model.decode_head
+    ]
+)

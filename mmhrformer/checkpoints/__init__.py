@@ -1,4 +1,4 @@
-"""Checkpoints of every HRFormer code: found, read safely, told apart, translated, loaded."""
+"""Checkpoints of all HRFormer codes: the zoo, safe reading, translation, loading, writing."""
 
 from .contents import unwrap
 from .dialects import Report, convert, detect_dialect, resize_bias_table

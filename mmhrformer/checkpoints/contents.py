@@ -1,9 +1,9 @@
-"""Where in a saved file the weights of a model are, and what wraps their names."""
+"""The place of a model's weights in a saved file, and the wrappers around their names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from .reading import Inert, name_of_type, save_weights
 
 CONTAINERS = ('state_dict', 'model')
-# What wrappers put into names, before the model or before a part of it: DataParallel and averaged
-# models, torch.compile, FSDP, activation checkpointing, Lightning Fabric.
+# Parts of names that wrappers insert, before the model or before a part of it: DataParallel and
+# averaged models, torch.compile, FSDP, activation checkpointing, Lightning Fabric.
 WRAPPERS = frozenset(
     ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
 )
@@ -23,12 +23,12 @@ SWAPPED = "those without averaging: mmengine's EMAHook saves the averaged ones a
 
 @dataclass
 class Contents:
-    """The weights of a file, and what else it has.
+    """Weights found in a file.
 
     Attributes:
-        tensors (dict[str, Tensor]): The weights by name, without what wraps the names.
+        tensors (dict[str, Tensor]): The weights by name, without wrappers.
         names (dict[str, str]): These names -> those in the file.
-        key (str): The key of the file that they are under; empty if they are at the top.
+        key (str): Key of the file that they are under; empty if they are at the top.
         others (dict[str, str]): Keys, or beginnings of names, with more weights of such a model,
             and what is known of these.
         outside (dict[str, Tensor]): Tensors beside the model, such as those of a loss, by their
@@ -43,16 +43,15 @@ class Contents:
 
 
 def find_weights(checkpoint: Mapping, key: str | None = None) -> Contents:
-    """Find the weights in what was saved.
+    """Find the weights in what was saved, and take off their names what wraps them.
 
-    What all names of the model begin with, such as the ``model.`` of Lightning, is taken off, and
-    so is whatever wrappers put into them (``module.``, ``_orig_mod.`` and others).
+    That is a prefix of the whole model, such as the ``model.`` of Lightning, and the parts that
+    wrappers insert (``module.``, ``_orig_mod.`` and others).
 
     Args:
         checkpoint (Mapping): What was saved: tensors by name, perhaps under ``'state_dict'`` or
             ``'model'``.
-        key (str, optional): Another key, or what the names of the weights begin with. Defaults to
-            None.
+        key (str, optional): Another key, or the beginning of the weights' names. Defaults to None.
 
     Returns:
         Contents: The weights.
@@ -65,18 +64,17 @@ def find_weights(checkpoint: Mapping, key: str | None = None) -> Contents:
     named = {name: value for name, value in holder.items() if isinstance(name, str)}
     others = _others(checkpoint, place)
     has_tensors = any(isinstance(value, Tensor) for value in named.values())
-    if holder and not _blocks(named) and (others or not has_tensors):
+    if holder and not _has_blocks(named) and (others or not has_tensors):
         raise ValueError(_where_weights_may_be(checkpoint, others))
-    names, prefixes = plain_names(named)
-    contents = Contents({}, {}, place, {**others, **prefixes})
+    names, further = _plain_names(named)
+    contents = Contents({}, {}, place, {**others, **further})
     for name, value in named.items():
-        if name not in names:
-            if isinstance(value, Tensor):
-                contents.outside[name] = value
-        elif isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name in names:
             contents.tensors[names[name]] = value
             contents.names[names[name]] = name
-        elif '.' in name and not name.endswith('._extra_state'):
+        elif isinstance(value, Tensor):
+            contents.outside[name] = value
+        elif name in names and '.' in name and not name.endswith('._extra_state'):
             raise ValueError(
                 f'the weight {name!r} is stored as {name_of_type(value)}, not as a tensor: in the '
                 'code that wrote it, make ordinary tensors of such weights and save these by their '
@@ -86,11 +84,12 @@ def find_weights(checkpoint: Mapping, key: str | None = None) -> Contents:
 
 
 def unwrap(checkpoint: Mapping, key: str | None = None) -> dict[str, Tensor]:
-    """Take the weights out of the wrappings of a saved file, see :func:`find_weights`.
+    """Take the weights out of the wrappings of a saved file.
 
     Args:
         checkpoint (Mapping): What was saved.
-        key (str, optional): Where in it the weights are. Defaults to None.
+        key (str, optional): Their place in it, as another key or the beginning of their names.
+            Defaults to None: ``'state_dict'``, ``'model'`` or the top.
 
     Returns:
         dict[str, Tensor]: Tensors by name.
@@ -102,13 +101,7 @@ def unwrap(checkpoint: Mapping, key: str | None = None) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """Take off a name what wrappers have put into it.
-
-    Args:
-        name (str): The name of a tensor.
-
-    Returns:
-        str: The name without.
+    """Take the parts that wrappers inserted out of a name.
 
     Examples:
         >>> plain_name('module.backbone._orig_mod.conv1.weight')
@@ -117,19 +110,8 @@ def plain_name(name: str) -> str:
     return '.'.join(part for part in name.split('.') if part not in WRAPPERS)
 
 
-def plain_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Take off the names of a model's tensors what wraps them.
-
-    Args:
-        names (Iterable[str]): The names in a file.
-
-    Returns:
-        tuple[dict[str, str], dict[str, str]]: The plain names of those that belong to the model;
-        and the beginnings of the names of further models, see :class:`Contents`.
-
-    Raises:
-        ValueError: If there are several models, or two tensors would have one name.
-    """
+def _plain_names(names: Mapping) -> tuple[dict[str, str], dict[str, str]]:
+    """The plain names of the tensors of the model; where further models begin, as in Contents."""
     plain = {name: plain_name(name) for name in names}
     starts = {found[1] for found in map(_BLOCKS.match, plain.values()) if found}
     if not starts:  # of another network; it is refused by its names
@@ -148,14 +130,7 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def refuse_doubles(names: Mapping[str, str]) -> None:
-    """Refuse names that differ only in what wraps them.
-
-    Args:
-        names (Mapping[str, str]): Names in a file -> names without wrapping.
-
-    Raises:
-        ValueError: If two become one.
-    """
+    """Refuse names of a file that become the same plain name."""
     first = {}
     for name, short in names.items():
         if first.setdefault(short, name) != name:
@@ -170,20 +145,17 @@ def _choose(key: str) -> str:
 
 
 def told_of_others(taken: str, others: Mapping[str, str]) -> Iterator[str]:
-    """Tell which weights of a file were not taken, and how to take them.
+    """Tell which weights of a file were not taken, and how to take them: a line for each.
 
     Args:
         taken (str): The key of those that were.
         others (Mapping[str, str]): As in :class:`Contents`.
-
-    Yields:
-        str: A line for each.
     """
+    place = f'under {taken!r}' if taken else 'at the top of the file'
     for key, meaning in others.items():
         yield (
-            f'  taken: the weights {f"under {taken!r}" if taken else "at the top of the file"}. '
-            f'There are others under {key!r}{meaning and f" ({meaning})"}: to take those, '
-            f'{_choose(key)}'
+            f'  taken: the weights {place}. There are others under {key!r}'
+            f'{meaning and f" ({meaning})"}: to take those, {_choose(key)}'
         )
 
 
@@ -192,7 +164,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _holder(checkpoint: Mapping, key: str | None) -> tuple[str, Mapping]:
-    """The mapping with the weights, and its key."""
+    """The key of the mapping with the weights, and the mapping."""
     if key is not None and _is_mapping(checkpoint.get(key)):
         return key, _holder(checkpoint[key], None)[1]
     place, holder = '', checkpoint
@@ -215,26 +187,26 @@ def _holder(checkpoint: Mapping, key: str | None) -> tuple[str, Mapping]:
     return key, chosen
 
 
-def _blocks(named: Mapping) -> bool:
+def _has_blocks(named: Mapping) -> bool:
     """Whether tensors have names that an HRFormer's or HRNet's have."""
     return any(_BLOCKS.match(plain_name(name)) for name in named if isinstance(name, str))
 
 
 def _others(checkpoint: Mapping, taken: str) -> dict[str, str]:
-    """Other keys under which there are weights of such a model, or a whole module."""
+    """Other keys with weights of such a model, or with a whole module."""
     found = {}
     for key, value in checkpoint.items():
         if key == taken or not isinstance(key, str):
             continue
         if isinstance(value, Inert) and value.is_module:
             found[key] = f'a whole {value.stored}'
-        elif _is_mapping(value) and _blocks(_holder(value, None)[1]):
+        elif _is_mapping(value) and _has_blocks(_holder(value, None)[1]):
             found[key] = _meaning(key, value)
     return found
 
 
 def _meaning(key: str, value: Mapping | None = None) -> str:
-    """What can be said of weights by their key."""
+    """A hint about weights by their key; empty if it gives none."""
     if key == 'ema_state_dict' and value and 'steps' in value:
         return SWAPPED
     return 'averaged, by their name' if re.search('ema|average|swa', key.lower()) else ''
@@ -252,14 +224,7 @@ def _where_weights_may_be(checkpoint: Mapping, others: Mapping[str, str]) -> str
 
 
 def meta_of_checkpoint(content: Mapping) -> dict:
-    """Take from a checkpoint what it tells about the data that its model was trained with.
-
-    Args:
-        content (Mapping): What was saved.
-
-    Returns:
-        dict: ``classes``, ``palette`` and others; empty if it tells nothing.
-    """
+    """Metainfo of the training data in a checkpoint, such as classes; empty if it has none."""
     meta = content.get('meta')
-    told = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
-    return dict(told) if isinstance(told, Mapping) else {}
+    dataset_meta = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return dict(dataset_meta) if isinstance(dataset_meta, Mapping) else {}

@@ -1,8 +1,9 @@
-"""The names that HRFormer's tensors have in the world's checkpoints, and what they are here.
+"""The dialects of HRFormer checkpoints, and their translation.
 
-Dialects are told apart by their keys. Whatever the task, the backbone keeps HRNet's names
-(``conv1``, ``stage2.0.branches.0.0`` ...), only the inside of a block is called differently;
-the heads differ in all.
+A dialect is a checkpoint format: the naming scheme of the parameters in a code, and their packing
+in its files. Whatever the task, the backbone keeps HRNet's names (``conv1``,
+``stage2.0.branches.0.0`` ...), and only the inside of a block is called differently; the heads
+differ in all. Dialects are told apart by these names.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from torch import Tensor, nn
 from .contents import find_weights, plain_name, refuse_doubles, told_of_others
 
 BIAS_TABLE = 'relative_position_bias_table'
-# Follows from the window. The official codes and mmpose save it; here it is computed.
+# Depends on the window alone. The official codes and mmpose save it; here it is computed.
 DERIVED_BUFFER = 'relative_position_index'
 # Query, key and value are one projection here and in mmpose, in this order.
 SEPARATE_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 _SEPARATE = re.compile(rf'\.({"|".join(SEPARATE_PROJECTIONS)})\.')
-# Of backbones: what no name of ours has.
+# Parts of backbones' names that no name of ours has.
 _FOREIGN = re.compile(rf'\.(attn\.attn|mlp|[qkv]_proj|out_proj)\.|{DERIVED_BUFFER}$')
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a code names its tensors, and how it packs them in a file.
+    """Names and packing of a code's tensors.
 
     Both tables hold pairs (name there, name here) and are used in both directions.
 
     Attributes:
-        starts (tuple[tuple[str, str], ...]): How names begin in whole models. The first pair that
-            fits counts.
+        starts (tuple[tuple[str, str], ...]): Beginnings of names in whole models. The first pair
+            that fits counts.
         blocks (tuple[tuple[str, str], ...]): Parts of names inside transformer blocks.
         separate (bool): Whether query, key and value are three projections.
-        container (str): Key of the file under which the tensors are.
-        beside (str): Key that a file has, too, or empty.
-        prefix (str): What stands before each name in a file.
+        container (str): Key of the tensors in a file.
+        beside (str): A further key of each file, or empty.
+        prefix (str): Prefix of all names in a file.
     """
 
     starts: tuple[tuple[str, str], ...] = ()
@@ -104,7 +105,7 @@ DIALECTS = {
         beside='config_dict',
         prefix='module.',
     ),
-    # As the official codes of pose and segmentation read it to start from.
+    # The form in which the official codes of pose and segmentation read pretrained weights.
     'official-backbone': _official(container='model', beside=''),
     'mmpose': Dialect((('backbone.', 'backbone.'), ('head.', 'head.')), MMPOSE_BLOCKS),
     'mmhrformer': Dialect(),
@@ -113,23 +114,23 @@ DIALECTS = {
 
 @dataclass
 class Report:
-    """What became of a checkpoint's keys.
+    """Account of the tensors of a checkpoint: used, renamed, resized, left over.
 
     Attributes:
         dialect (str): A key of :data:`DIALECTS`.
         renamed (dict[str, str]): Old name to new name; what was joined shares one.
         joined (list[str]): Projections put together from separate query, key and value.
-        dropped (list[str]): What the model has no use for: derived buffers, and bias tables if it
-            has no relative position bias.
+        dropped (list[str]): Tensors without use for the model: derived buffers, and bias tables if
+            it has no relative position bias.
         resized (list[str]): Bias tables that were learned for windows of another size.
         other_shape (list[str]): Tensors of the head left as they are, since the checkpoint has
             other classes.
-        missing (list[str]): Tensors of the model that the checkpoint does not have.
-        unused (list[str]): Tensors of the checkpoint, by their names there, that the model does
-            not have.
-        outside (list[str]): Tensors beside the model that the checkpoint is of, by their names
-            there: of losses, metrics, counters or another model.
-        taken (str): The key of the file that the tensors were under; empty at the top.
+        missing (list[str]): Tensors of the model that the checkpoint lacks.
+        unused (list[str]): Tensors of the checkpoint that the model lacks, by their names in the
+            file.
+        outside (list[str]): Tensors of the file beside the model, likewise: of losses, metrics,
+            counters or another model.
+        taken (str): Key of the tensors in the file; empty at the top.
         others (dict[str, str]): Other keys, or beginnings of names, with weights of such a model,
             and what is known of these.
         used (int): Number of tensors of the model that were loaded.
@@ -162,14 +163,7 @@ class Report:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that a failed training run left behind.
-
-    Args:
-        tensors (Mapping[str, Tensor]): Tensors by name.
-
-    Raises:
-        ValueError: If a number is infinite or not a number.
-    """
+    """Refuse NaN and infinite weights, which a failed training leaves behind."""
     broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ValueError(
@@ -189,7 +183,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def detect_dialect(keys: Iterable[str]) -> str:
-    """Tell which code wrote a checkpoint.
+    """Find the dialect of a checkpoint.
 
     Args:
         keys (Iterable[str]): Names of its tensors, as :func:`unwrap` returns them.
@@ -198,7 +192,7 @@ def detect_dialect(keys: Iterable[str]) -> str:
         str: A key of :data:`DIALECTS`.
 
     Raises:
-        ValueError: If it is none that is known.
+        ValueError: If it is of none.
     """
     keys = list(keys)
     signs = (
@@ -220,7 +214,7 @@ def detect_dialect(keys: Iterable[str]) -> str:
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    """Give the tensors of a checkpoint the names they have here.
+    """Translate the tensors of a checkpoint into our dialect.
 
     Args:
         state_dict (Mapping[str, Tensor]): Tensors by name, as :func:`unwrap` returns them: of a
@@ -239,16 +233,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report
 
 
 def rename(name: str, starts: Iterable[tuple], blocks: Iterable[tuple]) -> str:
-    """Rename a tensor by two tables of a :class:`Dialect`, or by their reverse.
-
-    Args:
-        name (str): Its name.
-        starts (Iterable[tuple]): Pairs (old, new) of what names begin with.
-        blocks (Iterable[tuple]): Pairs (old, new) of parts of names inside transformer blocks.
-
-    Returns:
-        str: The other name.
-    """
+    """Rename a tensor by the two tables of a :class:`Dialect`, or by their reverse."""
     for old, new in starts:
         if name.startswith(old):
             name = new + name.removeprefix(old)
@@ -313,11 +298,11 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
 
 
 def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Module) -> None:
-    """Make a checkpoint of any dialect fit a backbone that is about to load it.
+    """Translate a checkpoint of any dialect for a backbone that is about to load it.
 
     Args:
         state_dict (MutableMapping): The checkpoint; changed in place.
-        prefix (str): What the names of the backbone's tensors begin with in it.
+        prefix (str): Prefix of the backbone's tensors in it.
         backbone (nn.Module): The :class:`HRFormer`.
 
     Raises:
@@ -387,17 +372,7 @@ def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
 
 
 def window_of(table: Tensor) -> int:
-    """Find the window that a relative position bias table is for.
-
-    Args:
-        table (Tensor): Table of shape ((2 * window - 1)**2, heads).
-
-    Returns:
-        int: The window's side, in tokens.
-
-    Raises:
-        ValueError: If it is for no square window.
-    """
+    """Side of the window, in tokens, of a bias table ((2 * window - 1)**2, heads)."""
     window = (round(len(table) ** 0.5) + 1) // 2
     if (2 * window - 1) ** 2 != len(table):
         raise ValueError(

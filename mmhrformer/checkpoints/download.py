@@ -1,4 +1,8 @@
-"""Download checkpoints; a file gets its name only after its hash was checked."""
+"""Download checkpoints; a file gets its name only after its hash was checked.
+
+On urllib, filelock and rich: torch.hub's downloader has no time limit, and follows redirects to
+http.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,12 @@ from torch.hub import get_dir
 
 TIMEOUT = 30  # seconds without a byte
 WAITS = (1, 4)  # seconds before the second and the third try
-PASSING = (408, 429, 500, 502, 503, 504)  # answers that may be another one a moment later
-NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+TRANSIENT_CODES = (408, 429, 500, 502, 503, 504)
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+CHECK_NETWORK = (
+    'See whether the network works (https_proxy names a proxy, SSL_CERT_FILE certificates of your '
+    'own) and try again later. '
+)
 URL = re.compile(r'(?ai)https?://[\w.-]+(:\d+)?/[!-~]+')
 # The first digits of the SHA-256, as torch.hub and OpenMMLab write them into names: name-HASH.pth
 # or, in mmpose, name-HASH_DATE.pth. A date, name-20220316.pth, looks the same but is none.
@@ -39,8 +47,12 @@ class DownloadError(RuntimeError):
     """A file could not be downloaded. The message says why, and what to do."""
 
 
+class TransientError(DownloadError):
+    """A download failed in a way that may be over at the next try."""
+
+
 def cache_folder() -> Path:
-    """The folder that downloaded checkpoints are kept in.
+    """Folder of the downloaded checkpoints.
 
     Returns:
         Path: ``$MMHRFORMER_CACHE``, else ``checkpoints/mmhrformer`` in the folder of torch.hub,
@@ -55,30 +67,20 @@ def cache_folder() -> Path:
     return Path(get_dir()) / 'checkpoints' / 'mmhrformer'
 
 
-def download(url: str, path: Path, sha256: str = '') -> Path:
+def download(url: str, path: Path, sha256: str = '') -> None:
     """Download a file, unless it is there already; check it either way.
 
     Of several processes one downloads and the others wait for it (``NAME.lock``, which stays).
 
     Args:
-        url (str): Where the file is; http or https.
-        path (Path): What the file shall be called here. Its folder is made if need be.
-        sha256 (str): Its SHA-256, 64 hexadecimal digits. Defaults to ``''``: the first digits of it
-            in the file's name.
-
-    Returns:
-        Path: ``path``.
+        url (str): Address of the file; http or https.
+        path (Path): Path to save it under. Its folder is made if need be.
+        sha256 (str): All 64 digits of its SHA-256. Defaults to ``''``: the first ones in its name.
 
     Raises:
         DownloadError: If the file cannot be had, or is there and is not the expected one.
         ValueError: If ``sha256`` cannot be a SHA-256, or is needed as the name has no hash.
-
-    Examples:
-        >>> name = 'resnet18_8xb32_in1k_20210831-fbbb1da6.pth'
-        >>> folder = 'https://download.openmmlab.com/mmclassification/v0/resnet/'
-        >>> download(folder + name, cache_folder() / name)  # doctest: +SKIP
     """
-    path = Path(path)
     expected = _expected_hash(sha256, path.name)
     if not expected:
         raise ValueError(
@@ -93,29 +95,22 @@ def download(url: str, path: Path, sha256: str = '') -> Path:
     try:
         if path.exists():  # perhaps in a folder that is read-only
             check_hash(path, path.read_bytes(), sha256)
-            return path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{path}.lock'):
             if not path.exists():  # from the process that had the lock before
-                _fetch(url, path, expected)
+                _download_with_retries(url, path, expected)
     except OSError as err:
         raise DownloadError(
             f'cannot keep {url} as {path}: {err}. Make room or get the right to read and write '
             'there, or name another folder by the environment variable MMHRFORMER_CACHE'
         ) from err
-    return path
 
 
 def check_hash(path: Path, content: bytes, sha256: str = '') -> None:
-    """Check the content of a file against its hash, if that is known.
+    """Check the content of a file against the SHA-256 given, or else the digits in its name.
 
-    Programs such as mim save what they get under a name with a hash without looking.
-
-    Args:
-        path (Path): The file.
-        content (bytes): What is in it.
-        sha256 (str): Its SHA-256, 64 hexadecimal digits. Defaults to ``''``: the first digits of it
-            in the file's name, if there are any.
+    Programs such as mim save whatever they get under a name with a hash, without checking it.
 
     Raises:
         DownloadError: If the content has another one.
@@ -154,37 +149,29 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, path: Path, expected: str) -> None:
-    """Try until the right file is there; whatever else came is removed."""
+def _download_with_retries(url: str, path: Path, expected: str) -> None:
     print_log(f'Downloading {url} to {path}', 'current')
-    # In a folder, which goes whatever happens.
+    # Removed with all that is in it, whatever happens.
     with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as folder:
-        file = Path(folder) / path.name
+        file = Path(folder, path.name)
         for wait in (*WAITS, None):
-            fault, passing = _try(url, file, expected)
-            if not fault:
+            try:
+                _download_once(url, file, expected)
                 os.replace(file, path)
                 return
-            if wait is None or not passing:
+            except DownloadError as err:
+                transient, failure = isinstance(err, TransientError), err
+            if wait is None or not transient:
                 break
-            print_log(f'{path.name}: {fault}. Next try in {wait} s', 'current', logging.WARNING)
+            print_log(f'{path.name}: {failure}. Next try in {wait} s', 'current', logging.WARNING)
             sleep(wait)
-    network = (
-        'See whether the network works (https_proxy names a proxy, SSL_CERT_FILE certificates of '
-        'your own) and try again later. '
-    )
     raise DownloadError(
-        f'cannot download {url}: {fault}. {network if passing else ""}By hand: download it in a '
-        f'browser and put it here: {path}. It is then used from there without network'
-    )
+        f'cannot download {url}: {failure}. {CHECK_NETWORK if transient else ""}By hand: download '
+        f'it in a browser and put it here: {path}. It is then used from there without network'
+    ) from failure
 
 
-def _try(url: str, file: Path, expected: str) -> tuple[str, bool]:
-    """Download once.
-
-    Returns:
-        tuple[str, bool]: What went wrong, if anything did, and whether that may be over soon.
-    """
+def _download_once(url: str, file: Path, expected: str) -> None:
     request = Request(url, headers={'User-Agent': 'mmhrformer'})
     try:
         with build_opener(_Redirects).open(request, timeout=TIMEOUT) as answer:
@@ -194,16 +181,19 @@ def _try(url: str, file: Path, expected: str) -> tuple[str, bool]:
                 shutil.copyfileobj(source, out)
     except HTTPError as err:
         dead = ': the link is dead' if err.code in (404, 410) else ''
-        return f'the server answers {err.code} {err.reason}{dead}', err.code in PASSING
-    except NETWORK as err:
-        return f'the connection failed ({getattr(err, "reason", err)})', True
+        kind = TransientError if err.code in TRANSIENT_CODES else DownloadError
+        raise kind(f'the server answers {err.code} {err.reason}{dead}') from err
+    except NETWORK_ERRORS as err:
+        raise TransientError(f'the connection failed ({getattr(err, "reason", err)})') from err
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest.startswith(expected):
-        return '', False
+        return
     if content[:512].removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'<'):
-        return 'it gives a web page, not a checkpoint: for logging in, confirming, sharing', False
-    return (
+        raise DownloadError(
+            'it gives a web page, not a checkpoint: for logging in, confirming, sharing'
+        )
+    raise TransientError(
         f'{len(content)} bytes came, and their SHA-256 is {digest}, expected {expected}: the '
         'connection was cut, or the file there is another one by now'
-    ), True
+    )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from torch import Tensor, nn
+from torch import nn
 
 from ..utils.suggest import did_you_mean
 from .contents import (
@@ -22,12 +22,12 @@ from .contents import (
     meta_of_checkpoint,
     plain_name,
     told_of_others,
-    unwrap,
 )
 from .dialects import BIAS_TABLE, Report, check_finite, convert
 from .reading import read_checkpoint
-from .zoo import fetch, find_source, read_zoo
+from .zoo import find_file, read_zoo
 
+SCHEME = 'mmhrformer://'
 HEAD = re.compile(r'(head|decode_head|auxiliary_head)\.')
 
 
@@ -41,15 +41,14 @@ def load_checkpoint(
     """Load a checkpoint of any dialect into a model built from one of our configs.
 
     Args:
-        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
-            a bare :class:`HRFormer`.
+        model (nn.Module): A whole model with an HRFormer backbone, or a bare :class:`HRFormer`.
         checkpoint (str | Path | Mapping): A file, a name of the zoo, or what was saved.
-        strict (bool): Whether a missing or unused tensor is an error; those that are outside of the
-            model in the file, such as a loss's, are none. Defaults to False.
+        strict (bool): Whether a missing or unused tensor is an error; those outside of the model
+            in the file, such as a loss's, are none. Defaults to False.
         new_classes (bool): Whether layers of the head that have another shape in the checkpoint
             are left as they are: for training on other classes. Defaults to False, an error.
-        key (str, optional): Which weights to take from a file with several, such as
-            ``'state_dict_ema'``: their key, or what their names begin with. Defaults to None:
+        key (str, optional): Weights to take from a file with several, such as
+            ``'state_dict_ema'``: their key, or the beginning of their names. Defaults to None:
             ``'state_dict'``, ``'model'``, or those at the top; the report tells of others.
 
     Returns:
@@ -74,145 +73,6 @@ def load_checkpoint(
         return _load(model, content, strict, new_classes, key)
 
 
-def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
-    """Find a checkpoint as :func:`locate` does, and read it: once, with all checks.
-
-    Args:
-        name (str | Path): As in :func:`locate`.
-        whole (bool): As in :func:`find_source`.
-
-    Returns:
-        tuple[Path, dict]: The file, and what was saved in it.
-
-    Raises:
-        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
-            says.
-        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
-        ValueError: If nobody published a checkpoint of that model, or the file cannot be read.
-    """
-    path, sha256 = _find(name, whole)
-    return path, read_checkpoint(path, sha256)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Tell which file an error is about.
-
-    Args:
-        path (Path): The file.
-    """
-    try:
-        yield
-    except (RuntimeError, ValueError) as err:
-        kind = ValueError if isinstance(err, ValueError) else RuntimeError
-        raise kind(f'{str(path)!r}: {err}') from err
-
-
-def _load(
-    model: nn.Module, checkpoint: Mapping, strict: bool, new_classes: bool, key: str | None
-) -> Report:
-    """Load what was saved into a model, see :func:`load_checkpoint`."""
-    contents = find_weights(checkpoint, key)
-    state_dict, report = convert(contents.tensors)
-    check_finite(contents.tensors)
-    report.taken, report.others = contents.key, contents.others
-    own = model.state_dict()
-    names = _names_in(own, state_dict)
-    state_dict = {names[name]: tensor for name, tensor in state_dict.items()}
-    differing = {k for k, v in state_dict.items() if k in own and own[k].shape != v.shape}
-    report.resized = [name for name in differing if name.endswith(BIAS_TABLE)]
-    if new_classes:
-        report.other_shape = [name for name in differing if _of_head(name)]
-        for name in report.other_shape:
-            del state_dict[name]
-    report.dropped += [k for k in state_dict if k.endswith(BIAS_TABLE) and k not in own]
-    _refuse_other_shapes(own, state_dict, differing - set(report.other_shape))
-    missing, unused = model.load_state_dict(state_dict, strict=False)
-    _account(report, contents, names, missing, unused)
-    report.used = len(own) - len(missing)
-    if strict and (report.missing or report.unused):
-        raise RuntimeError(f'the checkpoint is not of this model. {report}')
-    incomplete = any(not _of_head(name) for name in report.missing)
-    better = set(report.others.values()) - {SWAPPED}  # perhaps
-    print_log(str(report), 'current', logging.WARNING if incomplete or better else logging.INFO)
-    return report
-
-
-def _account(
-    report: Report, contents: Contents, names: Mapping, missing: list[str], unused: list[str]
-) -> None:
-    """Note which tensors of the model and of the file have not met."""
-    in_file = {new: old for old, new in names.items()}
-    in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
-    left = [in_file.get(name, name) for name in unused]
-    left = [contents.names.get(name, name) for name in left]
-    # Counters of averaged models have no module; more models have names of their own.
-    others = tuple(f'{key}.' for key in contents.others)
-    beside = [k for k in left if '.' not in plain_name(k) or plain_name(k).startswith(others)]
-    report.missing = [name for name in missing if name not in report.other_shape]
-    report.unused = [name for name in left if name not in beside]
-    report.outside = [*contents.outside, *beside]
-
-
-def _of_head(name: str) -> bool:
-    return bool(HEAD.match(plain_name(name)))
-
-
-def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: Collection[str]) -> None:
-    """Say what to do about tensors that do not fit, before any is loaded."""
-    # Bias tables are resized for another window, but not for other heads.
-    wrong = [
-        key
-        for key in state_dict
-        if key in differing
-        and not (key.endswith(BIAS_TABLE) and own[key].shape[1:] == state_dict[key].shape[1:])
-    ]
-    # Copying would make numbers of what stands for numbers, such as quantized weights.
-    other = [k for k, v in state_dict.items() if k in own and _stand_for_numbers(v, own[k])]
-    if other:
-        raise RuntimeError(
-            f'the checkpoint has {state_dict[other[0]].dtype} for {other[0]!r} and '
-            f'{len(other) - 1} more, and the model {own[other[0]].dtype}: such weights are '
-            'quantized. Save those of the model before it was quantized'
-        )
-    if not wrong:
-        return
-    remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
-    if all(map(_of_head, wrong)):
-        remedy = (
-            'set num_classes (out_channels of a pose head) to that of the checkpoint, or load with '
-            'new_classes=True'
-        )
-    lines = [
-        f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
-        f'{tuple(own[key].shape)} in the model'
-        for key in wrong
-    ]
-    raise RuntimeError(f'the checkpoint does not fit the model: {remedy}\n' + '\n'.join(lines))
-
-
-def _stand_for_numbers(tensor: Tensor, own: Tensor) -> bool:
-    return own.is_floating_point() and not tensor.is_floating_point()
-
-
-def _names_in(own: Mapping, state_dict: Mapping) -> dict[str, str]:
-    """The names that tensors of a checkpoint have in a model.
-
-    That may be a bare backbone, and it or parts of it may be wrapped.
-    """
-    plain = {plain_name(name): name for name in own}
-    start = 'backbone.'
-    names = {name: name for name in state_dict}
-    if not any(name.startswith(start) for name in plain):
-        names = {name: name.removeprefix(start) for name in state_dict}
-    elif not any(name.startswith(start) for name in state_dict):
-        names = {name: start + name for name in state_dict}
-    return {name: plain.get(new, new) for name, new in names.items()}
-
-
-SCHEME = 'mmhrformer://'
-
-
 def locate(name: str | Path, whole: bool = False) -> Path:
     """Find the file that ``mmhrformer://NAME_OR_PATH`` means.
 
@@ -229,23 +89,51 @@ def locate(name: str | Path, whole: bool = False) -> Path:
         FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
         ValueError: If nobody published a checkpoint of that model.
     """
-    return _find(name, whole)[0]
+    return _locate(name, whole)[0]
 
 
-def _find(name: str | Path, whole: bool = False) -> tuple[Path, str]:
+def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
+    """Find a checkpoint as :func:`locate` does, and read it: once, with all checks.
+
+    Args:
+        name (str | Path): As in :func:`locate`.
+        whole (bool): As in :func:`find_source`.
+
+    Returns:
+        tuple[Path, dict]: The file, and what was saved in it.
+
+    Raises:
+        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
+            says.
+        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
+        ValueError: If nobody published a checkpoint of that model, or the file cannot be read.
+    """
+    path, sha256 = _locate(name, whole)
+    return path, read_checkpoint(path, sha256)
+
+
+def _locate(name: str | Path, whole: bool) -> tuple[Path, str]:
     """The file of a checkpoint, and its SHA-256 if the zoo knows it."""
     name = str(name).removeprefix(SCHEME)
     path = Path(name).expanduser()
     if path.is_file():
         return path, ''
     if name.partition('@')[0] in read_zoo():
-        model, source = find_source(name, whole)
-        path = source.path(model.name)
-        return path if path.is_file() else fetch(name, whole), source.sha256
+        return find_file(name, whole)
     raise FileNotFoundError(
         f'there is no checkpoint {name!r}: neither a file (from {Path.cwd()}) nor a model of the '
         f'zoo. {did_you_mean(name, read_zoo(), "Did")} mmhrformer.list_models() lists the zoo'
     )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of a file before the messages of errors."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as err:
+        kind = ValueError if isinstance(err, ValueError) else RuntimeError
+        raise kind(f'{str(path)!r}: {err}') from err
 
 
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
@@ -259,7 +147,7 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
         filename (str): ``mmhrformer://`` and the path of a file, or the name of a model of the
             zoo, which is downloaded if need be.
         map_location (optional): Tensors are always read on the CPU; models copy them from there.
-        logger (str): Where to tell what was read. Defaults to ``'current'``.
+        logger (str): Logger of the message. Defaults to ``'current'``.
 
     Returns:
         dict: The tensors by name, under ``'state_dict'``, and those of mmengine's EMAHook under
@@ -274,17 +162,15 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
     """
     path, saved = read(filename)
     with naming(path):
-        contents = find_weights(saved)
-        state_dict, report = convert(contents.tensors)
-        check_finite(contents.tensors)
+        contents, state_dict, report = _translate(saved)
     lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
-    lines += told_of_others(contents.key, contents.others)
-    print_log('\n'.join(lines), logger)
-    told = meta_of_checkpoint(saved)
-    meta = dict(dataset_meta=told) if told and _is_plain(told) else {}
+    print_log('\n'.join([*lines, *told_of_others(contents.key, contents.others)]), logger)
+    dataset_meta = meta_of_checkpoint(saved)
+    has_meta = dataset_meta and _is_plain(dataset_meta)
+    meta = dict(dataset_meta=dataset_meta) if has_meta else {}
     content = dict(meta=meta, state_dict=state_dict)
     if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
-        unaveraged, _ = convert(unwrap(saved, 'ema_state_dict'))
+        unaveraged, _ = convert(find_weights(saved, 'ema_state_dict').tensors)
         content['ema_state_dict'] = {
             f'module.{name}' if '.' in name else name: v for name, v in unaveraged.items()
         }
@@ -298,3 +184,111 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, bytes, bool, int, float))
+
+
+def _translate(saved: Mapping, key: str | None = None) -> tuple[Contents, dict, Report]:
+    """Find the weights in what was saved, check them, and give them the names they have here."""
+    contents = find_weights(saved, key)
+    state_dict, report = convert(contents.tensors)
+    check_finite(contents.tensors)
+    return contents, state_dict, report
+
+
+def _load(
+    model: nn.Module, saved: Mapping, strict: bool, new_classes: bool, key: str | None
+) -> Report:
+    """Load what was saved into a model, see :func:`load_checkpoint`."""
+    contents, state_dict, report = _translate(saved, key)
+    report.taken, report.others = contents.key, contents.others
+    own = model.state_dict()
+    names = _names_in(own, state_dict)
+    state_dict = {names[name]: tensor for name, tensor in state_dict.items()}
+    differing = [k for k, v in state_dict.items() if k in own and own[k].shape != v.shape]
+    report.resized = [name for name in differing if name.endswith(BIAS_TABLE)]
+    if new_classes:
+        report.other_shape = [name for name in differing if _of_head(name)]
+        for name in report.other_shape:
+            del state_dict[name]
+    report.dropped += [k for k in state_dict if k.endswith(BIAS_TABLE) and k not in own]
+    _refuse_quantized(own, state_dict)
+    _refuse_other_shapes(own, state_dict, [k for k in differing if k in state_dict])
+    missing, unused = model.load_state_dict(state_dict, strict=False)
+    _account(report, contents, names, missing, unused)
+    report.used = len(own) - len(missing)
+    if strict and (report.missing or report.unused):
+        raise RuntimeError(f'the checkpoint is not of this model. {report}')
+    incomplete = any(not _of_head(name) for name in report.missing)
+    better = set(report.others.values()) - {SWAPPED}  # perhaps
+    print_log(str(report), 'current', logging.WARNING if incomplete or better else logging.INFO)
+    return report
+
+
+def _names_in(own: Mapping, state_dict: Mapping) -> dict[str, str]:
+    """Map names to those in a model, which may be a bare backbone, wrapped whole or in parts."""
+    plain = {plain_name(name): name for name in own}
+    start = 'backbone.'
+    names = {name: name for name in state_dict}
+    if not any(name.startswith(start) for name in plain):
+        names = {name: name.removeprefix(start) for name in state_dict}
+    elif not any(name.startswith(start) for name in state_dict):
+        names = {name: start + name for name in state_dict}
+    return {name: plain.get(new, new) for name, new in names.items()}
+
+
+def _of_head(name: str) -> bool:
+    return bool(HEAD.match(plain_name(name)))
+
+
+def _refuse_quantized(own: Mapping, state_dict: Mapping) -> None:
+    """Refuse integers in place of numbers: copying would take codes for values."""
+    codes = [
+        name
+        for name, tensor in state_dict.items()
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point()
+    ]
+    if codes:
+        raise RuntimeError(
+            f'the checkpoint has {state_dict[codes[0]].dtype} for {codes[0]!r} and '
+            f'{len(codes) - 1} more, and the model {own[codes[0]].dtype}: such weights are '
+            'quantized. Save those of the model before it was quantized'
+        )
+
+
+def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: list[str]) -> None:
+    """Tell what to do about tensors that do not fit, before any is loaded."""
+    # Bias tables are resized for another window, but not for other heads.
+    wrong = [
+        key
+        for key in differing
+        if not (key.endswith(BIAS_TABLE) and own[key].shape[1:] == state_dict[key].shape[1:])
+    ]
+    if not wrong:
+        return
+    remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
+    if all(map(_of_head, wrong)):
+        remedy = (
+            'set num_classes (out_channels of a pose head) to that of the checkpoint, or load with '
+            'new_classes=True'
+        )
+    lines = [
+        f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
+        f'{tuple(own[key].shape)} in the model'
+        for key in wrong
+    ]
+    raise RuntimeError(f'the checkpoint does not fit the model: {remedy}\n' + '\n'.join(lines))
+
+
+def _account(
+    report: Report, contents: Contents, names: Mapping, missing: list[str], unused: list[str]
+) -> None:
+    """Note the tensors of the model and of the file that have not met."""
+    in_file = {new: old for old, new in names.items()}
+    in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
+    left = [in_file.get(name, name) for name in unused]
+    left = [contents.names.get(name, name) for name in left]
+    # Counters of averaged models have no module; more models have names of their own.
+    others = tuple(f'{key}.' for key in contents.others)
+    beside = [k for k in left if '.' not in plain_name(k) or plain_name(k).startswith(others)]
+    report.missing = [name for name in missing if name not in report.other_shape]
+    report.unused = [name for name in left if name not in beside]
+    report.outside = [*contents.outside, *beside]

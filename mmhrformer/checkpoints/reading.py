@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from mmengine.logging import print_log
@@ -21,10 +21,10 @@ from .download import check_hash
 
 
 class Inert(dict):
-    """Stands for a stored type, function or object of one: nothing of it is imported or runs.
+    """Stand-in for a stored type, function or object of one: nothing of it is imported or runs.
 
-    A pickle can call it, give it items, arguments and a state, and use it as a key. All that is
-    kept is the items, since weights may be in a mapping of an unknown type.
+    A pickle can call it, give it items, arguments and a state, and use it as a key. Only the items
+    are kept, since weights may be in a mapping of an unknown type.
 
     Attributes:
         stored (str): Name of the type or function in the file.
@@ -84,7 +84,7 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# What builds tensors; names that this torch does not have are left out.
+# Functions that build tensors; names that this torch does not have are left out.
 _TENSORS = {
     f'torch._utils.{name}': getattr(torch._utils, name)
     for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3')
@@ -138,7 +138,7 @@ class _Unpickler(pickle._Unpickler):
             raise
 
     def find_class(self, module: str, name: str) -> Any:
-        # What torch writes names it as Python 2 did.
+        # torch writes the names of Python 2.
         full = f'{"builtins" if module == "__builtin__" else module}.{name}'
         if full in _TENSORS:
             return _TENSORS[full]
@@ -185,7 +185,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-# What torch, pickle and safetensors say -> what it means.
+# Messages of torch, pickle and safetensors -> their meaning.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
     '^EOFError$|^index out of range$|unpack requires a buffer|^negative seek|'
@@ -193,8 +193,8 @@ _MEANINGS = {
     'file not fully covered': ('it is cut off: download it again'),
     'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
 }
-_STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # what torch adds to its messages
-_FOLDER = 0x10  # the mark of a folder in a zip file
+_STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # in messages of torch
+_FOLDER = 0x10  # attribute of a folder in a zip file
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, by the format's definition
 
 
@@ -209,29 +209,30 @@ def _is_torchscript(data: bytes) -> bool:
     return 'constants.pkl' in torch._C.PyTorchFileReader(io.BytesIO(data)).get_all_records()
 
 
-def _is_folder(entry: zipfile.ZipInfo) -> bool:
-    """Whether an entry is marked as a folder: torch reads nothing there and says nothing."""
-    return entry.is_dir() or bool(entry.external_attr & _FOLDER)
+def find_damage(file: str | Path | BinaryIO) -> str:
+    """Find damage in a file of ``torch.save`` by its checksums, which torch does not check.
 
+    Args:
+        file (str | Path | BinaryIO): The file.
 
-def _check_sums(data: bytes) -> None:
-    """Compare the contents of a zip file with the checksums in it, which torch does not do."""
+    Returns:
+        str: The damage, or an empty string.
+    """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
-            folders = [entry.filename for entry in archive.infolist() if _is_folder(entry)]
+            # torch reads nothing from an entry that is marked as a folder, and says nothing.
+            entries = archive.infolist()
+            folders = [e.filename for e in entries if e.is_dir() or e.external_attr & _FOLDER]
     except Exception as err:  # a damaged file can fail in any way
-        raise ValueError(f'it is damaged ({err}): download or copy it again') from err
+        return str(err) or type(err).__name__
     if broken is not None:
-        raise ValueError(
-            f'it is damaged (the checksum of {broken!r} is wrong): download or copy it again'
-        )
-    if folders:
-        raise ValueError(f'it is damaged ({folders[0]!r} is no file): download or copy it again')
+        return f'the checksum of {broken!r} is wrong'
+    return f'{folders[0]!r} is no file' if folders else ''
 
 
 def _refuse_other_files(head: bytes) -> None:
-    """Say what a file is that begins like none of the formats of checkpoints."""
+    """Refuse empty files, web pages, Git LFS pointers and texts."""
     if not head:
         raise ValueError('it is empty: download it again')
     try:
@@ -255,7 +256,7 @@ def _refuse_other_files(head: bytes) -> None:
 
 
 def _parse(data: bytes, inert: set[str]) -> Any:
-    """Make of the bytes of a file what was saved; note the names of what is left inert."""
+    """Parse the bytes of a file, and collect the names of what is left inert."""
     head = data[:512]
     _refuse_other_files(head)
     if _is_safetensors(head):
@@ -273,7 +274,8 @@ def _parse(data: bytes, inert: set[str]) -> Any:
                 "its source, save its weights: torch.save(torch.jit.load(FILE, 'cpu').state_dict()"
                 ', NEW_FILE)'
             )
-        _check_sums(data)
+        if damage := find_damage(io.BytesIO(data)):
+            raise ValueError(f'it is damaged ({damage}): download or copy it again')
     unpickler = type('Unpickler', (_Unpickler,), dict(inert=inert))
     pickles = SimpleNamespace(
         __name__=__name__,
@@ -284,14 +286,7 @@ def _parse(data: bytes, inert: set[str]) -> Any:
 
 
 def save_weights(content: Any) -> str:
-    """Tell how to make a file with nothing but the weights of one that holds something else.
-
-    Args:
-        content (Any): What was saved.
-
-    Returns:
-        str: A remedy, with a line of Python.
-    """
+    """Tell how to save the weights alone of something else, with a line of Python."""
     place = '.state_dict()' if isinstance(content, Inert) else _place_of_weights(content)
     if place is None:
         return 'save the weights by their names: torch.save(model.state_dict(), NEW_FILE)'
@@ -302,7 +297,7 @@ def save_weights(content: Any) -> str:
 
 
 def _place_of_weights(content: Any, depth: int = 3) -> str | None:
-    """Where in a saved object a module or tensors by name are, as Python; None if nowhere."""
+    """Python expression of the place of a module or tensors by name; None if there are none."""
     if isinstance(content, Inert) and content.is_module:
         return '.state_dict()'
     if isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values()):
@@ -317,15 +312,12 @@ def _place_of_weights(content: Any, depth: int = 3) -> str | None:
 
 
 def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
-    """Read a checkpoint file of any dialect, on the CPU, without running code from it.
+    """Read a checkpoint file of any dialect, on the CPU and once, without running code from it.
 
     Tensors, numbers, texts and the plain containers of Python come out as they were saved. All else
     (configurations, logs, whole modules) becomes :class:`Inert`, and the log names its types. The
-    format is told by the content, whatever the file's name. The file is read once.
-
-    Files of ``torch.save`` hold a checksum of each tensor, and a changed byte is found by it. Those
-    that torch wrote before 1.6, and safetensors files, hold none: there a changed byte of a tensor
-    cannot be told from a right one.
+    content tells the format. A changed byte of a tensor is found by the checksums in files of
+    ``torch.save``; those of torch before 1.6 and safetensors files have none.
 
     Args:
         path (str | Path): A file written by ``torch.save``, or a safetensors file.
@@ -349,22 +341,30 @@ def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
     try:
         content = _parse(data, inert)
     except Exception as err:  # a damaged file can fail in any way
-        reason = ' '.join(_STACK.split(str(err))[0].split()) or type(err).__name__
-        meant = [meaning for signs, meaning in _MEANINGS.items() if re.search(signs, reason)]
-        reason = meant[0] if meant else reason
-        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {reason}') from err
+        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {_reason(err)}') from err
     if not isinstance(content, dict) or (isinstance(content, Inert) and not content):
         raise ValueError(
             f'{str(path)!r} holds a {name_of_type(content)}, not tensors by name: '
             f'{save_weights(content)}'
         )
     if inert:
-        print_log(
-            f'{path}: of what is stored beside tensors, these types and functions were left inert: '
-            f'{", ".join(sorted(inert))}',
-            'current',
-        )
+        _log_inert(path, inert)
     return content
+
+
+def _reason(err: Exception) -> str:
+    """The meaning of an error of torch, pickle or safetensors."""
+    reason = ' '.join(_STACK.split(str(err))[0].split()) or type(err).__name__
+    meant = (meaning for signs, meaning in _MEANINGS.items() if re.search(signs, reason))
+    return next(meant, reason)
+
+
+def _log_inert(path: Path, names: set[str]) -> None:
+    print_log(
+        f'{path}: of what is stored beside tensors, these types and functions were left inert: '
+        f'{", ".join(sorted(names))}',
+        'current',
+    )
 
 
 def name_of_type(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Give tensors back the names of other codes, and write checkpoint files."""
+"""Translate weights into the dialects of other codes, and write checkpoint files."""
 
 from __future__ import annotations
 
@@ -33,29 +33,27 @@ SAFETENSORS = '.safetensors'
 def to_dialect(
     state_dict: Mapping[str, Tensor], target: str, backbone_only: bool = False
 ) -> dict[str, Tensor]:
-    """Give tensors the names and the form that another code expects: undoes :func:`convert`.
+    """Translate tensors into the dialect of another code: undoes :func:`convert`.
 
-    For the official codes query, key and value are separated; for them and mmpose the buffers
-    that are computed here are added. So their models load the tensors strictly.
-
-    The official pose code, as published, does not add the relative position bias. A pose model
-    trained with it computes something else there. Of a model without it mmpose gets no tables;
-    its config then needs ``with_rpe=False``.
+    Query, key and value are separated for the official codes, and the buffers that are computed
+    here are added for them and mmpose, so that their models load the tensors strictly. A model
+    without relative position bias has no tables for mmpose, whose config needs ``with_rpe=False``.
+    The official pose code, as published, does not add this bias: there, models trained with it
+    compute something else.
 
     Args:
-        state_dict (Mapping[str, Tensor]): Tensors by the names of any dialect: of a whole model
-            or of a backbone.
+        state_dict (Mapping[str, Tensor]): A whole model or a backbone, in any dialect.
         target (str): One of :data:`TARGETS`. With ``'official'`` the head tells which of the
             three official codes it is.
-        backbone_only (bool): Whether to leave out all but the backbone, and the ``backbone.`` of
-            its names: the form that training starts from. Defaults to False.
+        backbone_only (bool): Whether to take only the backbone, without ``backbone.`` in its
+            names: the form that training starts from. Defaults to False.
 
     Returns:
         dict[str, Tensor]: The tensors by their names there.
 
     Raises:
-        ValueError: If the dialect or target is unknown, the target has no such head, or has
-            relative position biases and the tensors do not.
+        ValueError: If the dialect or target is unknown, or the target has no such head or needs
+            relative position biases that are missing.
 
     Examples:
         >>> from mmhrformer import HRFormer
@@ -67,11 +65,7 @@ def to_dialect(
         raise ValueError(f'target={target!r} is unknown: choose one of {list(TARGETS)}')
     tensors, _ = convert(state_dict)
     if backbone_only and _is_whole(tensors):
-        tensors = {
-            key.removeprefix('backbone.'): tensor
-            for key, tensor in tensors.items()
-            if key.startswith('backbone.')
-        }
+        tensors = _backbone_of(tensors)
     if target == 'mmhrformer':
         return tensors
     return _translate_back(tensors, DIALECTS[_choose_dialect(tensors, target)])
@@ -79,6 +73,11 @@ def to_dialect(
 
 def _is_whole(tensors: Iterable[str]) -> bool:
     return any(key.startswith('backbone.') for key in tensors)
+
+
+def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = 'backbone.'
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
 
 
 def _choose_dialect(tensors: Iterable[str], target: str) -> str:
@@ -245,7 +244,7 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with whole_file(path) as file:
             write(file)
     except (OSError, RuntimeError) as err:
-        # Of a full disk, torch says that it came to an unexpected place in the file.
+        # On a full disk, torch says that it came to an unexpected place in the file.
         cause = err.__context__ if isinstance(err.__context__, OSError) else err
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise OSError(f'cannot write {str(path)!r}: {reason}') from err

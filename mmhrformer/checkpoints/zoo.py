@@ -1,4 +1,4 @@
-"""The model zoo: which checkpoints there are, where from, and how they come here."""
+"""The model zoo: published checkpoints, their sources and their files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Source:
     """One checkpoint of a model.
 
     Attributes:
-        origin (str): Who published it: ``'official'`` or ``'mmpose'``.
-        link (str): Where it is.
+        origin (str): Its publisher: ``'official'`` or ``'mmpose'``.
+        link (str): Its address.
         is_file (bool): Whether the link gives the file itself. Others are pages for sharing.
         is_whole (bool): Whether it holds the whole model or the backbone only.
         sha256 (str): Its SHA-256, or ``''`` if that is not known.
@@ -34,7 +34,7 @@ class Source:
     sha256: str = ''
 
     def path(self, model: str) -> Path:
-        """Where the file lies when it is here."""
+        """The place of the file in the cache, downloaded or not."""
         name = PurePosixPath(urlsplit(self.link).path).name if self.is_file else ''
         return cache_folder() / (name or f'{model}-{self.origin}.pth')
 
@@ -131,7 +131,7 @@ def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
     """Choose the checkpoint of a model.
 
     Args:
-        name (str): Name of a model, perhaps with ``@official`` or ``@mmpose`` behind it.
+        name (str): Name of a model, perhaps followed by ``@official`` or ``@mmpose``.
         whole (bool): Whether it has to hold the whole model. Defaults to False.
 
     Returns:
@@ -159,6 +159,28 @@ def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
     return model, (here or sources)[0]
 
 
+def find_file(name: str, whole: bool = False) -> tuple[Path, str]:
+    """Find the file of a checkpoint in the cache, or download it there; see :func:`fetch`.
+
+    Returns:
+        tuple[Path, str]: The file, whose hash is checked only if it was downloaded now, and its
+        SHA-256, empty if the zoo does not know it.
+    """
+    model, source = find_source(name, whole)
+    path = source.path(model.name)
+    if not path.is_file():
+        if not source.is_file:
+            raise FileNotFoundError(
+                f'the {source.origin} checkpoint of {model.name} is on a page for sharing that '
+                'programs cannot download from. Two steps:\n'
+                f'  1. open {source.link} in a browser and download the file\n'
+                f'  2. put it here: {path}\n'
+                'From then on it is used without network.'
+            )
+        download(source.link, path, source.sha256)
+    return path, source.sha256
+
+
 def fetch(name: str, whole: bool = False) -> Path:
     """Get a checkpoint of the zoo: from the cache, or by downloading it into the cache.
 
@@ -175,18 +197,6 @@ def fetch(name: str, whole: bool = False) -> Path:
         DownloadError: If it cannot be downloaded.
         FileNotFoundError: If it has to be downloaded by hand, which the message explains.
     """
-    model, source = find_source(name, whole)
-    path = source.path(model.name)
-    if source.is_file:
-        return download(source.link, path, source.sha256)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'the {source.origin} checkpoint of {model.name} is on a page for sharing that '
-            'programs cannot download from. Two steps:\n'
-            f'  1. open {source.link} in a browser and download the file\n'
-            f'  2. put it here: {path}\n'
-            'From then on it is used without network.'
-        )
-    if source.sha256:
-        check_hash(path, path.read_bytes(), source.sha256)
+    path, sha256 = find_file(name, whole)
+    check_hash(path, path.read_bytes(), sha256)
     return path

@@ -1,7 +1,4 @@
-"""The report of ``python -m mmhrformer env``: what is installed, what works, what to install.
-
-Whether a part works is found out by importing it in another process.
-"""
+"""The report of ``python -m mmhrformer env``: what is installed, what works, what to install."""
 
 from __future__ import annotations
 
@@ -13,168 +10,89 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..utils.install_hints import NAMES, OWNERS, cure_of, how_to_install, installed, problems
+from ..utils.install_hints import NAMES, OWNERS, how_to_install, installed, problems, suggest_fix
 from ..version import __version__
+from . import checks
+from .checks import START
 
-# Small enough to be built and run in a moment.
-RUN_CORE = """
-import torch
-gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-says = f'torch for CUDA {torch.version.cuda}' if torch.version.cuda else 'torch for CPU'
-says += f', {gpus} GPU' + 's' * (gpus > 1) if gpus else ', no GPU'
-from mmhrformer import HRFormer
-arch = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
-HRFormer(arch=arch).eval()(torch.rand(1, 3, 64, 64))
-"""
-
-# Triton compiles a kernel, where it can.
-RUN_FORMS = """
-from mmhrformer.ops.dispatch import describe
-says = describe()
-"""
-
-# Called and not only imported: there are stand-ins for mmcv._ext that let the frameworks import.
-RUN_OPERATOR = """
-import torch
-from mmcv.ops import nms
-nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
-"""
-
-# Runs the code of one feature after the other, since they share slow imports, until one fails.
-START = '\x1e'  # before each, so that what it said can be told from what the others said
-RUN_ALL = f"""
-import json, sys
-for name, code in json.loads(sys.argv[1]):
-    print({START!r}, file=sys.stderr, flush=True)
-    scope = {{}}
-    exec(code, scope)
-    print({START!r} + json.dumps(scope.get('says', '')), flush=True)
-"""
+# Feature -> its checks: modules to import, and functions to call after them, as MODULE:FUNCTION.
+# They run in other processes, of which cli/checks.py is __main__.
+FEATURES = {
+    'core': '__main__:run_model',
+    'operators': 'mmhrformer.ops.dispatch:describe',
+    'mmcv operators': 'mmcv.ops __main__:run_nms',
+    'classification': 'mmpretrain.models mmpretrain.datasets',
+    'pose': 'mmpose.models mmpose.datasets mmpose.evaluation mmdet xtcocotools',
+    'segmentation': 'mmseg.models mmseg.datasets mmhrformer.models.ocr_head',
+    'detector boxes': 'mmdet.apis mmdet.models',
+    'export': 'onnx onnxruntime',
+    'safetensors': 'safetensors.torch',
+    'mim': 'mim',
+}
 
 
-@dataclass(frozen=True)
-class Feature:
-    """Something that works or not with what is installed.
+def try_features(features: dict[str, str]) -> list[dict]:
+    """Run the checks of features in other processes, which find modules where this one does.
 
-    Attributes:
-        name (str): What it is called in the report.
-        modules (tuple[str, ...]): The top-level modules that it cannot do without.
-        code (str): What a process has to be able to run; it may leave a text to report in ``says``.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    code: str
-
-
-FEATURES = (
-    Feature('core', ('torch', 'numpy', 'mmengine', 'mmcv'), RUN_CORE),
-    Feature('operators', ('torch', 'numpy', 'mmengine', 'mmcv'), RUN_FORMS),
-    Feature('mmcv operators', ('mmcv',), RUN_OPERATOR),
-    Feature('classification', ('mmpretrain',), 'import mmpretrain.models, mmpretrain.datasets'),
-    Feature(
-        'pose',
-        ('mmpose', 'mmdet', 'xtcocotools'),
-        'import mmpose.models, mmpose.datasets, mmpose.evaluation',
-    ),
-    Feature(
-        'segmentation',
-        ('mmseg',),
-        'import mmseg.models, mmseg.datasets; from mmhrformer import OCRHead',
-    ),
-    Feature('detector boxes', ('mmdet',), 'import mmdet.apis, mmdet.models'),
-    Feature('export', ('onnx', 'onnxruntime'), 'import onnx, onnxruntime'),
-    Feature('safetensors', ('safetensors',), 'import safetensors.torch'),
-    Feature('mim', ('mim',), 'import mim'),
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Whether a feature works.
-
-    Attributes:
-        name (str): The feature.
-        works (bool): Whether its code ran.
-        says (str): What the code has to report, or the error.
-        cure (str): What to do if it does not work; empty if nothing is known.
-    """
-
-    name: str
-    works: bool
-    says: str
-    cure: str
-
-
-def try_features(features: Sequence[Feature]) -> list[Result]:
-    """Run the code of features in other processes, which find modules where this one does.
-
-    One process goes on until something fails. What is left is tried in a new one, since modules
-    that are half imported make the next import fail for another reason.
+    A process runs until a check fails. The remaining features are tried in a new one, since
+    modules that are half imported make later imports fail for other reasons.
 
     Args:
-        features (Sequence[Feature]): What to try.
+        features (dict[str, str]): Checks by name, as in :data:`FEATURES`.
 
     Returns:
-        list[Result]: Whether each works, and if not, why.
+        list[dict]: Of each feature ``name``, ``works``, ``says`` (its report or error), and
+        ``fix`` (empty if it works, or none is known).
     """
-    results = {}
-    for feature in features:
-        missing = [name for name in feature.modules if importlib.util.find_spec(name) is None]
+    results, left = {}, {}
+    for name, feature_checks in features.items():
+        modules = [check.partition('.')[0] for check in feature_checks.split() if ':' not in check]
+        missing = [m for m in dict.fromkeys(modules) if importlib.util.find_spec(m) is None]
         if missing:
-            says, cure = f'not installed: {", ".join(missing)}', how_to_install(missing[0])
-            results[feature.name] = Result(feature.name, False, says, cure)
-    left = [feature for feature in features if feature.name not in results]
+            says = f'not installed: {", ".join(missing)}'
+            results[name] = (False, says, how_to_install(missing[0]))
+        else:
+            left[name] = feature_checks
     while left:
-        worked, failure = run_until_failure(left)
-        for feature, says in zip(left, worked):
-            results[feature.name] = Result(feature.name, True, says, '')
-        if len(worked) < len(left):
-            name = left[len(worked)].name
-            results[name] = Result(name, False, *failure)
-        left = left[len(worked) + 1 :]
-    return [results[feature.name] for feature in features]
+        reports, failure = _run_until_failure([*left.values()])
+        for name, says in zip([*left], reports):
+            results[name] = (True, says, '')
+            del left[name]
+        if left:
+            name = next(iter(left))
+            results[name] = (False, *failure)
+            del left[name]
+    return [
+        dict(zip(('name', 'works', 'says', 'fix'), (name, *results[name]))) for name in features
+    ]
 
 
-def run_until_failure(features: Sequence[Feature]) -> tuple[list[str], tuple[str, str]]:
-    """Run the code of features in one process, until that of one fails.
-
-    Args:
-        features (Sequence[Feature]): What to try.
-
-    Returns:
-        tuple: What each that worked has to report; and the error and cure of the one that did not.
-    """
+def _run_until_failure(features: list[str]) -> tuple[list[str], tuple[str, str]]:
+    """Reports of the features that work; error of the first one that does not, and its fix."""
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    code = json.dumps([(feature.name, feature.code) for feature in features])
-    command = [sys.executable, '-W', 'ignore', '-c', RUN_ALL, code]
+    command = [sys.executable, '-W', 'ignore', checks.__file__, *features]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    worked = [json.loads(text.splitlines()[0]) for text in done.stdout.split(START)[1:]]
-    said = done.stderr.rpartition(START)[2].strip()
-    # A message may have several lines; the last that names an error begins it.
-    errors = [line for line in said.splitlines() if re.match(r'[\w.]+(Error|Exception)\b', line)]
+    reports = [text.partition('\n')[0] for text in done.stdout.split(START)[1:]]
+    output = done.stderr.rpartition(START)[2].strip()
+    # A message may have several lines; the last line that names an error begins it.
+    errors = [line for line in output.splitlines() if re.match(r'[\w.]+(Error|Exception)\b', line)]
+    error = errors[-1] if errors else output[-300:]
     if done.returncode < 0:
-        return worked, (f'was ended by signal {-done.returncode}', cure_of(said))
-    return worked, (errors[-1] if errors else said[-300:], cure_of(said))
+        error = f'was ended by signal {-done.returncode}'
+    return reports, (error, suggest_fix(output))
 
 
 def has_operators() -> bool:
-    """Whether the mmcv that would be imported was built with operators.
-
-    Returns:
-        bool: Whether there is the file; it may have been built for another torch.
-    """
+    """Whether the mmcv that would be imported has operators, perhaps built for another torch."""
     spec = importlib.util.find_spec('mmcv')
     folders = spec.submodule_search_locations if spec else None
     return any(any(Path(folder).glob('_ext*')) for folder in folders or ())
 
 
 def collect() -> dict:
-    """Look at everything.
+    """Collect the report.
 
     Returns:
         dict: ``mmhrformer``, ``python``, ``platform``, ``packages``, ``mmcv_has_operators``,
@@ -187,13 +105,13 @@ def collect() -> dict:
         platform=platform.platform(),
         packages=versions,
         mmcv_has_operators=has_operators(),
-        features=[asdict(result) for result in try_features(FEATURES)],
-        problems=[dict(problem=what, cure=cure) for what, cure in problems(versions)],
+        features=try_features(FEATURES),
+        problems=[dict(problem=problem, fix=fix) for problem, fix in problems(versions)],
     )
 
 
 def format_report(report: dict) -> str:
-    """Write a report for people.
+    """Format a report for people.
 
     Args:
         report (dict): As :func:`collect` returns it.
@@ -201,29 +119,26 @@ def format_report(report: dict) -> str:
     Returns:
         str: Its lines.
     """
-    operators = 'with' if report['mmcv_has_operators'] else 'without'
     lines = [
         f'mmhrformer {report["mmhrformer"]}, Python {report["python"]}, {report["platform"]}',
         '\nInstalled',
     ]
+    operators = ' with operators' if report['mmcv_has_operators'] else ' without operators'
     for name, version in report['packages'].items():
-        note = f' {operators} operators' if name in OWNERS['mmcv'] else ''
-        lines.append(f'  {name:<22} {version}{note}')
+        lines.append(f'  {name:<22} {version}{operators if name in OWNERS["mmcv"] else ""}')
     absent = [name for name in NAMES if name not in report['packages']]
-    lines.append(f'  not installed: {", ".join(absent) or "nothing"}')
-    lines.append('\nWorks')
+    lines += [f'  not installed: {", ".join(absent) or "nothing"}', '\nWorks']
     told = set()
     for feature in report['features']:
         works = 'yes' if feature['works'] else 'NO '
         lines.append(f'  {feature["name"]:<22} {works}  {feature["says"]}'.rstrip())
-        if feature['cure']:
-            again = feature['cure'] in told
-            lines.append(f'    to install or mend: {"as above" if again else feature["cure"]}')
-            told.add(feature['cure'])
+        if fix := feature['fix']:
+            lines.append(f'    Fix: {"as above" if fix in told else fix}')
+            told.add(fix)
     if report['problems']:
         lines.append('\nProblems')
     for problem in report['problems']:
-        lines += [f'  {problem["problem"]}', f'    to mend: {problem["cure"]}']
+        lines += [f'  {problem["problem"]}', f'    Fix: {problem["fix"]}']
     return '\n'.join(lines)
 
 
@@ -231,10 +146,10 @@ def main(args: list[str] | None = None) -> int:
     """Print the report.
 
     Args:
-        args (list[str], optional): The command line. Defaults to that of the process.
+        args (list[str], optional): The arguments. Defaults to those of the process.
 
     Returns:
-        int: 0 if at least the core works, else 1.
+        int: The exit status: 0 if at least the backbone works, else 1.
     """
     parser = argparse.ArgumentParser(
         prog='python -m mmhrformer env',

@@ -13,7 +13,6 @@ from ..checkpoints.loading import SCHEME, naming, read
 from ..configs import PACKAGES, config_root, find_config, read_config
 from ..engine.cpu_ddp import prepare_cpu_launch
 from ..utils.install_hints import explain, how_to_install
-from ..utils.suggest import did_you_mean
 
 
 def stock_tool(scope: str, tool: str) -> Path:
@@ -66,7 +65,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         script = stock_tool(read_config(config).get('default_scope'), tool)
         rest = args[1:]
         if tool == 'test' and rest and not rest[0].startswith('-'):
-            rest[0] = checked(rest[0])
+            rest[0] = resolve_checkpoint(rest[0])
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
     prepare_cpu_launch(rest)
@@ -74,7 +73,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
 
 
 def run_script(script: Path, args: list[str]) -> None:
-    """Run a script in this process, as Python does; say how to mend an import that fails.
+    """Run a script in this process, as Python does; say how to fix an import that fails.
 
     Args:
         script (Path): The script.
@@ -85,47 +84,31 @@ def run_script(script: Path, args: list[str]) -> None:
     try:
         runpy.run_path(str(script), run_name='__main__')
     except Exception as err:  # not only ImportError: a package built for another NumPy or torch
-        if not (cure := explain(err)):
+        if not (fix := explain(err)):
             raise
         traceback.print_exc()
-        sys.exit(f'{script.name}: {err}. To mend it: {cure}')
+        sys.exit(f'{script.name}: {err}. Fix: {fix}')
 
 
-def our_tool(name: str) -> Path:
-    """Find a script of ours: in the checkout, or in the installed package.
+def run_tool(name: str, args: list[str]) -> None:
+    """Run one of our scripts in this process, from the checkout or the installed package.
 
     Args:
-        name (str): Such as ``'get_flops'``.
-
-    Returns:
-        Path: The script.
-
-    Raises:
-        FileNotFoundError: If there is none of that name.
-
-    Examples:
-        >>> our_tool('get_flops').name
-        'get_flops.py'
+        name (str): Name of a script in ``tools``, such as ``'get_flops'``.
+        args (list[str]): Its arguments.
     """
-    folder = config_root().parent / 'tools'
-    script = folder / f'{name}.py'
-    if script.is_file():
-        return script
-    names = [path.stem for path in folder.glob('*.py')]
-    raise FileNotFoundError(
-        f'there is no tool {name!r} in {folder}. {did_you_mean(name, names).capitalize()}'
-    )
+    run_script(config_root().parent / 'tools' / f'{name}.py', args)
 
 
-def checked(checkpoint: str) -> str:
-    """Check a checkpoint before a stock tool reads it in its own way.
+def resolve_checkpoint(checkpoint: str) -> str:
+    """Find and check a checkpoint before a stock tool reads it in its own way.
 
     Args:
-        checkpoint (str): Path, address, or ``mmhrformer://NAME_OR_PATH``.
+        checkpoint (str): Path, URL, or ``mmhrformer://NAME_OR_PATH``.
 
     Returns:
-        str: What to give to the stock tool: the same behind ``mmhrformer://``, by which it is read
-        without running code from it and translated; addresses are left as they are.
+        str: The argument for the stock tool: the file behind ``mmhrformer://``, by which it is read
+        without running code from it and translated; URLs stay as they are.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,7 +1,4 @@
-"""The commands of ``python -m mmhrformer``: everything that one needs, without mim.
-
-What they import is imported when they are called, so that ``env`` works where frameworks do not.
-"""
+"""The commands of ``python -m mmhrformer``, which do everything without mim."""
 
 from __future__ import annotations
 
@@ -9,14 +6,18 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from ..checkpoints import fetch, list_models, read_zoo
+from ..utils.files import whole_file
 from ..utils.install_hints import explain
 from . import environment
+from .launch import run_stock_tool, run_tool
 
 PROGRAM = 'python -m mmhrformer'
 
-# Main metric of a task -> what makes it per cent.
+# Main metric of a task -> factor that makes it per cent.
 METRICS = {'Top 1 Accuracy': 1, 'AP': 100, 'mIoU': 1}
 
 TOOLS = {
@@ -31,52 +32,8 @@ TOOLS = {
 }
 
 
-def run_stock(tool: str) -> Callable[[list[str]], None]:
-    """Make the command that runs a stock tool of the framework that a config is for."""
-
-    def command(args: list[str]) -> None:
-        from .launch import run_stock_tool
-
-        run_stock_tool(tool, args)
-
-    return command
-
-
-def run_ours(tool: str) -> Callable[[list[str]], None]:
-    """Make the command that runs a tool of ours, from the checkout or from the wheel."""
-
-    def command(args: list[str]) -> None:
-        from .launch import our_tool, run_script
-
-        run_script(our_tool(tool), args)
-
-    return command
-
-
-def copy_whole(source: Path, folder: Path) -> Path:
-    """Copy a file so that it is there completely or not at all.
-
-    Args:
-        source (Path): The file.
-        folder (Path): Where to; it is made if it does not exist.
-
-    Returns:
-        Path: The copy.
-    """
-    from ..utils.files import whole_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with source.open('rb') as original, whole_file(folder / source.name) as copy:
-        shutil.copyfileobj(original, copy)
-    return folder / source.name
-
-
 def download(args: list[str]) -> None:
-    """Fetch checkpoints of the zoo, and print where they are.
-
-    Args:
-        args (list[str]): The command line.
-    """
+    """Fetch checkpoints of the zoo, and print their paths."""
     parser = argparse.ArgumentParser(
         prog=f'{PROGRAM} download',
         description='Fetch published checkpoints of the zoo, check them, and print where they are.',
@@ -89,22 +46,18 @@ def download(args: list[str]) -> None:
         '--dest', type=Path, metavar='DIR', help='copy them here; else they stay in the cache'
     )
     options = parser.parse_args(args)
-    from ..checkpoints import fetch
-
     for name in options.names:
         path = fetch(name)
-        print(copy_whole(path, options.dest) if options.dest else path)
+        if options.dest:
+            options.dest.mkdir(parents=True, exist_ok=True)
+            source, path = path, options.dest / path.name
+            with source.open('rb') as original, whole_file(path) as copy:
+                shutil.copyfileobj(original, copy)
+        print(path)
 
 
 def reported_results(results: list[dict]) -> str:
-    """Write the main results of a model, each with who reported it.
-
-    Args:
-        results (list[dict]): As in a metafile.
-
-    Returns:
-        str: Such as ``'AP 74.0 reported by official repository'``; empty if there are none.
-    """
+    """Format the main results in a metafile: ``'AP 74.0 reported by official repository'``."""
     found = {}
     for result in results:
         for name, scale in METRICS.items():
@@ -115,11 +68,7 @@ def reported_results(results: list[dict]) -> str:
 
 
 def print_models(args: list[str]) -> None:
-    """Print the zoo as a table.
-
-    Args:
-        args (list[str]): The command line.
-    """
+    """Print the zoo as a table."""
     parser = argparse.ArgumentParser(
         prog=f'{PROGRAM} list',
         description='List the models of the zoo. The accuracies are those that others reported '
@@ -130,8 +79,6 @@ def print_models(args: list[str]) -> None:
         'pattern', nargs='?', default='*', help='what the names have to match (%(default)s)'
     )
     options = parser.parse_args(args)
-    from ..checkpoints import list_models, read_zoo
-
     names, zoo = list_models(options.pattern), read_zoo()
     if not names:
         raise ValueError(f'no model of the zoo matches {options.pattern!r}: try `list` alone')
@@ -150,12 +97,15 @@ def print_models(args: list[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
-    'train': ('train a config: CONFIG [arguments of the framework]', run_stock('train')),
-    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', run_stock('test')),
+    'train': (
+        'train a config: CONFIG [arguments of the framework]',
+        partial(run_stock_tool, 'train'),
+    ),
+    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', partial(run_stock_tool, 'test')),
     'list': ('list the models of the zoo: [PATTERN]', print_models),
     'download': ('fetch published checkpoints: NAME ... [--dest DIR]', download),
     'env': ('print what is installed, what works, and what to install', environment.main),
-    **{name: (text, run_ours(name)) for name, text in TOOLS.items()},
+    **{name: (text, partial(run_tool, name)) for name, text in TOOLS.items()},
 }
 
 
@@ -190,10 +140,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         return command(args[1:]) or 0
     except ImportError as err:
-        cure = explain(err)
-        print(f'mmhrformer {args[0]}: {err}. {cure}', file=sys.stderr)
+        fix = explain(err)
+        print(f'mmhrformer {args[0]}: {err}' + f'. Fix: {fix}' * bool(fix), file=sys.stderr)
     except (OSError, RuntimeError, ValueError) as err:
-        if args[0] not in ('list', 'download'):  # inside a tool the place tells more
+        if args[0] not in ('list', 'download'):  # the traceback of a tool tells more
             raise
         print(f'mmhrformer {args[0]}: {err}', file=sys.stderr)
     return 1

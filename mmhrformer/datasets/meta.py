@@ -1,4 +1,4 @@
-"""What data sets and checkpoints tell about the classes or keypoints of a model."""
+"""Names and colours of classes and keypoints, from data sets and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
 
 
 def meta_of_dataset(cfg: Config) -> dict:
-    """Read what the test data set of a config tells about its classes or keypoints.
+    """Metainfo of the test data set of a config: its classes or keypoints.
 
     Args:
         cfg (Config): The config.

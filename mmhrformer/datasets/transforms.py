@@ -1,4 +1,4 @@
-"""The augmentation of the official codes, where mmpose and mmsegmentation have no equal.
+"""Augmentation of the official codes for which mmpose and mmsegmentation have no equal.
 
 Random numbers are drawn by methods of their own, which ``TransformBroadcaster`` calls once for all
 images of a sample where ``share_random_params=True``.
@@ -18,35 +18,23 @@ from PIL import ExifTags, Image
 from ..registry import TRANSFORMS
 
 
-def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    """Check a pair of positive, ordered numbers.
-
-    Raises:
-        ValueError: If it is none.
-    """
+def _check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
+    """Check a pair of positive, ordered numbers."""
     good = isinstance(value, Sequence) and len(value) == 2
     if not (good and all(isinstance(v, Real) for v in value) and 0 < value[0] <= value[1]):
-        raise ValueError(f'{name}={value!r}: give two numbers, 0 < lowest <= highest')
+        raise ValueError(f'{name}={value!r}: expected two numbers, 0 < lowest <= highest')
     return tuple(value)
 
 
-def check_number(name: str, value: float, low: float, high: float, kind: type = Real) -> None:
-    """Check a number; both bounds are allowed.
-
-    Raises:
-        ValueError: If it is none, or not between the bounds.
-    """
+def _check_number(name: str, value: float, low: float, high: float, kind: type = Real) -> None:
+    """Check a number; both bounds are allowed."""
     if not (isinstance(value, kind) and low <= value <= high):
-        what = 'whole number' if kind is Integral else 'number'
-        raise ValueError(f'{name}={value!r}: choose a {what} from {low} to {high}')
+        what = 'an integer' if kind is Integral else 'a number'
+        raise ValueError(f'{name}={value!r}: expected {what} from {low} to {high}')
 
 
-def check_image(transform: BaseTransform, results: dict) -> None:
-    """Check the image of a sample and its label maps, before a library fails at them.
-
-    Raises:
-        ValueError: If there is no image, it has no pixels, or label maps do not fit it.
-    """
+def _check_image(transform: BaseTransform, results: dict) -> None:
+    """Check the image of a sample and its label maps, before a library fails at them."""
     name, where = type(transform).__name__, results.get('img_path', 'the sample')
     image = results.get('img')
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
@@ -57,24 +45,15 @@ def check_image(transform: BaseTransform, results: dict) -> None:
             'files from the data set'
         )
     for key in results.get('seg_fields', []):
-        if wrong := what_is_wrong(results[key], image, results.get('img_path')):
+        if wrong := _find_mismatch(results[key], image, results.get('img_path')):
             raise ValueError(
                 f'{name} got {key} of shape {results[key].shape} and type {results[key].dtype} for '
                 f'an image of {image.shape[:2]} from {where}: {wrong}'
             )
 
 
-def what_is_wrong(labels: np.ndarray, image: np.ndarray, path: str | None) -> str:
-    """Tell why a label map does not fit its image.
-
-    Args:
-        labels (np.ndarray): The label map; right is (H, W), whole numbers.
-        image (np.ndarray): (H, W) or (H, W, C).
-        path (str, optional): The file of the image.
-
-    Returns:
-        str: The cause and the remedy, empty if it fits.
-    """
+def _find_mismatch(labels: np.ndarray, image: np.ndarray, path: str | None) -> str:
+    """Why a label map does not fit its image, with the remedy; empty if it is (H, W) integers."""
     if labels.ndim != 2:
         return (
             'a label map holds the number of a class for each pixel, and this is a picture in '
@@ -83,13 +62,13 @@ def what_is_wrong(labels: np.ndarray, image: np.ndarray, path: str | None) -> st
             'its class'
         )
     if labels.dtype.kind not in 'ui':
-        return 'classes are whole numbers; write masks of 8 bits'
+        return 'classes are integers; write masks of 8 bits'
     height, width = image.shape[:2]
     if labels.shape == (height, width):
         return ''
     if labels.shape != (width, height):
         return 'label maps have to be as large as their images; check that they belong together'
-    stored = size_of_turned(path)
+    stored = _stored_size_if_turned(path)
     if stored is None:
         return 'height and width are exchanged: one of them is transposed, write it anew'
     if (stored[0] > stored[1]) == (height > width):
@@ -103,8 +82,8 @@ def what_is_wrong(labels: np.ndarray, image: np.ndarray, path: str | None) -> st
     )
 
 
-def size_of_turned(path: str | None) -> tuple[int, int] | None:
-    """Height and width that a photo is stored with, if EXIF tells to turn it on its side."""
+def _stored_size_if_turned(path: str | None) -> tuple[int, int] | None:
+    """Height and width in the file of a photo that EXIF turns on its side, else None."""
     try:
         with Image.open(path) as photo:
             sideways = photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -134,8 +113,8 @@ class RandomScaleAspect(BaseTransform):
         scale_range: Sequence[float] = (0.5, 2.0),
         aspect_range: Sequence[float] = (0.9, 1.1),
     ) -> None:
-        self.scale_range = check_range('scale_range', scale_range)
-        self.aspect_range = check_range('aspect_range', aspect_range)
+        self.scale_range = _check_range('scale_range', scale_range)
+        self.aspect_range = _check_range('aspect_range', aspect_range)
 
     @cache_randomness
     def _draw(self) -> tuple[float, float]:
@@ -143,7 +122,7 @@ class RandomScaleAspect(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Resize the image, (H, W, 3) or (H, W), and its label maps (H, W)."""
-        check_image(self, results)
+        _check_image(self, results)
         scale, aspect = self._draw()
         stretch = aspect**0.5
         height, width = results['img'].shape[:2]
@@ -161,7 +140,7 @@ class RandomScaleAspect(BaseTransform):
 
 @TRANSFORMS.register_module()
 class RandomBrightness(BaseTransform):
-    """Add one random whole number to all channels of an image.
+    """Add one random integer to all channels of an image.
 
     Required and modified key: ``img`` (uint8).
 
@@ -170,7 +149,7 @@ class RandomBrightness(BaseTransform):
     """
 
     def __init__(self, shift: int = 10) -> None:
-        check_number('shift', shift, 0, 255, Integral)
+        _check_number('shift', shift, 0, 255, Integral)
         self.shift = shift
 
     @cache_randomness
@@ -179,7 +158,7 @@ class RandomBrightness(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Shift the image, (H, W, 3) or (H, W), values from 0 to 255."""
-        check_image(self, results)
+        _check_image(self, results)
         if results['img'].dtype != np.uint8:
             raise ValueError(
                 f'RandomBrightness got an image of {results["img"].dtype}: it shifts uint8. Put it '
@@ -214,7 +193,7 @@ class PlaceRandomly(BaseTransform):
     ) -> None:
         good = isinstance(size, Sequence) and len(size) == 2
         if not good or not all(isinstance(side, Integral) and side > 0 for side in size):
-            raise ValueError(f'size={size!r}: give height and width of at least 1 pixel')
+            raise ValueError(f'size={size!r}: expected height and width, positive integers')
         self.size = tuple(size)
         self.pad_val = tuple(pad_val)
         self.seg_pad_val = seg_pad_val
@@ -225,7 +204,7 @@ class PlaceRandomly(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike."""
-        check_image(self, results)
+        _check_image(self, results)
         image = np.atleast_3d(results['img']).astype(np.float32)
         if image.shape[2] != len(self.pad_val):
             raise ValueError(
@@ -235,7 +214,7 @@ class PlaceRandomly(BaseTransform):
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
         spare = padded[0] - height, padded[1] - width
-        # Where images of several sizes share the place, it may be too far for some.
+        # Images of several sizes may share the place, which is too far for some.
         top, left = map(min, self._draw(spare), spare)
         place = slice(top, top + height), slice(left, left + width)
         results['img'] = np.empty((*padded, len(self.pad_val)), np.float32)
@@ -275,9 +254,9 @@ class RandomScaleRotation(BaseTransform):
         self, scale_std: float = 0.5, rotation_std: float = 40.0, rotation_prob: float = 0.6
     ) -> None:
         if not (isinstance(scale_std, Real) and 0 <= scale_std < 1):
-            raise ValueError(f'scale_std={scale_std!r}: choose a number from 0 to below 1')
-        check_number('rotation_std', rotation_std, 0, 90)
-        check_number('rotation_prob', rotation_prob, 0, 1)
+            raise ValueError(f'scale_std={scale_std!r}: expected a number from 0 to below 1')
+        _check_number('rotation_std', rotation_std, 0, 90)
+        _check_number('rotation_prob', rotation_prob, 0, 1)
         self.scale_std = scale_std
         self.rotation_std = rotation_std
         self.rotation_prob = rotation_prob

@@ -11,23 +11,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 
-def computes_in_bfloat16(wrapper: OptimWrapper, module: nn.Module) -> bool:
-    """Whether a training step computes a module in bfloat16.
-
-    Args:
-        wrapper (OptimWrapper): What optimizes; ``AmpOptimWrapper`` has a data type for autocast.
-        module (nn.Module): The module, whose weights may be of bfloat16 themselves.
-
-    Returns:
-        bool: Whether it does.
-    """
+def _computes_in_bfloat16(wrapper: OptimWrapper, module: nn.Module) -> bool:
+    """Whether a training step computes a module in bfloat16, by autocast or by its weights."""
     wrappers = wrapper.values() if hasattr(wrapper, 'values') else [wrapper]
-    dtypes = (_dtype(getattr(one, 'cast_dtype', None)) for one in wrappers)
+    dtypes = [getattr(one, 'cast_dtype', None) for one in wrappers]
+    dtypes = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
     return torch.bfloat16 in (*dtypes, *(p.dtype for p in module.parameters()))
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 @HOOKS.register_module()
@@ -56,7 +45,7 @@ class BFloat16PoseHook(Hook):
         if (
             isinstance(head, HeatmapHead)
             and options.get('compute_acc', True)
-            and computes_in_bfloat16(runner.optim_wrapper, head)
+            and _computes_in_bfloat16(runner.optim_wrapper, head)
         ):
             model.train_cfg = {**options, 'compute_acc': False}
             runner.logger.warning(

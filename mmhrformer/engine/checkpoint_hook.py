@@ -1,27 +1,22 @@
-"""Training that can be killed at any moment and goes on as if it had not been."""
+"""Checkpoints that are always whole, whenever training is killed."""
 
 from __future__ import annotations
 
 import contextlib
 import locale
 import os
-import random
 import re
-import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from mmengine.dist import broadcast_object_list, get_rank, is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook, DistSamplerSeedHook
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper
-from mmengine.runner import IterBasedTrainLoop, Runner
-from torch.utils.data import DataLoader
+from mmengine.runner import Runner
 
+from ..checkpoints.reading import find_damage
 from ..registry import HOOKS
 from ..utils.files import PARTIAL, write_atomically
 from .resume_report import kept_by_resume
@@ -49,8 +44,8 @@ class AtomicBackend(LocalBackend):
 register_backend(BACKEND, AtomicBackend, force=True)
 
 
-class _PatientBackend(AtomicBackend):
-    """Removes files only when it is told to: mmengine does it before it has written new ones."""
+class DeferredDeleteBackend(AtomicBackend):
+    """Keeps outdated files until ``remove_outdated``: mmengine removes them too early."""
 
     def __init__(self) -> None:
         self.outdated: dict[str, int] = {}
@@ -67,23 +62,6 @@ class _PatientBackend(AtomicBackend):
         self.outdated.clear()
 
 
-def find_damage(path: str | Path) -> str:
-    """Check if a checkpoint is whole, by the checksums of everything in it.
-
-    Args:
-        path (str | Path): A file that ``torch.save`` has written.
-
-    Returns:
-        str: What is wrong, or an empty string.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            wrong = file.testzip()
-    except Exception as err:  # a wrong byte in a header fails in many ways
-        return str(err) or type(err).__name__
-    return f'the checksum of {wrong} is wrong' if wrong else ''
-
-
 def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None, dict[Path, str]]:
     """Find the newest whole checkpoint of a run.
 
@@ -93,12 +71,12 @@ def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None
     ``last_checkpoint``.
 
     Args:
-        folder (Path): Where the checkpoints are.
+        folder (Path): Folder of the checkpoints.
         template (str): Their names, with ``{}`` for the step.
         pointer (Path): The file ``last_checkpoint``.
 
     Returns:
-        tuple: The checkpoint, or None if none is whole; what is wrong with newer ones.
+        tuple: The checkpoint, or None if none is whole; the damage of newer ones.
     """
     before, after = (re.escape(part) for part in re.split(r'\{.*?\}', template))
     step = {
@@ -183,11 +161,11 @@ class SafeCheckpointHook(CheckpointHook):
             raise ValueError(problem[0])
 
     def _prepare_resume(self, runner: Runner) -> str:
-        """Point ``last_checkpoint`` to the newest whole one; return what makes it impossible."""
+        """Point ``last_checkpoint`` to the newest whole checkpoint; return the problem, if any."""
         folder, pointer = self._folder(runner), Path(runner.work_dir, POINTER)
         newest, damaged = find_newest(folder, self.filename_tmpl, pointer)
         if runner._load_from is not None:
-            return _explain_named(runner._load_from, newest)
+            return _check_named(runner._load_from, newest)
         for path, damage in damaged.items():
             runner.logger.warning(f'The checkpoint {path} is damaged ({damage}): passed over.')
         if newest is None:
@@ -199,21 +177,21 @@ class SafeCheckpointHook(CheckpointHook):
             return ''
         if not pointer.is_file() or pointer.read_text(errors='replace') != str(newest):
             runner.logger.warning(f'The newest whole checkpoint is {newest}: resuming from it.')
-            write_atomically(pointer, _as_mmengine_reads(str(newest)))
+            write_atomically(pointer, _encode_path(str(newest)))
         return ''
 
     def _folder(self, runner: Runner) -> Path:
-        """Where the checkpoints are, as mmengine's hook finds it when training starts."""
+        """Folder of the checkpoints, as mmengine's hook chooses it when training starts."""
         if self.out_dir is None or self.out_dir == runner.work_dir:
             return Path(runner.work_dir)
         return Path(self.out_dir, Path(runner.work_dir).name)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Warn of what resuming keeps although the config says otherwise.
+        """Warn of options that resuming takes from the checkpoint, not from the config.
 
         Args:
             runner (Runner): The runner.
-            checkpoint (dict): What it loads.
+            checkpoint (dict): The checkpoint that it loads.
         """
         resumes = isinstance(runner, Runner) and runner._resume
         if not resumes or not isinstance(runner.optim_wrapper, OptimWrapper):
@@ -227,7 +205,7 @@ class SafeCheckpointHook(CheckpointHook):
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what killed runs left behind.
+        """Remove unfinished files of killed runs.
 
         Args:
             runner (Runner): The runner.
@@ -235,7 +213,7 @@ class SafeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if not self.safe:
             return
-        self.file_backend = _PatientBackend()
+        self.file_backend = DeferredDeleteBackend()
         if is_main_process():
             pattern = f'*{Path(self.filename_tmpl).suffix}.*{PARTIAL}'
             for path in sorted(Path(self.out_dir).glob(pattern)):
@@ -250,14 +228,14 @@ class SafeCheckpointHook(CheckpointHook):
             return
         kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
         if self.max_keep_ckpts > 0 and step not in kept:
-            # The checkpoint lists the outdated one as well, which is removed when it is written:
-            # who resumes from it after a kill in between, removes the outdated one.
+            # The checkpoint also lists the outdated one, which is removed after it is written:
+            # a run that is resumed after a kill in between removes it then.
             kept.append(step)
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        with _explained(runner, self.last_ckpt):
+        with _explain_failure(runner, self.last_ckpt):
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -269,11 +247,11 @@ class SafeCheckpointHook(CheckpointHook):
                 **self.args,
             )
             if is_main_process():
-                write_atomically(Path(runner.work_dir, POINTER), _as_mmengine_reads(self.last_ckpt))
+                write_atomically(Path(runner.work_dir, POINTER), _encode_path(self.last_ckpt))
         self._remove_outdated(runner, kept)
 
     def _remove_outdated(self, runner: Runner, kept: list[int]) -> None:
-        """Remove what the checkpoint that has just been written replaces."""
+        """Remove the checkpoints that the one just written replaces."""
         if self.max_keep_ckpts > 0:
             for step in kept[: -self.max_keep_ckpts]:
                 path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
@@ -289,19 +267,19 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.safe:
             super()._save_best_checkpoint(runner, metrics)
             return
-        with _explained(runner, f'best checkpoint in {self.out_dir}'):
+        with _explain_failure(runner, f'best checkpoint in {self.out_dir}'):
             super()._save_best_checkpoint(runner, metrics)
         self.file_backend.remove_outdated()
 
 
-def _as_mmengine_reads(text: str) -> bytes:
-    """Encode a text for a file that is opened without an encoding, as on Windows not in UTF-8."""
+def _encode_path(text: str) -> bytes:
+    """Encode ``last_checkpoint`` as mmengine reads it: in the encoding of the locale."""
     return text.encode(locale.getpreferredencoding(False), 'surrogateescape')
 
 
 @contextlib.contextmanager
-def _explained(runner: Runner, what: str) -> Iterator[None]:
-    """Tell what is left when a checkpoint cannot be written."""
+def _explain_failure(runner: Runner, what: str) -> Iterator[None]:
+    """Turn errors of writing into a CheckpointError with the last good checkpoint."""
     try:
         yield
     except CheckpointError:  # the best and the newest one are written in one go
@@ -318,115 +296,11 @@ def _explained(runner: Runner, what: str) -> Iterator[None]:
         ) from err
 
 
-def _explain_named(name: str, newest: Path | None) -> str:
-    """Why a checkpoint that was named cannot be resumed from, or an empty string."""
+def _check_named(name: str, newest: Path | None) -> str:
+    """The problem of resuming from a checkpoint that was named, or an empty string."""
     path = Path(name).expanduser()
     if '://' in str(name):
         return ''
     damage = find_damage(path) if path.exists() else 'there is no such file'
     hint = f'--resume without a file goes on from {newest}' if newest else 'name another one'
     return damage and f'resume from load_from={str(name)!r}: {damage}. To train on: {hint}'
-
-
-@HOOKS.register_module()
-class ResumableSeedHook(DistSamplerSeedHook):
-    """Makes the random numbers of training depend on its seed and its progress, nothing else.
-
-    A resumed run then goes on exactly as it would have without the interruption: with the same
-    order of the data, the same augmentations, the same dropped paths. Otherwise all random
-    numbers would start anew when training is resumed. It replaces ``DistSamplerSeedHook``.
-
-    - Training by epochs: workers of the dataloader start anew in each epoch, also persistent ones,
-      seeded by (seed, epoch, rank, worker). Without a ``seed`` in the config, the one that the
-      interrupted run drew is used, by its checkpoint.
-    - Training by iterations: mmengine loads, and leaves out, the data of the iterations that are
-      done, so that the workers get into the same state. This needs ``randomness.seed`` in the
-      config and ``num_workers`` of 1 or more.
-    - The generators of the training process (Python, NumPy, torch) are seeded by (seed, iteration)
-      before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for equal bits.
-
-    Examples:
-        >>> # in a config
-        >>> default_hooks = dict(sampler_seed=dict(type='mmhrformer.ResumableSeedHook'))
-    """
-
-    def before_train(self, runner: Runner) -> None:
-        """Tell once what this hook cannot make resumable.
-
-        Args:
-            runner (Runner): The runner.
-        """
-        loader = getattr(runner.train_loop, 'dataloader', None)
-        if isinstance(loader, DataLoader):
-            own = [_inner(loader, 'sampler'), _inner(loader, 'batch_sampler', 'sampler'), loader]
-            if all(getattr(owner, 'generator', None) is None for owner in own):
-                return
-            reason = 'has a generator of its own'
-        else:
-            reason = f'is {type(loader).__name__}, no DataLoader of torch'
-        runner.logger.warning(
-            f'train_dataloader {reason}: what it draws is not seeded by mmhrformer.'
-            f'{type(self).__name__}, so that a resumed run may see other data than one that was '
-            'left alone. What the training process draws is the same.'
-        )
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        """Seed the sampler and the workers.
-
-        Args:
-            runner (Runner): The runner.
-        """
-        loader = getattr(runner.train_loop, 'dataloader', None)
-        samplers = [
-            _inner(loader, 'sampler'),
-            _inner(loader, 'batch_sampler'),
-            _inner(loader, 'batch_sampler', 'sampler'),
-        ]
-        for sampler in samplers:
-            if hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(runner.epoch)
-        if isinstance(runner.train_loop, IterBasedTrainLoop):
-            return  # its workers have started already
-        if not (runner.cfg.get('randomness') or {}).get('diff_rank_seed'):
-            for sampler in samplers:
-                if hasattr(sampler, 'seed'):
-                    sampler.seed = runner.seed  # resuming has changed it to that of the checkpoint
-        if isinstance(loader, DataLoader):
-            init = loader.worker_init_fn
-            if isinstance(init, partial) and init.func is _seed_worker:
-                init = init.args[1]  # of the epoch before
-            loader.worker_init_fn = partial(
-                _seed_worker, (runner.seed, runner.epoch, get_rank()), init
-            )
-            loader._iterator = None  # the workers of the epoch before, if they are persistent
-        _seed(0, runner.seed, runner.iter)  # without workers, this process loads the data
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Seed this process.
-
-        Args:
-            runner (Runner): The runner.
-            batch_idx (int): Not used.
-            data_batch: Not used.
-        """
-        _seed(0, runner.seed, runner.iter)
-
-
-def _inner(thing: object, *names: str) -> object:
-    """An attribute of an attribute, or None where there is none: loaders have all kinds of them."""
-    for name in names:
-        thing = getattr(thing, name, None)
-    return thing
-
-
-def _seed(*numbers: int) -> None:
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _seed_worker(numbers: tuple[int, ...], init: Callable | None, worker: int) -> None:
-    if init is not None:
-        init(worker)
-    _seed(1, *numbers, worker)

@@ -1,4 +1,4 @@
-"""What can be told before anything is built: missing data, dead options, no GPU, other batches."""
+"""Checks of a config before anything is built: data, dead options, GPU, batch size."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data
+from .data_check import missing_data, name_of_type
 from .dead_options import dead_options, late_variables, what_counts
 
 
 def batch_size_change(cfg: Mapping, gpus: int) -> str:
-    """Tell if a run takes other batches than its learning rate is for.
-
-    Args:
-        cfg (Mapping): The config.
-        gpus (int): Number of processes.
-
-    Returns:
-        str: The warning, or an empty string.
-    """
+    """Warning of another batch size than the learning rate is for, or an empty string."""
     scale = cfg.get('auto_scale_lr') or {}
     base = scale.get('base_batch_size')
     batch = _mapping(cfg, 'train_dataloader').get('batch_size')
@@ -45,27 +37,18 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
 
 
 def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
-    """Tell what of a config does not work on a machine without a GPU.
-
-    Args:
-        cfg (Mapping): The config.
-        processes (int): Number of processes.
-        training (bool): Whether it is for training. Defaults to True.
-
-    Returns:
-        str: The problem with its remedy, or an empty string.
-    """
+    """Warning of options that need a GPU where there is none, or an empty string."""
     if get_device() not in ('cpu', 'mps'):
         return ''
     wrapper = _mapping(cfg, 'optim_wrapper')
-    if training and _name(wrapper) == 'AmpOptimWrapper':
+    if training and name_of_type(wrapper) == 'AmpOptimWrapper':
         others = [f'optim_wrapper.{key}' for key in ('dtype', 'loss_scale') if key in wrapper]
         and_remove = f', and leave out {" and ".join(others)}' if others else ''
         return (
             "optim_wrapper.type='AmpOptimWrapper', mixed precision, needs a GPU, and none was "
             f'found: add --cfg-options optim_wrapper.type=OptimWrapper{and_remove}'
         )
-    if processes > 1 and _name(_mapping(cfg, 'model_wrapper_cfg')) in (
+    if processes > 1 and name_of_type(_mapping(cfg, 'model_wrapper_cfg')) in (
         '', 'DistributedDataParallel', 'MMDistributedDataParallel',
     ):  # fmt: skip
         return (
@@ -76,28 +59,25 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
 
 
 def _mapping(cfg: Mapping, key: str) -> Mapping:
-    """An option, if it was not built already."""
+    """An option that is a config, or an empty one: it may have been built already."""
     value = cfg.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _name(option: Mapping) -> str:
-    kind = option.get('type', '')
-    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
-
-
-@VISBACKENDS.register_module()
-class PreflightChecks(BaseVisBackend):
+@VISBACKENDS.register_module(name=['ConfigCheckVisBackend', 'PreflightChecks'])
+class ConfigCheckVisBackend(BaseVisBackend):
     """Checks the config of a run before anything is built, and stops it if it cannot work.
 
-    It is a backend of the visualizer because that is what mmengine's runner hands the whole config
-    to before it builds the model, whichever stock tool is running. It records nothing.
+    It is a backend of the visualizer, to which mmengine's runner hands the whole config before it
+    builds the model, whichever stock tool is running. It draws and stores nothing.
 
-    Started by ``train.py`` or ``test.py``, missing data is an error, and so is what needs a GPU
-    where there is none; elsewhere, where nobody knows what will be used, a warning. So is an
-    unknown option that nothing reads; one that has become another option, or a variable that was
-    set after it had been copied, is an error. A batch size that the learning rate is not for is a
-    warning.
+    - Missing data and a missing GPU are errors in ``train.py`` and ``test.py``, and warnings
+      elsewhere, where it is not known what will be used.
+    - An option of an old framework, or a variable that was set after it had been copied, is an
+      error; an unknown option that nothing reads is a warning.
+    - A batch size that the learning rate is not for is a warning.
+
+    Its former name in configs, ``PreflightChecks``, works, too.
 
     Args:
         save_dir (str): Not used; mmengine gives it to every backend.
@@ -109,8 +89,8 @@ class PreflightChecks(BaseVisBackend):
     }
 
     @property
-    def experiment(self) -> PreflightChecks:
-        """What mmengine asks every backend for."""
+    def experiment(self) -> ConfigCheckVisBackend:
+        """The backend itself, which writes nowhere."""
         return self
 
     def _init_env(self) -> None:

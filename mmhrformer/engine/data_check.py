@@ -1,4 +1,4 @@
-"""Whether the data of a config are there."""
+"""Missing files and folders of the datasets of a config."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
     lines = []
     for loader in loaders:
         for dataset in _innermost(cfg.get(loader)):
-            kind = dataset.get('type')
-            name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+            name = name_of_type(dataset)
             missing = [
                 (option, path)
                 for option, path in _paths(dataset, name)
@@ -54,6 +53,12 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
                 f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
             ]
     return lines
+
+
+def name_of_type(option: Mapping) -> str:
+    """Name of the class of a config, without the scope; empty if it has none."""
+    kind = option.get('type', '')
+    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def _innermost(value: Any) -> Iterator[Mapping]:
@@ -70,7 +75,7 @@ def _innermost(value: Any) -> Iterator[Mapping]:
 
 
 def _paths(dataset: Mapping, name: str) -> Iterator[tuple[str, str]]:
-    """Options of a dataset that name files or folders, and the paths they mean."""
+    """Options of a dataset for files or folders, and their paths."""
     root = str(dataset.get('data_root') or '')
     prefixes = dataset.get('data_prefix') or {}
     if not isinstance(prefixes, Mapping):

@@ -1,4 +1,4 @@
-"""Options of a config that nothing reads, and variables that were changed too late.
+"""Options of a config that nothing reads, and variables that are changed too late.
 
 A config is Python: a variable such as ``codec`` is copied into the options while its own file is
 read. A config that inherits it may set it anew, as may ``--cfg-options``, and nothing happens.
@@ -14,13 +14,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-# What the stock tools and libraries read beside the arguments of mmengine's Runner.
+# Options that the stock tools and libraries read beside the arguments of mmengine's Runner.
 READ_ELSEWHERE = {
     'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval',
     'model_wrapper_cfg', 'preprocess_cfg', 'runner_type', 'strategy', 'tta_model', 'tta_pipeline',
 }  # fmt: skip
 
-# Options of the old 0.x frameworks that nothing reads any more, and what does their work.
+# Options of the old 0.x frameworks that nothing reads any more, and what replaces them.
 REPLACED = {
     'fp16': "optim_wrapper.type='AmpOptimWrapper'",
     'optimizer': 'optim_wrapper.optimizer',
@@ -101,15 +101,7 @@ def late_variables(cfg: Config) -> dict[str, list[str]]:
 
 
 def what_counts(cfg: Config, key: str) -> list[str]:
-    """Find the options that look like what a variable is meant for.
-
-    Args:
-        cfg (Config): The config.
-        key (str): Name of the variable.
-
-    Returns:
-        list[str]: Those of the same name, or of the same keys.
-    """
+    """Options with the name or the keys of a variable, which it may be meant for."""
     values = _values(cfg)
     value = values[key]
     name = 'pipeline' if key.endswith('_pipeline') else key
@@ -187,7 +179,7 @@ def _are_dicts(steps: Any) -> bool:
 
 
 def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[str]:
-    """Where a variable, or what has changed inside it, was copied to.
+    """Places that a variable, or a changed part of it, was copied to.
 
     Numbers only count under a similar name: the same ones stand for all kinds of things.
     """

@@ -13,25 +13,15 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-# What can be spared from weight decay: rule -> whether it holds for a parameter.
+# Rules for parameters without weight decay -> whether they hold for one.
 NO_DECAY = {
     'vectors': lambda name, parameter: parameter.ndim <= 1,  # biases, norms
     'bias_tables': lambda name, parameter: name.endswith('relative_position_bias_table'),
 }
 
 
-def depths_of(model: nn.Module) -> Callable[[str], tuple[int, int]]:
-    """Find what tells how deep the layer of a parameter is.
-
-    Args:
-        model (nn.Module): A model of mmpretrain, mmpose or mmsegmentation, or a backbone alone.
-
-    Returns:
-        Callable: Name of a parameter -> depth of its layer, number of layers.
-
-    Raises:
-        ValueError: If nothing does.
-    """
+def _depth_getter(model: nn.Module) -> Callable[[str], tuple[int, int]]:
+    """The function from the name of a parameter to the depth of its layer, and their number."""
     backbone = getattr(model, 'backbone', None)
     if hasattr(backbone, 'get_layer_depth'):
         return lambda name: backbone.get_layer_depth(name, 'backbone.')
@@ -98,41 +88,42 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper for the parameters of a model that are to be trained."""
         model = getattr(model, 'module', model)
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(
                 f'{type(model).__name__} has no parameter that is to be trained: check '
                 'frozen_stages, and what else sets requires_grad=False'
             )
-        get_depth = depths_of(model) if self.rate != 1 else None
-        groups = {}  # by depth from the last layer, and by whether they are spared
-        for name, parameter in named:
-            spared = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
-            above = 0
-            if get_depth is not None:
-                depth, layers = get_depth(name)
-                above = layers - 1 - depth
-            groups.setdefault((above, spared), []).append(parameter)
         kind = self.optimizer_cfg['type']
         with OPTIMIZERS.switch_scope_and_registry(None) as registry:
             kind = registry.get(kind) if isinstance(kind, str) else kind
         arguments = list(inspect.signature(kind).parameters) if kind else ['params']
-        param_groups = []
-        for (above, spared), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        options = {**self.optimizer_cfg, arguments[0]: self._param_groups(model, named)}
+        on_cuda = all(parameter.is_cuda for parameter in named.values())
+        if on_cuda and 'fused' in arguments and not {'fused', 'foreach'} & set(options):
+            options['fused'] = True
+        optimizer = OPTIMIZERS.build(options)
+        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
+        built = OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=optimizer))
+        # `compile=True` compiles the whole training step. An optimizer that is not fused is code
+        # for each of a thousand tensors there, over which the compiler does not finish.
+        built.update_params = torch.compiler.disable(built.update_params)
+        return built
+
+    def _param_groups(self, model: nn.Module, named: Mapping[str, nn.Parameter]) -> list[dict]:
+        """A decayed and a spared group of each layer, from the last layer to the first."""
+        get_depth = _depth_getter(model) if self.rate != 1 else None
+        members = {}  # by number of layers above, and by whether they are spared
+        for name, parameter in named.items():
+            spared = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
+            depth, layers = get_depth(name) if get_depth else (0, 1)
+            members.setdefault((layers - 1 - depth, spared), []).append(parameter)
+        groups = []
+        for (above, spared), parameters in sorted(members.items(), key=lambda item: item[0]):
             group = dict(params=parameters)
             if spared:
                 group['weight_decay'] = 0.0
             if above:
                 group['lr'] = self.base_lr * self.rate**above
-            param_groups.append(group)
-        options = {**self.optimizer_cfg, arguments[0]: param_groups}
-        on_cuda = all(parameter.is_cuda for _, parameter in named)
-        if on_cuda and 'fused' in arguments and not {'fused', 'foreach'} & set(options):
-            options['fused'] = True
-        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
-        optimizer = OPTIMIZERS.build(options)
-        built = OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=optimizer))
-        # `compile=True` compiles the whole training step. Where the optimizer is not fused it is
-        # code for each of a thousand tensors, with which the compiler does not come to an end.
-        built.update_params = torch.compiler.disable(built.update_params)
-        return built
+            groups.append(group)
+        return groups

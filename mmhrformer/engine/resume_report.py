@@ -1,4 +1,4 @@
-"""What ``--resume`` takes from the checkpoint, although the config says otherwise."""
+"""Options that ``--resume`` takes from the checkpoint, although the config says otherwise."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
-# How an optimizer works, not what it does; chosen anew for each device.
+# Options without influence on the results; chosen anew for each device.
 SWITCHES = {'params', 'fused', 'foreach', 'capturable', 'differentiable'}
 
 
 def kept_by_resume(runner: Runner, checkpoint: Mapping) -> list[str]:
-    """List what resuming from a checkpoint will silently set back to what it was.
+    """List the options that resuming silently sets back to their values in the checkpoint.
 
     Args:
         runner (Runner): The runner, with its optimizer and schedules built, before they are loaded.
@@ -53,7 +53,7 @@ def _of_optimizer(wrapper: OptimWrapper, saved: Mapping) -> Iterator[tuple[str, 
     state = wrapper.state_dict()
     for group, saved_group in zip(state['param_groups'], saved['param_groups']):
         for key in sorted(group.keys() & saved_group.keys() - SWITCHES):
-            # Where there is a schedule, the value is that of the moment.
+            # With a schedule, the value itself is that of the moment.
             value, before = (g.get(f'initial_{key}', g[key]) for g in (group, saved_group))
             if not key.startswith('initial_') and not _same(value, before):
                 yield f'optim_wrapper.optimizer.{key}', value, before

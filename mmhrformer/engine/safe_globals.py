@@ -1,4 +1,4 @@
-"""What torch may build when it reads a checkpoint that mmengine has written.
+"""Types that torch may build when it reads a checkpoint of mmengine.
 
 Since 2.6, ``torch.load`` builds nothing but tensors and plain containers unless it is allowed to,
 so that a file cannot run code. mmengine's checkpoints also hold the history of the log, which is
@@ -30,17 +30,7 @@ METHODS = {
 
 
 def stored_method(owner: type, name: str) -> Callable:
-    """Stand for ``getattr``, by which a file names methods.
-
-    Args:
-        owner (type): A class of :data:`METHODS`.
-        name (str): One of its methods there.
-
-    Returns:
-        Callable: The method.
-
-    Raises:
-        ValueError: If anything else is asked for.
+    """Stand-in for ``getattr``, by which a file names methods; it gives those of METHODS alone.
 
     Examples:
         >>> stored_method(HistoryBuffer, 'mean') is HistoryBuffer.mean
@@ -55,10 +45,10 @@ def stored_method(owner: type, name: str) -> Callable:
 
 
 def allow_mmengine_checkpoints() -> bool:
-    """Add what mmengine's checkpoints hold to what ``torch.load`` may build.
+    """Add the contents of mmengine's checkpoints to what ``torch.load`` may build.
 
-    It holds for this process. What the safety of torch is about stays as it is: of all that is
-    added, nothing imports, calls or opens anything that a file can choose.
+    The addition is for this process, and safe: nothing in it imports, calls or opens anything that
+    a file can choose.
 
     Returns:
         bool: Whether this torch has such a list; before 2.6 it reads everything without asking.
@@ -69,7 +59,7 @@ def allow_mmengine_checkpoints() -> bool:
     """
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return False
-    dtypes = [getattr(np.dtypes, name) for name in plain_dtypes()]
+    dtypes = [getattr(np.dtypes, name) for name in _plain_dtypes()]
     functions = [
         (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
         for name in ('_reconstruct', 'scalar')
@@ -82,7 +72,7 @@ def allow_mmengine_checkpoints() -> bool:
     return True
 
 
-def plain_dtypes() -> list[str]:
+def _plain_dtypes() -> list[str]:
     """Names of NumPy's classes of data types that hold numbers or text, not objects."""
     kinds = ('Bool', 'Float', 'Int', 'UInt', 'Long', 'Str')
     return [name for name in dir(np.dtypes) if name.startswith(kinds)]

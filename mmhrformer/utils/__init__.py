@@ -1,1 +1,1 @@
-"""What has nothing to do with models."""
+"""Helpers that are independent of models."""

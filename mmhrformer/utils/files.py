@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Atomic writes: a file is there completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PARTIAL = '.partial'  # ends the name of a file that is being written
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file such that its name always stands for a whole file, the old or the new one.
+    """Write a file atomically: its name always stands for a whole file, the old or the new one.
 
-    The bytes go to a second file, are forced to the disk, and take over the name. This costs the
-    room of both files for a moment.
+    The bytes go to a second file, are flushed to the disk, and take over the name. For a moment,
+    both files take up space.
 
     Args:
         path (str | Path): The file.
 
     Yields:
-        BinaryIO: What to write to.
+        BinaryIO: The second file, open for writing.
 
     Raises:
         OSError: If it could not be written, for example on a full disk; the old file is unchanged.
@@ -43,16 +43,19 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)  # on a full disk it would take the last room
+        unfinished.unlink(missing_ok=True)  # it may have filled the disk
         raise
-    # The new name is safe from a power failure only when the folder is on the disk, too. Not every
-    # file system can do that; without, the old file comes back.
-    with contextlib.suppress(OSError):
-        folder = os.open(unfinished.parent, os.O_RDONLY)
+    _flush_folder(unfinished.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder to the disk: only then is a new name in it safe from a power failure."""
+    with contextlib.suppress(OSError):  # some file systems cannot; then the old file comes back
+        number = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(number)
         finally:
-            os.close(folder)
+            os.close(number)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

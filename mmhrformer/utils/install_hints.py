@@ -1,8 +1,8 @@
-"""What is installed, what does not fit it, and the commands that fix it.
+"""Installed packages, conflicts between them, and the commands that fix an installation.
 
 OpenMMLab's packages exist twice: the stock ones, whose last releases are of 2023 to 2025, and
-maintained forks of some, called ``onedl-...``, with the same import names. This module needs
-nothing but the standard library: it tells what is wrong where torch or mmcv cannot be imported.
+maintained forks of some, called ``onedl-...``, with the same import names. This module needs only
+the standard library: it works where torch or mmcv cannot be imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable
 from importlib import metadata
 
-# Import name -> the distributions that bring it. They write the same files.
+# Import name -> the distributions that provide it. They write the same files.
 OWNERS = {
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
@@ -23,12 +23,11 @@ OWNERS = {
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
 }
-OTHERS = (
+EXTRA_PACKAGES = (
     'torch', 'torchvision', 'numpy', 'xtcocotools', 'transformers', 'safetensors', 'onnx',
     'onnxruntime', 'setuptools', 'openmim', 'onedl-mim',
 )  # fmt: skip
-
-NAMES = (*OTHERS, *(name for owners in OWNERS.values() for name in owners))
+NAMES = (*EXTRA_PACKAGES, *(name for owners in OWNERS.values() for name in owners))
 
 # The oldest versions that the extras of this package accept.
 MINIMUM = {
@@ -55,9 +54,6 @@ BUILD_FORK = (
 
 # Import name -> how to install it, of either family.
 INSTALL = {
-    'torch': 'pip install torch torchvision',
-    'torchvision': 'pip install torchvision, in the version that belongs to your torch',
-    'numpy': 'pip install numpy',
     'mmengine': CORE,
     'mmcv': CORE,
     'mmpretrain': (
@@ -72,14 +68,7 @@ INSTALL = {
         'onedl-mmengine onedl-mmcv onedl-mmsegmentation'
     ),
     'mmdet': f"pip install 'mmdet>=3.0,<3.4'; {FORKS} onedl-mmdetection",
-    'xtcocotools': 'pip install xtcocotools',
-    'ftfy': 'pip install ftfy regex',
-    'regex': 'pip install ftfy regex',
-    'seaborn': 'pip install seaborn',
-    'safetensors': 'pip install safetensors',
-    'onnx': 'pip install onnx onnxruntime onnxslim',
-    'onnxruntime': 'pip install onnx onnxruntime onnxslim',
-    'onnxslim': 'pip install onnx onnxruntime onnxslim',
+    'torchvision': 'pip install torchvision, in the version that belongs to your torch',
     'mim': (
         'nothing: python -m mmhrformer does without. If you want it: '
         'pip install openmim "setuptools<81", or pip install onedl-mim'
@@ -99,18 +88,22 @@ INSTALL_FORKS = {
     'mmdet': 'pip install onedl-mmdetection',
 }
 
-# The frameworks import these, and not all of them say so.
+# Import name -> distributions. The frameworks import most of them, and do not declare all.
 SAME_NAME = (
     'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
-    'packaging', 'prettytable', 'pycocotools', 'rich', 'scipy', 'shapely', 'termcolor',
-    'terminaltables', 'tqdm', 'yapf',
+    'numpy', 'packaging', 'prettytable', 'pycocotools', 'rich', 'safetensors', 'scipy', 'seaborn',
+    'shapely', 'termcolor', 'terminaltables', 'tqdm', 'xtcocotools', 'yapf',
 )  # fmt: skip
-OTHER_NAME = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml'}
-for _module, _name in [*zip(SAME_NAME, SAME_NAME), *OTHER_NAME.items()]:
-    INSTALL[_module] = f'pip install {_name}'
+DISTRIBUTIONS = {
+    **dict(zip(SAME_NAME, SAME_NAME)),
+    'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml', 'torch': 'torch torchvision',
+    **dict.fromkeys(['ftfy', 'regex'], 'ftfy regex'),
+    **dict.fromkeys(['onnx', 'onnxruntime', 'onnxslim'], 'onnx onnxruntime onnxslim'),
+}  # fmt: skip
+INSTALL.update((module, f'pip install {names}') for module, names in DISTRIBUTIONS.items())
 
-# What an error says -> what is wrong, and the cure. The first that fits counts.
-CURES = (
+# Pattern of an error message -> what is wrong, and the fix. The first match counts.
+FIXES = (
     (
         r'mmcv\S*_ext\S*: undefined symbol|lib(c10|torch|cudart)\S*: cannot open shared object',
         f'this mmcv was built for another torch. Build it for this one: {BUILD_MMCV}',
@@ -168,7 +161,7 @@ CURES = (
     ),
 )  # fmt: skip
 
-# What is too new: package, first version that does not fit, beside which package, the cure.
+# Packages that are too new: name, first version that does not fit, beside which package, the fix.
 TOO_NEW = (
     ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
     ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
@@ -181,10 +174,10 @@ def installed(names: Iterable[str] = NAMES) -> dict[str, str]:
     """Look up the versions of packages.
 
     Args:
-        names (Iterable[str]): Names of distributions. Defaults to those that matter here.
+        names (Iterable[str]): Names of distributions. Defaults to those in the report.
 
     Returns:
-        dict[str, str]: Versions by name of the distribution, of those that are installed.
+        dict[str, str]: Versions of the installed ones, by name.
 
     Examples:
         >>> 'torch' in installed()
@@ -205,13 +198,13 @@ def has_forks() -> bool:
 
 
 def how_to_install(module: str) -> str:
-    """Tell how to install a package, of the family that is installed already.
+    """Look up how to install a package, from the family that is installed already.
 
     Args:
         module (str): Its import name.
 
     Returns:
-        str: Commands; empty if nothing is known.
+        str: Commands; empty if none are known.
 
     Examples:
         >>> how_to_install('safetensors')
@@ -220,149 +213,104 @@ def how_to_install(module: str) -> str:
     return {**INSTALL, **(INSTALL_FORKS if has_forks() else {})}.get(module, '')
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, to compare it.
-
-    Args:
-        version (str): Such as ``'2.1.2+cu121'``.
-
-    Returns:
-        tuple[int, ...]: Such as ``(2, 1, 2)``.
-
-    Examples:
-        >>> release('2.13.0+cpu') > release('2.2rc1')
-        True
-    """
+def _release(version: str) -> tuple[int, ...]:
+    """Parse a version such as ``'2.1.2+cu121'`` into numbers that compare, such as (2, 1, 2)."""
     return tuple(map(int, re.findall(r'\d+', re.split(r'[^\d.]', version)[0])))
 
 
-def too_old(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find packages that are older than this one needs.
-
-    Args:
-        versions (dict[str, str]): As :func:`installed` returns them.
-
-    Returns:
-        list[tuple[str, str]]: What is wrong, and the cure, for each.
-    """
-    return [
-        (
-            f'{name} {versions[name]} is too old, {oldest} is the oldest that works',
-            f"pip install -U '{name}>={oldest}'",
-        )
-        for name, oldest in MINIMUM.items()
-        if name in versions and release(versions[name]) < release(oldest)
-    ]
-
-
-def too_new(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find packages that are newer than what is installed beside them can do with.
-
-    Args:
-        versions (dict[str, str]): As :func:`installed` returns them.
-
-    Returns:
-        list[tuple[str, str]]: What is wrong, and the cure, for each.
-    """
-    return [
-        (f'{name} {versions[name]} is too new for {beside} {versions[beside]}', cure)
-        for name, first, beside, cure in TOO_NEW
-        if name in versions and beside in versions and release(versions[name]) >= release(first)
-    ]
-
-
 def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find packages that were installed over one another.
-
-    Args:
-        versions (dict[str, str]): As :func:`installed` returns them.
-
-    Returns:
-        list[tuple[str, str]]: What is wrong, and the cure, for each.
-    """
+    """Find packages that were installed over one another, see :func:`problems`."""
     found = []
     for module, owners in OWNERS.items():
         both = [name for name in owners if name in versions]
         if len(both) > 1:
             names = ' and '.join(f'{name} {versions[name]}' for name in both)
             again = ' or '.join(f'pip install --no-deps {name}=={versions[name]}' for name in both)
-            found.append(
-                (
-                    f'{names} are both installed and both write the files of {module}: '
-                    'the later one overwrote the other, pip does not notice',
-                    f'pip uninstall -y {" ".join(both)}, then one of them alone: {again}',
-                )
+            problem = (
+                f'{names} are both installed and both write the files of {module}: '
+                'the later one overwrote the other, pip does not notice'
             )
+            fix = f'pip uninstall -y {" ".join(both)}, then one of them alone: {again}'
+            found.append((problem, fix))
     return found
 
 
 def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find what is wrong by the versions alone.
+    """Find problems that the versions alone show: packages overwritten, too old or too new.
 
     Args:
         versions (dict[str, str]): As :func:`installed` returns them.
 
     Returns:
-        list[tuple[str, str]]: What is wrong, and the cure, for each.
+        list[tuple[str, str]]: Problems, each with its fix.
     """
-    return overwritten(versions) + too_old(versions) + too_new(versions)
+    found = overwritten(versions)
+    for name, oldest in MINIMUM.items():
+        if name in versions and _release(versions[name]) < _release(oldest):
+            problem = f'{name} {versions[name]} is too old, {oldest} is the oldest that works'
+            found.append((problem, f"pip install -U '{name}>={oldest}'"))
+    for name, first, beside, fix in TOO_NEW:
+        if {name, beside} <= versions.keys() and _release(versions[name]) >= _release(first):
+            problem = f'{name} {versions[name]} is too new for {beside} {versions[beside]}'
+            found.append((problem, fix))
+    return found
 
 
-def cure_of(said: str) -> str:
-    """Tell what to do about an error.
+def suggest_fix(text: str) -> str:
+    """Look up the fix for an error.
 
     Args:
-        said (str): The message of the error, or all that a process printed.
+        text (str): The error message, or the whole output of a process.
 
     Returns:
-        str: What is wrong and the commands that mend it; empty if nothing is known.
+        str: The cause and the commands that remove it; empty if none are known.
 
     Examples:
-        >>> cure_of("No module named 'safetensors'")
+        >>> suggest_fix("No module named 'safetensors'")
         'pip install safetensors'
     """
-    for pattern, cure in CURES:
-        if re.search(pattern, said):
-            return cure.replace(BUILD_MMCV, BUILD_FORK) if has_forks() else cure
-    names = re.findall(r"No module named '(\w+)", said)
+    for pattern, fix in FIXES:
+        if re.search(pattern, text):
+            return fix.replace(BUILD_MMCV, BUILD_FORK) if has_forks() else fix
+    names = re.findall(r"No module named '(\w+)", text)
     return how_to_install(names[-1]) if names else ''
 
 
 def explain(err: BaseException) -> str:
-    """Tell what to do about an import that failed.
+    """Look up the fix for an import that failed.
 
     Args:
-        err (BaseException): The error; what it was raised from is read, too.
+        err (BaseException): The error; the errors that it was raised from are read, too.
 
     Returns:
-        str: The cure, and what else is wrong with the installed packages; perhaps empty.
+        str: The fix, and other problems of the installed packages; perhaps empty.
 
     Examples:
         >>> explain(ModuleNotFoundError("No module named 'pkg_resources'"))
         'setuptools 82 has no pkg_resources any more: pip install "setuptools<81"'
     """
-    # With the names of the files, which tell what package it was.
-    said = ''.join(traceback.format_exception(err))
-    found = [f'{what}: {cure}' for what, cure in problems(installed())]
-    return '. '.join(filter(None, [cure_of(said), *found]))
+    # The traceback has the names of the files, which tell what package it was.
+    fix = suggest_fix(''.join(traceback.format_exception(err)))
+    found = [f'{problem}: {its_fix}' for problem, its_fix in problems(installed())]
+    return '. '.join(filter(None, [fix, *found]))
 
 
 def check_core() -> None:
-    """Import what the backbone is built on, and tell how to mend it if that fails.
+    """Import what the backbone is built on; on failure, say how to fix the installation.
 
     Raises:
         ImportError: If torch, NumPy, mmengine or mmcv cannot be imported.
     """
     core = installed(['torch', 'numpy', *OWNERS['mmengine'], *OWNERS['mmcv']])
-    for what, cure in overwritten(core):
-        # It may work, or not: that depends on which was installed last.
-        warnings.warn(f'{what}. To mend it: {cure}', RuntimeWarning, stacklevel=3)
+    for problem, fix in overwritten(core):
+        # Whether it works depends on which one was installed last.
+        warnings.warn(f'{problem}. Fix: {fix}', RuntimeWarning, stacklevel=3)
     try:
         for name in ('torch', 'numpy', 'mmengine.registry', 'mmcv.cnn'):
             importlib.import_module(name)
-    except Exception as err:  # also what a package that was built for another NumPy raises
+    except Exception as err:  # a package built for another NumPy raises other errors, too
         here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
         raise ImportError(
-            f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. To mend it: '
+            f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. Fix: '
             f'{explain(err) or CORE}. Installed: {here}'
         ) from err

@@ -1,4 +1,4 @@
-"""Similar names for a wrong one."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, names: Iterable[str], start: str = 'did') -> str:
-    """Propose names that are similar to a wrong one.
+    """Suggest names that are similar to a wrong one.
 
     Args:
         name (str): The wrong name.

@@ -53,7 +53,9 @@ def test_dry_run(tool, tmp_path):
         assert {row['how'] for row in rows} == hows
         assert all(len(row['rounds']) == 2 for row in rows)
         assert {row['batch'] for row in rows} == {batch}
-        assert all(row['images_s'] == pytest.approx(1e3 * batch / row['ms'], 0.01) for row in rows)
+        for row in rows:  # rounded to one decimal, which matters on a busy machine
+            expected = pytest.approx(1e3 * batch / row['ms'], rel=0.01, abs=0.06)
+            assert row['images_s'] == expected
     differences = [row['differs'] for row in data['rows'] if 'differs' in row]
     assert len(differences) == 16
     assert max(differences) < 0.05

@@ -39,6 +39,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from mmhrformer.checkpoints import read_checkpoint, reading, unwrap
+from mmhrformer.checkpoints.reading import find_damage
 
 FORMATS = pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 
@@ -529,6 +530,32 @@ def test_missing_file_is_an_error_that_names_it(tmp_path, name):
     with pytest.raises(FileNotFoundError, match='there is no checkpoint') as error:
         read_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.fixture
+def whole_file(tmp_path) -> Path:
+    return save(dict(state_dict=dict(weight=torch.rand(1000))), tmp_path / 'a.pth')
+
+
+def test_a_whole_checkpoint_has_no_damage(whole_file):
+    assert find_damage(whole_file) == ''
+
+
+@pytest.mark.parametrize('left', [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_torn_checkpoint_is_found(whole_file, left):
+    os.truncate(whole_file, int(whole_file.stat().st_size * left))
+    assert find_damage(whole_file)
+
+
+def test_a_wrong_byte_is_found(whole_file):
+    content = bytearray(whole_file.read_bytes())
+    content[len(content) // 2] ^= 1
+    whole_file.write_bytes(content)
+    assert re.fullmatch("the checksum of '.*data/0' is wrong", find_damage(whole_file))
+
+
+def test_a_missing_checkpoint_is_no_whole_one(tmp_path):
+    assert 'No such file' in find_damage(tmp_path / 'epoch_1.pth')
 
 
 # Safetensors

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from mmhrformer import HRFormer, get_model, load_checkpoint
 from mmhrformer.checkpoints import read_checkpoint
-from mmhrformer.cli.launch import checked
+from mmhrformer.cli.launch import resolve_checkpoint
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
@@ -97,7 +97,7 @@ class Code:
 
 def through_test_tool(file: Path) -> dict:
     model = Trained()
-    mmengine_load(model, checked(str(file)), strict=True)
+    mmengine_load(model, resolve_checkpoint(str(file)), strict=True)
     return model.state_dict()
 
 

@@ -11,6 +11,7 @@ from mmengine.runner import load_checkpoint as mmengine_load
 
 import mmhrformer
 from mmhrformer import HRFormer
+from mmhrformer.checkpoints import dialects
 
 CASES = {
     'cls': ('keys_cls_tiny.json', golden.CLS_CONFIGS['tiny']),
@@ -34,6 +35,19 @@ def test_official_file_into_a_whole_model(task, tmp_path):
     mmhrformer.load_checkpoint(expected, checkpoint, strict=True)
     mmengine_load(model, f'mmhrformer://{tmp_path}/official.pth', strict=True)
     assert same(model.state_dict(), expected.state_dict())
+
+
+def test_tensors_are_translated_once(monkeypatch, tmp_path):
+    """By the scheme; the load hook of the backbone, which can do it, too, finds nothing to do."""
+    checkpoint = golden.official_checkpoint('pose', 'keys_pose_tiny.json')
+    torch.save(checkpoint, tmp_path / 'official.pth')
+    renamed, rename = [], dialects.rename
+    monkeypatch.setattr(
+        dialects, 'rename', lambda name, *rest: renamed.append(name) or rename(name, *rest)
+    )
+    model = golden.build(golden.POSE_CONFIGS['tiny'])
+    mmengine_load(model, f'mmhrformer://{tmp_path}/official.pth', strict=True)
+    assert 0 < len(renamed) <= len(golden.official_state_dict('keys_pose_tiny.json'))
 
 
 def test_imagenet_file_into_a_backbone_by_init_cfg(tmp_path):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import golden
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from needs import needs
 
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import DownloadError
-from mmhrformer.cli.launch import checked, run_stock_tool
+from mmhrformer.cli.launch import resolve_checkpoint, run_stock_tool
 
 
 def test_checkpoints_are_handed_on_behind_the_scheme(tmp_path):
@@ -16,18 +23,18 @@ def test_checkpoints_are_handed_on_behind_the_scheme(tmp_path):
     file = tmp_path / 'epoch_1.pth'
     model = {f'backbone.{k}': v for k, v in HRFormer('tiny').state_dict().items()}
     torch.save(dict(meta={}, state_dict=model), file)
-    assert checked(str(file)) == f'mmhrformer://{file}'
-    assert checked(f'mmhrformer://{file}') == f'mmhrformer://{file}'
+    assert resolve_checkpoint(str(file)) == f'mmhrformer://{file}'
+    assert resolve_checkpoint(f'mmhrformer://{file}') == f'mmhrformer://{file}'
 
 
 def test_others_are_translated(tmp_path):
     file = tmp_path / 'hrt_tiny.pth'
     torch.save(golden.official_checkpoint('pose', 'keys_pose_tiny.json'), file)
-    assert checked(str(file)) == f'mmhrformer://{file}'
+    assert resolve_checkpoint(str(file)) == f'mmhrformer://{file}'
 
 
 def test_addresses_are_left_to_the_stock_tool():
-    assert checked('https://example.com/a.pth') == 'https://example.com/a.pth'
+    assert resolve_checkpoint('https://example.com/a.pth') == 'https://example.com/a.pth'
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ def test_what_cannot_be_a_checkpoint_is_refused(name, content, error, message, t
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
-        checked(str(tmp_path / name))
+        resolve_checkpoint(str(tmp_path / name))
 
 
 def test_the_tool_ends_with_one_line(tmp_path):
@@ -60,3 +67,30 @@ def test_the_rank_may_stand_before_the_config(monkeypatch):
     ((config, *rest),) = ran
     assert config.endswith('hrformer-tiny_8xb128_in1k.py')
     assert rest == ['--amp', '--local-rank=0']
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param('hrformer-tiny_8xb128_in1k', marks=needs('mmpretrain')),
+        pytest.param('td-hm_hrformer-tiny_8xb32-210e_coco-256x192', marks=needs('mmpose')),
+        pytest.param('ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024', marks=needs('mmseg')),
+    ],
+)
+def test_the_config_is_parsed_once_by_us_and_once_by_the_stock_tool(name, monkeypatch):
+    read, parse, ran = [], Config.fromfile, []
+
+    def count(path, *args, **kwargs):
+        read.append(Path(path).stem)
+        return parse(path, *args, **kwargs)
+
+    monkeypatch.setattr(Config, 'fromfile', count)
+    monkeypatch.setattr(
+        Runner, 'from_cfg', lambda cfg: SimpleNamespace(train=lambda: ran.append(cfg.filename))
+    )
+    for variable in ('argv', 'path'):
+        monkeypatch.setattr(sys, variable, list(getattr(sys, variable)))
+    monkeypatch.setenv('LOCAL_RANK', '0')  # the stock tool sets it
+    run_stock_tool('train', [name])
+    assert read == [name] * 2
+    assert [Path(file).stem for file in ran] == [name]

@@ -175,7 +175,7 @@ class TestWhyALabelMapDoesNotFit:
         for orientation, image, labels, words in (
             (1, lying, lying, "a picture in colours.*imdecode_backend='pillow'"),
             (1, lying, np.zeros((30, 40, 4), np.uint8), 'a picture in colours'),
-            (1, lying, flat.astype(np.float32), 'classes are whole numbers'),
+            (1, lying, flat.astype(np.float32), 'classes are integers'),
             (6, upright, flat, "turned by its EXIF .*'color_ignore_orientation'"),
             (8, lying, flat.T, "its label map was turned and it was not.*color_type='color'"),
             (3, lying, flat.T, 'height and width are exchanged'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmhrformer.cli.launch import stock_tool
+from mmhrformer.cli.main import TOOLS
 from mmhrformer.configs import find_config
 
 pytestmark = pytest.mark.e2e
@@ -72,6 +73,15 @@ def test_stock_tools_from_the_checkout(clone, framework):
     ours = str(find_config(CONFIGS[framework]).parents[2] / 'tools' / 'test.py')
     args = [CONFIGS[framework], checkpoint_of(work), '--cfg-options', *SHORTER_TEST]
     assert METRICS[framework] in clone.run(ours, *args)
+
+
+def test_the_wheel_has_what_users_run_and_no_more(wheel):
+    (folder,) = wheel.cwd.glob('env/lib/python*/site-packages/mmhrformer/.mim')
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ['benchmarks', 'configs', 'model-index.yml', 'tools']
+    assert {file.stem for file in folder.glob('tools/*.py')} == {'train', 'test', *TOOLS}
+    assert all(file.stem.startswith('benchmark') for file in folder.glob('benchmarks/*.*'))
+    assert '--candidates' in wheel.run('-m', 'mmhrformer', 'benchmark', '--help')
 
 
 def test_mim_search_from_a_wheel(wheel):

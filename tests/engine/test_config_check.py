@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmhrformer.configs import find_config
 from mmhrformer.engine.config_check import (
-    PreflightChecks,
+    ConfigCheckVisBackend,
     batch_size_change,
     dead_options,
     late_variables,
     missing_data,
     needs_gpu,
 )
+from mmhrformer.registry import VISBACKENDS
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
 COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
@@ -171,9 +172,13 @@ def check(cfg: Config, tool: str, monkeypatch, caplog) -> str:
         'mmhrformer.engine.config_check.print_log',
         lambda text, logger, level: said.append((level, text)),
     )
-    PreflightChecks(save_dir='').add_config(cfg)
+    ConfigCheckVisBackend(save_dir='').add_config(cfg)
     assert {level for level, _ in said} <= {logging.WARNING}
     return '\n'.join(text for _, text in said)
+
+
+def test_former_name_works():
+    assert VISBACKENDS.get('mmhrformer.PreflightChecks') is ConfigCheckVisBackend
 
 
 def test_tools_stop_and_others_warn(folder, monkeypatch, caplog):
@@ -266,7 +271,7 @@ def test_variables_changed_too_late_are_named_with_what_counts(base, text, place
     assert key == text.split(' =')[0]
     assert set(places) <= set(remedy.split(', '))
     with pytest.raises(ValueError, match=rf'{key}: has no effect.*{places[0]}'):
-        PreflightChecks(save_dir='').add_config(cfg)
+        ConfigCheckVisBackend(save_dir='').add_config(cfg)
     by_option = load(base)
     by_option.merge_from_dict({key: cfg[key]})
     assert set(places) <= set(late_variables(by_option)[key])

@@ -20,8 +20,8 @@ env_cfg = dict(
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
 )
-# PreflightChecks stops a run with missing data or dead options before anything is built.
-vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.PreflightChecks')]
+# ConfigCheckVisBackend stops a run with missing data or dead options before anything is built.
+vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'
 load_from = None

@@ -25,8 +25,8 @@ env_cfg = dict(
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
 )
-# PreflightChecks stops a run with missing data or dead options before anything is built.
-vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.PreflightChecks')]
+# ConfigCheckVisBackend stops a run with missing data or dead options before anything is built.
+vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
