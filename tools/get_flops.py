@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmhrformer.analysis.complexity import complexity, input_shape
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.deploy.onnx import default_size
+from mmhrformer.datasets.meta import default_size
 
 
 def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
