@@ -1,4 +1,4 @@
-"""Draw what the demo models see, with the visualizers of the frameworks."""
+"""Draw what the demo models find, and how they learned."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmhrformer.configs import find_config
+from mmhrformer import get_inferencer
 
-ENLARGE = 2  # the demo images are small
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def tile(images: list[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
@@ -35,71 +35,47 @@ def tile(images: list[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
     return sheet
 
 
-def draw_digits(config: str, checkpoint: Path, data: Path) -> np.ndarray:
-    """Draw digits with the three likeliest labels; returns an RGB image."""
-    from mmpretrain import ImageClassificationInferencer
-
-    paths = [sorted((data / 'val' / str(digit)).glob('*.png'))[0] for digit in range(10)]
-    model = ImageClassificationInferencer(config, pretrained=str(checkpoint), device='cpu')
-    images = [cv2.resize(cv2.imread(str(path)), (128, 128)) for path in paths]
-    results = model([cv2.imread(str(path)) for path in paths])
-    for image, result in zip(images, results):
-        scores = np.asarray(result['pred_scores'])
-        for row, label in enumerate(scores.argsort()[::-1][:3]):
-            text = f'{label}: {100 * scores[label]:.0f}%'
-            colour = (255, 255, 0) if row == 0 else (200, 200, 200)
-            cv2.putText(
-                image, text, (3, 14 + 14 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1,
-                cv2.LINE_AA,
-            )  # fmt: skip
-    return tile(images, 5)
+def enlarge(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Double the sides of images; those of the demos are small."""
+    return [cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for image in images]
 
 
-def draw_figures(config: str, checkpoint: Path, data: Path) -> np.ndarray:
-    """Draw the skeletons that the model finds; returns an RGB image."""
-    from mmpose.apis import inference_topdown, init_model
-    from mmpose.structures import merge_data_samples
-    from mmpose.visualization import PoseLocalVisualizer
+def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np.ndarray:
+    """Draw what a model finds in some validation images.
 
-    model = init_model(config, str(checkpoint), device='cpu')
-    visualizer = PoseLocalVisualizer(radius=3, line_width=2)
-    visualizer.set_dataset_meta(model.dataset_meta)
-    annotations = json.loads((data / 'annotations/person_keypoints_val.json').read_text())
-    drawn = []
-    for record in annotations['images'][:8]:
-        image = cv2.imread(str(data / 'val' / record['file_name']))
-        boxes = np.array(
-            [a['bbox'] for a in annotations['annotations'] if a['image_id'] == record['id']]
-        )
-        results = inference_topdown(model, image, boxes, bbox_format='xywh')
-        sample = merge_data_samples(results)
-        for key in ('keypoints', 'bboxes'):
-            sample.pred_instances[key] = sample.pred_instances[key] * ENLARGE
-        image = cv2.resize(image, None, fx=ENLARGE, fy=ENLARGE, interpolation=cv2.INTER_CUBIC)
-        drawn.append(
-            visualizer.add_datasample(
-                'pose', cv2.cvtColor(image, cv2.COLOR_BGR2RGB), sample, draw_gt=False, show=False
-            )
-        )
-    return tile([cv2.resize(image, (320, 256)) for image in drawn], 4)
+    Args:
+        name (str): ``'cls'``, ``'pose'`` or ``'seg'``.
+        config (str): Name or path of the config.
+        checkpoint (Path): The trained model.
+        data (Path): Folder of the data set.
 
-
-def draw_scenes(config: str, checkpoint: Path, data: Path) -> np.ndarray:
-    """Draw scenes, the predicted classes below each; returns an RGB image."""
-    from mmseg.apis import inference_model, init_model, show_result_pyplot
-
-    model = init_model(config, str(checkpoint), device='cpu')
-    images, masks = [], []
-    for path in sorted((data / 'img_dir/val').glob('*.jpg'))[:6]:
-        image = cv2.imread(str(path))
-        result = inference_model(model, image)
-        rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        mask = show_result_pyplot(
-            model, rgb, result, opacity=0.8, draw_gt=False, show=False, with_labels=False
-        )
-        for drawn, one in ((images, rgb), (masks, mask)):
-            drawn.append(cv2.resize(one, (192, 192), interpolation=cv2.INTER_NEAREST))
-    return tile(images + masks, 6)
+    Returns:
+        np.ndarray: A sheet of pictures, (H, W, 3) uint8, RGB.
+    """
+    find = get_inferencer(config, str(checkpoint), name, device='cpu', show_progress=False)
+    if name == 'cls':
+        digits = [sorted((data / 'val' / str(digit)).glob('*.png'))[0] for digit in range(10)]
+        images = [cv2.resize(cv2.imread(str(path)), (128, 128)) for path in digits]
+        for image, found in zip(images, find(digits)['predictions']):
+            scores = np.asarray(found['pred_scores'])
+            for row, label in enumerate(scores.argsort()[::-1][:3]):
+                text, place = f'{label}: {scores[label]:.0%}', (3, 14 + 14 * row)
+                colour = (255, 255, 0) if row == 0 else (200, 200, 200)
+                cv2.putText(image, text, place, FONT, 0.42, colour, lineType=cv2.LINE_AA)
+        return tile(images, 5)
+    if name == 'pose':
+        found = json.loads((data / 'annotations/person_keypoints_val.json').read_text())
+        images, boxes = found['images'][:8], []
+        for image in images:
+            people = [a['bbox'] for a in found['annotations'] if a['image_id'] == image['id']]
+            boxes.append([(x, y, x + w, y + h) for x, y, w, h in people])
+        paths = [data / 'val' / image['file_name'] for image in images]
+        found = find(paths, boxes=boxes, return_vis=True, radius=2)
+        return tile(enlarge(found['visualization']), 4)
+    paths = sorted((data / 'img_dir/val').glob('*.jpg'))[:6]
+    masks = find(paths, with_labels=False, opacity=0.8, return_vis=True)['visualization']
+    images = [cv2.imread(str(path))[..., ::-1] for path in paths]
+    return tile(enlarge(images + masks), 6)
 
 
 def draw_curves(work_dir: Path, out: Path) -> None:
@@ -132,29 +108,19 @@ def draw_curves(work_dir: Path, out: Path) -> None:
     plt.close(figure)
 
 
-PAINTERS = dict(cls=draw_digits, pose=draw_figures, seg=draw_scenes)
-
-
-def draw(name: str, config: str, checkpoint: Path, data: Path, out: Path) -> None:
-    """Draw predictions and training curves of a demo.
-
-    Args:
-        name (str): ``'cls'``, ``'pose'`` or ``'seg'``.
-        config (str): Name of the config.
-        checkpoint (Path): The trained model.
-        data (Path): Folder of the data set.
-        out (Path): Folder of the demo: trained in ``train``, pictures go beside it.
-    """
-    sheet = PAINTERS[name](str(find_config(config)), checkpoint, data)
-    cv2.imwrite(str(out / 'predictions.png'), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-    draw_curves(out / 'train', out / 'curves.png')
-
-
-if __name__ == '__main__':
+def main() -> None:
+    """Draw predictions and training curves of a demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('name', choices=PAINTERS, help='which demo')
+    parser.add_argument('name', choices=['cls', 'pose', 'seg'], help='which demo')
     parser.add_argument('config', help='name or path of its config')
     parser.add_argument('checkpoint', type=Path, help='the trained model')
     parser.add_argument('data', type=Path, help='folder of its data set')
     parser.add_argument('out', type=Path, help='folder of the demo, with the training in train/')
-    draw(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    sheet = draw_predictions(args.name, args.config, args.checkpoint, args.data)
+    cv2.imwrite(str(args.out / 'predictions.png'), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    draw_curves(args.out / 'train', args.out / 'curves.png')
+
+
+if __name__ == '__main__':
+    main()

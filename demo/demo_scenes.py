@@ -268,20 +268,3 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     shadow = 1 + 0.15 * smooth_noise(rng, scene.labels.shape, (3, 3))
     noise = rng.normal(0, rng.uniform(2, 8), scene.image.shape)
     return expose(scene.image * light, shadow, noise), void_border(scene.labels)
-
-
-def check_labels(image: np.ndarray, labels: np.ndarray) -> None:
-    """Verify a label map.
-
-    Args:
-        image (np.ndarray): (H, W, 3) uint8.
-        labels (np.ndarray): (H, W) uint8.
-
-    Raises:
-        ValueError: If type or shape are wrong or an id has no class.
-    """
-    if labels.dtype != np.uint8 or labels.shape != image.shape[:2]:
-        raise ValueError(f'label map {labels.shape} {labels.dtype} of an image {image.shape}')
-    unknown = set(np.unique(labels).tolist()) - {*range(len(SCENE_CLASSES)), SCENE_IGNORE}
-    if unknown:
-        raise ValueError(f'label ids {sorted(unknown)} have no class')

@@ -14,56 +14,42 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import demo_data
+from mmengine.runner import find_latest_checkpoint
 
 HERE = Path(__file__).resolve().parent
 DATA = Path('data/demo')  # below the current folder, as the configs have it
 
 
-@dataclass(frozen=True)
-class Task:
-    """A demo.
-
-    Attributes:
-        title (str): What is learned.
-        config (str): Name of the config.
-        metric (str): Name of the metric in the test's results.
-        metric_title (str): Name of the metric in the table.
-        percent (float): What makes the metric per cent.
-    """
+class Task(NamedTuple):
+    """What is learned, by which config, and the metric: in the results, in the table, its unit."""
 
     title: str
     config: str
     metric: str
     metric_title: str
-    percent: float = 1.0
+    percent: float
 
 
 TASKS = {
     'cls': Task(
-        'classification of digits',
-        'hrformer-demo_1xb64-6e_digits',
-        'accuracy/top1',
-        'top-1 accuracy',
+        'classification of digits', 'hrformer-demo_1xb64-6e_digits',
+        'accuracy/top1', 'top-1 accuracy', 1,
     ),
     'pose': Task(
-        'pose of drawn people',
-        'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
-        'coco/AP',
-        'AP',
-        percent=100.0,
+        'pose of drawn people', 'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
+        'coco/AP', 'AP', 100,
     ),
     'seg': Task(
-        'segmentation of drawn scenes',
-        'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
-        'mIoU',
-        'mIoU',
+        'segmentation of drawn scenes', 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
+        'mIoU', 'mIoU', 1,
     ),
-}
+}  # fmt: skip
 
 
 class DemoError(RuntimeError):
@@ -93,15 +79,7 @@ def run_tool(tool: str, args: list[str], log: Path, threads: int) -> None:
 
 
 def read_metric(folder: Path, metric: str) -> float:
-    """Read a metric from the newest results that a test wrote.
-
-    Args:
-        folder (Path): Work folder of the test.
-        metric (str): Name of the metric.
-
-    Returns:
-        float: Its value.
-    """
+    """Read a metric from the newest results of a test in its work folder."""
     results = max(folder.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     return json.loads(results.read_text())[metric]
 
@@ -118,9 +96,6 @@ def run_task(name: str, out: Path, threads: int, say) -> dict:
     Returns:
         dict: ``metric`` in per cent, ``seconds`` and ``pictures``.
     """
-    import demo_data
-    from mmengine.runner import find_latest_checkpoint
-
     task, start = TASKS[name], time.time()
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,22 +117,12 @@ def run_task(name: str, out: Path, threads: int, say) -> dict:
 
 
 def run_all(names: list[str], out: Path) -> dict[str, dict]:
-    """Run tasks side by side on the cores that there are.
-
-    Args:
-        names (list[str]): Keys of :data:`TASKS`.
-        out (Path): Folder for everything that is written.
-
-    Returns:
-        dict[str, dict]: The result of each task, see :func:`run_task`.
-    """
-    cores = len(os.sched_getaffinity(0))
+    """Run tasks side by side on the cores that there are; returns :func:`run_task`'s by name."""
+    cores, start = len(os.sched_getaffinity(0)), time.time()
     workers = min(cores, len(names))
-    lock, start = threading.Lock(), time.time()
 
     def say(line: str) -> None:
-        with lock:
-            print(f'[{time.time() - start:4.0f} s] {line}', flush=True)
+        print(f'[{time.time() - start:4.0f} s] {line}\n', end='', flush=True)
 
     # The longest first, so that the others fill the time beside it.
     order = sorted(names, key=['pose', 'seg', 'cls'].index)
@@ -190,13 +155,11 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()
     print('Three small HRFormers learn on the CPU; two cores take five to ten minutes.')
-    start = time.time()
     try:
         results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
     except (DemoError, ImportError, OSError, ValueError) as err:
         sys.exit(f'\nThe demo stopped: {err}')
     print_table(results)
-    print(f'\nTogether {time.time() - start:.0f} s.')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,11 @@
-"""Train several configs at the size of the demo, and draw how they compare.
+"""Train several configs at the size of the demo, and print what they reach.
 
     python dev/compare.py hrformer-tiny_8xb128_in1k hrformer-tiny-no-dwconv_8xb128_in1k
 
 What makes a config different (attention, FFN, another backbone, another head) is put into the demo
 config of its task, which is small enough to learn on a CPU within minutes: the architecture, the
-data and the schedule are the demo's. The stock train.py trains it. OUT/comparison.png has the curve
-of the loss and the metric reached, OUT/results.json the numbers. A run that was finished before
-with the same config is not repeated.
+data and the schedule are the demo's. The stock train.py trains it. OUT/results.json has the
+metrics, and OUT/CONFIG-SEED the logs, of which tools/analyze_logs.py draws curves.
 """
 
 from __future__ import annotations
@@ -16,22 +15,16 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'demo'))
 
 import demo_data
-import matplotlib
 from mmengine.config import Config
 from run_demo import DATA, TASKS, DemoError, run_tool
 
 from mmhrformer.configs import find_config, read_config
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
 
 TASK_OF_SCOPE = {'mmpretrain': 'cls', 'mmpose': 'pose', 'mmseg': 'seg'}
 
@@ -61,36 +54,8 @@ SMALL_VIT = dict(
 )
 
 
-@dataclass
-class Run:
-    """A config trained with a seed.
-
-    Attributes:
-        name (str): Name of the config.
-        task (str): A key of ``run_demo.TASKS``.
-        seed (int): Seed of the run.
-        loss (list): Pairs of an iteration and the loss there.
-        metric (float): The metric after the last epoch, in per cent.
-        seconds (float): How long the training took.
-    """
-
-    name: str
-    task: str
-    seed: int
-    loss: list = field(default_factory=list)
-    metric: float = math.nan
-    seconds: float = 0.0
-
-
 def hrnet_extra(arch: Mapping) -> dict:
-    """The layout of an HRFormer, as the option ``extra`` of the frameworks' HRNet.
-
-    Args:
-        arch (Mapping): ``channels``, ``num_modules`` and ``num_blocks`` of the HRFormer.
-
-    Returns:
-        dict: The option.
-    """
+    """The layout of an HRFormer, as the option ``extra`` of the frameworks' HRNet."""
     stages = dict(
         stage1=dict(
             num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(2,), num_channels=(64,)
@@ -188,94 +153,29 @@ def set_length(cfg: Config, length: int) -> None:
         cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = length
 
 
-def read_log(run: Run, work: Path) -> None:
-    """Read loss and metric from what the training wrote.
+def read_metric(task: str, work: Path) -> float:
+    """Read the last metric that a training wrote, in per cent.
 
     Args:
-        run (Run): Where to put them.
+        task (str): A key of ``TASKS``.
         work (Path): Work folder of the training.
+
+    Returns:
+        float: The metric.
 
     Raises:
         DemoError: If the log has no validation.
     """
-    task = TASKS[run.task]
     log = max(work.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    run.loss = [(line['step'], line['loss']) for line in lines if 'loss' in line]
-    metrics = [line[task.metric] for line in lines if task.metric in line]
+    lines = map(json.loads, log.read_text().splitlines())
+    metrics = [line[TASKS[task].metric] for line in lines if TASKS[task].metric in line]
     if not metrics:
-        raise DemoError(f'{log} has no {task.metric}: the training did not come to a validation')
-    run.metric = metrics[-1] * task.percent
+        raise DemoError(f'{log} has no {TASKS[task].metric}: it did not come to a validation')
+    return metrics[-1] * TASKS[task].percent
 
 
-def train(run: Run, cfg: Config, out: Path, threads: int) -> None:
-    """Train a config, unless that was done before, and read what came out.
-
-    Args:
-        run (Run): What to train.
-        cfg (Config): Its config, at the size of the demo.
-        out (Path): Folder for everything that is written.
-        threads (int): CPU threads to use.
-    """
-    folder = out / f'{run.name}-{run.seed}'
-    folder.mkdir(parents=True, exist_ok=True)
-    config, note = folder / 'config.py', folder / 'seconds.txt'
-    text = cfg.pretty_text
-    if not (note.is_file() and config.is_file() and config.read_text() == text):
-        demo_data.TASKS[run.task](DATA)
-        config.write_text(text)
-        start = time.time()
-        args = [str(config), '--work-dir', str(folder / 'work')]
-        run_tool('train', args, folder / 'train.log', threads)
-        note.write_text(f'{time.time() - start:.0f}')
-    run.seconds = float(note.read_text())
-    read_log(run, folder / 'work')
-
-
-def short_name(name: str) -> str:
-    """What of a config's name says which model it is."""
-    model = name.split('_8xb')[0]
-    return model.removeprefix('td-hm_').removeprefix('ocrnet_')
-
-
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw a row for each task: the loss along the training, and the metric reached.
-
-    Args:
-        runs (Sequence[Run]): All runs.
-        path (Path): The picture to write.
-    """
-    tasks = [task for task in TASKS if any(run.task == task for run in runs)]
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(11, 3.4 * len(tasks)), squeeze=False, layout='constrained'
-    )
-    for (curve, bars), task in zip(axes, tasks):
-        names = list(dict.fromkeys(run.name for run in runs if run.task == task))
-        lowest = 100.0
-        for i, name in enumerate(names):
-            of_name = [run for run in runs if run.name == name]
-            for run in of_name:
-                label = short_name(name) if run is of_name[0] else None
-                curve.plot(*zip(*run.loss), color=f'C{i}', lw=1.2, label=label)
-            metrics = [run.metric for run in of_name]
-            mean, lowest = sum(metrics) / len(metrics), min(lowest, *metrics)
-            bars.barh(i, mean, color=f'C{i}')
-            bars.plot(metrics, [i] * len(metrics), 'k.', ms=4)
-            bars.annotate(f' {mean:.1f}', (max(metrics), i), va='center')
-        curve.set(xlabel='iteration', ylabel='training loss', title=TASKS[task].title, yscale='log')
-        curve.legend(fontsize='small')
-        curve.grid(alpha=0.3)
-        bars.set_yticks(range(len(names)), [short_name(name) for name in names])
-        bars.invert_yaxis()
-        bars.set_xlim(max(0, lowest - max(5, (100 - lowest) / 2)), 103)
-        bars.set(xlabel=f'{TASKS[task].metric_title}, %', title='reached (dots: seeds)')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def compare(names: Sequence[str], out: Path, lengths: Mapping, seeds: Sequence[int]) -> list[Run]:
-    """Train configs and draw the comparison.
+def compare(names: Sequence[str], out: Path, lengths: Mapping, seeds: Sequence[int]) -> list[dict]:
+    """Train configs and compare what they reach.
 
     Args:
         names (Sequence[str]): Paths of configs, or names of ours.
@@ -284,23 +184,27 @@ def compare(names: Sequence[str], out: Path, lengths: Mapping, seeds: Sequence[i
         seeds (Sequence[int]): Seeds to train each with.
 
     Returns:
-        list[Run]: What came out.
+        list[dict]: ``config``, ``seed`` and ``metric`` in per cent of each training.
     """
     configs = {Path(name).stem: demo_config(name) for name in names}
     threads = int(os.environ.get('OMP_NUM_THREADS', len(os.sched_getaffinity(0))))
-    runs = [Run(name, task, seed) for seed in seeds for name, (task, _) in configs.items()]
-    for run in runs:
-        cfg = configs[run.name][1]
-        cfg.randomness.seed = run.seed
-        if lengths.get(run.task):
-            set_length(cfg, lengths[run.task])
-        train(run, cfg, out, threads)
-        title = TASKS[run.task].metric_title
-        print(f'{run.name}, seed {run.seed}: {title} {run.metric:.1f} % ({run.seconds:.0f} s)')
-    results = [dict(vars(run), loss=run.loss[-1][1]) for run in runs]
-    (out / 'results.json').write_text(json.dumps(results, indent=2))
-    draw(runs, out / 'comparison.png')
-    return runs
+    results = []
+    for seed in seeds:
+        for name, (task, cfg) in configs.items():
+            cfg.randomness.seed = seed
+            if lengths.get(task):
+                set_length(cfg, lengths[task])
+            folder = out / f'{name}-{seed}'
+            folder.mkdir(parents=True, exist_ok=True)
+            demo_data.TASKS[task](DATA)
+            cfg.dump(folder / 'config.py')
+            args = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+            run_tool('train', args, folder / 'train.log', threads)
+            metric = read_metric(task, folder / 'work')
+            print(f'{name}, seed {seed}: {TASKS[task].metric_title} {metric:.1f} %', flush=True)
+            results.append(dict(config=name, seed=seed, metric=metric))
+            (out / 'results.json').write_text(json.dumps(results, indent=2))
+    return results
 
 
 def main() -> None:
@@ -319,7 +223,6 @@ def main() -> None:
         compare(args.configs, args.out.resolve(), lengths, args.seeds)
     except (DemoError, ImportError, OSError, ValueError) as err:
         sys.exit(f'compare.py: {err}')
-    print(f'drawn: {args.out / "comparison.png"}')
 
 
 if __name__ == '__main__':

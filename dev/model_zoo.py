@@ -1,6 +1,5 @@
-"""List the models of our metafiles, and keep their counts and the tables of the READMEs true.
+"""Keep the counts of the metafiles and the tables of the READMEs true.
 
-python dev/model_zoo.py                                   # the zoo as a table
 python dev/model_zoo.py --check                           # is everything that is counted true?
 python dev/model_zoo.py --update                          # count anew, write metafiles and tables
 python dev/model_zoo.py --markdown configs/hrformer_pose  # only renew the table of this README.md
@@ -15,7 +14,6 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,27 +49,13 @@ NOTHING = '–'  # noqa: RUF001
 
 
 def metafiles(root: Path) -> list[Path]:
-    """The metafiles that ``model-index.yml`` names.
-
-    Args:
-        root (Path): The folder of the configs.
-
-    Returns:
-        list[Path]: Their paths.
-    """
+    """The metafiles that ``model-index.yml`` in the folder of the configs names."""
     index = yaml.safe_load((root / 'model-index.yml').read_text())
     return [root.parent / path for path in index['Import']]
 
 
 def read_models(metafile: Path) -> list[dict]:
-    """The entries of a metafile, one for each config.
-
-    Args:
-        metafile (Path): Path of the metafile.
-
-    Returns:
-        list[dict]: What the file has under ``Models``.
-    """
+    """The entries of a metafile, one for each config."""
     return yaml.safe_load(metafile.read_text())['Models']
 
 
@@ -121,32 +105,15 @@ def write_counts(text: str, name: str, counts: dict[str, int]) -> str:
     return text[: entry.start()] + lines + text[entry.end() :]
 
 
-def table_rows(models: list[dict]) -> Iterator[tuple[dict, dict, list[dict]]]:
-    """The rows of a table: one for each result, or one for a model without.
-
-    Args:
-        models (list[dict]): Entries of a metafile.
-
-    Yields:
-        tuple[dict, dict, list[dict]]: An entry, a result of it, and its checkpoints: the one that
-        the result belongs to, and those that hold the backbone only.
-    """
-    for model in models:
-        for result in model.get('Results') or [{}]:
-            owner = CHECKPOINTS.get(result.get('Reported By'))
-            sources = model.get('Sources', []) if owner else []
-            fitting = [s for s in sources if s['From'] == owner or s['Holds'] == 'backbone']
-            yield model, result, fitting
-
-
-def format_metric(result: dict, name: str) -> str:
-    """A metric of a result in per cent, or a dash."""
-    metrics = result.get('Metrics', {})
-    return f'{metrics[name] * METRICS[name][1]:.1f}' if name in metrics else NOTHING
+def weights_of(model: dict, result: dict) -> list[dict]:
+    """The checkpoints of a result: the one that it belongs to, and those of the backbone only."""
+    owner = CHECKPOINTS.get(result.get('Reported By'))
+    sources = model.get('Sources', []) if owner else []
+    return [s for s in sources if s['From'] == owner or s['Holds'] == 'backbone']
 
 
 def markdown(models: list[dict]) -> str:
-    """The table of a README.
+    """The table of a README: a row for each result of a model, one for a model without.
 
     Args:
         models (list[dict]): Entries of a metafile.
@@ -154,14 +121,17 @@ def markdown(models: list[dict]) -> str:
     Returns:
         str: The table, in Markdown.
     """
-    rows = list(table_rows(models))
-    used = [name for name in METRICS if any(name in r.get('Metrics', {}) for _, r, _ in rows)]
+    rows = [(model, result) for model in models for result in model.get('Results') or [{}]]
+    used = [name for name in METRICS if any(name in r.get('Metrics', {}) for _, r in rows)]
     titles = ['config', 'data set', 'input', 'parameters', 'FLOPs (MACs)']
     titles += [METRICS[name][0] for name in used] + ['reported by', 'weights']
     lines = [titles, [':--', ':--', ':-:', '--:', '--:', *['--:'] * len(used), ':--', ':--']]
-    for model, result, sources in rows:
-        meta = model['Metadata']
-        links = (f'[{s["From"]}: {s["Holds"]}, {s["Kind"]}]({s["Link"]})' for s in sources)
+    for model, result in rows:
+        meta, metrics = model['Metadata'], result.get('Metrics', {})
+        weights = [
+            f'[{s["From"]}: {s["Holds"]}, {s["Kind"]}]({s["Link"]})'
+            for s in weights_of(model, result)
+        ]
         lines.append(
             [
                 f'[{model["Name"]}]({Path(model["Config"]).name})',
@@ -169,27 +139,16 @@ def markdown(models: list[dict]) -> str:
                 meta['Input Size'],
                 f'{meta["Parameters"] / 1e6:.1f} M',
                 f'{meta["FLOPs (official count)"] / 1e9:.2f} G ({meta["FLOPs"] / 1e9:.2f} G)',
-                *(format_metric(result, name) for name in used),
+                *(f'{metrics[n] * METRICS[n][1]:.1f}' if n in metrics else NOTHING for n in used),
                 result.get('Reported By', NOTHING),
-                '<br>'.join(links) or NOTHING,
+                '<br>'.join(weights) or NOTHING,
             ]
         )
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def with_table(readme: str, table: str) -> str:
-    """Put a table between the markers of a README.
-
-    Args:
-        readme (str): Text of the README.
-        table (str): The table.
-
-    Returns:
-        str: The new text.
-
-    Raises:
-        ValueError: If a marker is missing or stands there twice.
-    """
+    """The text of a README with the table between its two markers."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f'write two lines into it, the table comes between:\n{BEGIN}\n{END}')
     head, rest = readme.split(BEGIN)
@@ -222,15 +181,7 @@ def update(root: Path) -> None:
 
 
 def wrong_counts(model: dict, root: Path) -> list[str]:
-    """What an entry says and its config does not.
-
-    Args:
-        model (dict): An entry of a metafile.
-        root (Path): The folder of the configs.
-
-    Returns:
-        list[str]: A message for each wrong number.
-    """
+    """A message for each number of an entry that its config does not have."""
     return [
         f'{model["Name"]}: {field} is {number:,}, the metafile says {model["Metadata"][field]:,}'
         for field, number in count(model, root).items()
@@ -239,14 +190,7 @@ def wrong_counts(model: dict, root: Path) -> list[str]:
 
 
 def check(root: Path) -> list[str]:
-    """Compare all counts and tables with what they should be.
-
-    Args:
-        root (Path): The folder of the configs.
-
-    Returns:
-        list[str]: A message for each wrong number and for each old table.
-    """
+    """A message for each wrong number, and for each table that is not that of its metafile."""
     messages = []
     for metafile in metafiles(root):
         models = read_models(metafile)
@@ -258,33 +202,12 @@ def check(root: Path) -> list[str]:
     return messages
 
 
-def print_zoo(root: Path) -> None:
-    """Print all models, one line for each result."""
-    lines = [('config', 'parameters', 'MACs', 'result', 'reported by', 'weights')]
-    for metafile in metafiles(root):
-        for model, result, sources in table_rows(read_models(metafile)):
-            meta, first = model['Metadata'], next(iter(result.get('Metrics', {})), None)
-            lines.append(
-                (
-                    model['Name'],
-                    f'{meta["Parameters"] / 1e6:.1f} M',
-                    f'{meta["FLOPs"] / 1e9:.2f} G',
-                    f'{METRICS[first][0]} {format_metric(result, first)}' if first else NOTHING,
-                    result.get('Reported By', NOTHING),
-                    ', '.join(f'{s["Kind"]} ({s["Holds"]})' for s in sources) or NOTHING,
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    action = parser.add_mutually_exclusive_group()
+    action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument('--check', action='store_true', help='exit with 1 if something is wrong')
     action.add_argument('--update', action='store_true', help='write the metafiles and tables')
     action.add_argument('--markdown', type=Path, metavar='FOLDER', help='write one table')
@@ -298,10 +221,8 @@ def main() -> None:
         sys.exit(1 if messages else 0)
     elif args.update:
         update(config_root())
-    elif args.markdown:
-        renew_table(args.markdown / 'metafile.yml')
     else:
-        print_zoo(config_root())
+        renew_table(args.markdown / 'metafile.yml')
 
 
 if __name__ == '__main__':

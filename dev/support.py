@@ -11,6 +11,7 @@ environment, and from all of them to the page. A part that fails is written down
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -34,27 +35,26 @@ RECORDS = ROOT / 'docs/support'
 PAGE = ROOT / 'docs/support.md'
 START, END = '<!-- written by dev/support.py -->', '<!-- end -->'
 SCOPES = {'cls': 'mmpretrain', 'pose': 'mmpose', 'seg': 'mmseg'}
+PACKAGES = (
+    'torch',
+    'numpy',
+    'xtcocotools',
+    *(name for owners in OWNERS.values() for name in owners),
+)
 HALF = {
     'cls': 'train_cfg.max_epochs=3',
     'pose': 'train_cfg.max_epochs=1',
     'seg': 'train_cfg.max_iters=50',
 }
-OTHERS = ('torch', 'numpy', 'xtcocotools')
-
-
-def version_of(name: str) -> str:
-    """The version of a distribution without its local part; empty if it is not installed."""
-    try:
-        return metadata.version(name).split('+')[0]
-    except metadata.PackageNotFoundError:
-        return ''
 
 
 def find_versions() -> dict[str, str]:
-    """The versions of Python and of all that matters, by distribution."""
-    names = [*OTHERS, *(name for owners in OWNERS.values() for name in owners)]
+    """The versions of Python and of all that matters, by distribution, without local parts."""
     found = {'python': platform.python_version()}
-    return found | {name: version for name in names if (version := version_of(name))}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name).split('+')[0]
+    return found
 
 
 def name_of_record(versions: dict[str, str]) -> str:
@@ -74,9 +74,8 @@ def name_of_record(versions: dict[str, str]) -> str:
         raise ValueError(
             f'mmcv is brought by {found or "no package"}: "python -m mmhrformer env" tells the fix'
         )
-    (mmcv,) = found
-    python = '.'.join(versions['python'].split('.')[:2])
-    return f'py{python}-torch{versions["torch"]}-numpy{versions["numpy"]}-{mmcv}.json'
+    python = versions['python'].rpartition('.')[0]
+    return f'py{python}-torch{versions["torch"]}-numpy{versions["numpy"]}-{found[0]}.json'
 
 
 def run_core(processes: int) -> dict:
@@ -90,14 +89,7 @@ def run_core(processes: int) -> dict:
 
 
 def count_tests(report: Path) -> dict:
-    """Count the tests in a report of pytest.
-
-    Args:
-        report (Path): What ``--junitxml`` wrote.
-
-    Returns:
-        dict: How many ``passed``, ``skipped`` and ``failed``.
-    """
+    """Count the passed, skipped and failed tests in a report of ``pytest --junitxml``."""
     suite = ElementTree.parse(report).getroot().find('testsuite')
     count = {name: int(suite.get(name)) for name in ('tests', 'skipped', 'failures', 'errors')}
     failed = count['failures'] + count['errors']
@@ -131,6 +123,20 @@ def run_task(name: str, folder: Path) -> dict:
     return dict(metric=task.metric_title, value=read_metric(test, task.metric) * task.percent)
 
 
+def run_part(part: str, versions: dict[str, str], processes: int, report: Path | None) -> dict:
+    """Run the fast tests or the demo of a task; what fails or lacks its framework is a result."""
+    try:
+        if part == 'core':
+            return count_tests(report) if report else run_core(processes)
+        if not any(name in versions for name in OWNERS[SCOPES[part]]):
+            return dict(absent=SCOPES[part])
+        with tempfile.TemporaryDirectory() as folder:
+            return run_task(part, Path(folder) / part)
+    except DemoError as err:
+        print(err)
+        return dict(error=str(err).strip().splitlines()[-1])
+
+
 def run(parts: list[str], processes: int, report: Path | None = None) -> Path:
     """Run parts in this environment and write down what came out.
 
@@ -150,18 +156,7 @@ def run(parts: list[str], processes: int, report: Path | None = None) -> Path:
         record = dict(versions=versions, parts={})
     for part in parts:
         print(f'{part} ...', flush=True)
-        try:
-            if part == 'core':
-                result = count_tests(report) if report else run_core(processes)
-                record['parts'][part] = result
-            elif not any(name in versions for name in OWNERS[SCOPES[part]]):
-                record['parts'][part] = dict(absent=SCOPES[part])
-            else:
-                with tempfile.TemporaryDirectory() as folder:
-                    record['parts'][part] = run_task(part, Path(folder) / part)
-        except DemoError as err:
-            print(err)
-            record['parts'][part] = dict(error=str(err).strip().splitlines()[-1])
+        record['parts'][part] = run_part(part, versions, processes, report)
         print(record['parts'][part], flush=True)
     RECORDS.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + '\n')
@@ -185,10 +180,9 @@ def cell(result: dict | None) -> str:
 def write_row(record: dict) -> str:
     """One row of the matrix."""
     versions = record['versions']
-    names = [name for owners in OWNERS.values() for name in owners if name in versions]
-    packages = ', '.join(f'{name} {versions[name]}' for name in names)
+    packages = ', '.join(f'{name} {versions[name]}' for name in PACKAGES[3:] if name in versions)
     cells = [versions['python'], versions['torch'], versions['numpy'], packages]
-    cells += [cell(record['parts'].get(part)) for part in ('core', 'cls', 'pose', 'seg')]
+    cells += [cell(record['parts'].get(part)) for part in ('core', *SCOPES)]
     return f'| {" | ".join(cells)} |'
 
 
@@ -202,7 +196,7 @@ def make_table(records: list[dict]) -> str:
     titles = ['Python', 'torch', 'NumPy', 'packages', 'fast tests']
     titles += ['classification', 'pose', 'segmentation']
     rows = [f'| {" | ".join(titles)} |', '|' + ' :-- |' * len(titles)]
-    return '\n'.join([*rows, *(write_row(record) for record in sorted(records, key=key))])
+    return '\n'.join([*rows, *map(write_row, sorted(records, key=key))])
 
 
 def put_table(page: str, table: str) -> str:

@@ -33,6 +33,7 @@ LAYERS = (
     ('apis',),
     ('',),  # the package itself: public names, which nothing in it imports
 )
+MAX_LINES = 40  # of a function, with its docstring
 
 
 def read_imports(root: Path) -> dict[str, set[str]]:
@@ -95,6 +96,20 @@ def test_imports_point_down():
         if level[part_of(other)] > level[part_of(module)]
     ]
     assert not wrong
+
+
+def test_functions_fit_on_a_screen():
+    """But for Triton kernels and what calls them."""
+    long = [
+        f'{file.relative_to(ROOT)}: {node.name}, {lines} lines'
+        for folder in ('mmhrformer', 'tools', 'benchmarks', 'demo', 'dev')
+        for file in (ROOT / folder).rglob('*.py')
+        if not file.name.startswith('triton_')
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and (lines := node.end_lineno - node.lineno + 1) > MAX_LINES
+    ]
+    assert not long
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from mmengine.visualization import Visualizer
 
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.engine.config_check import missing_data
-from mmhrformer.inferencers.image_loading import displayable, reason
+from mmhrformer.inferencers.image_loading import displayable
+from mmhrformer.inferencers.media import reason
 
 MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
 

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..checkpoints.writing import check_destination
-from ..models.hrformer import MIN_INPUT
+from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm

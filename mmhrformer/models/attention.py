@@ -7,22 +7,13 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import padding_mask, window_merge, window_partition
-from ..ops.windows import is_static
+from ..ops.windows import is_static, padding_mask, window_merge, window_partition
 from ..registry import MODELS
+from .checks import check_attention
 
 
 def split_heads(qkv: Tensor, num_heads: int, head_dim: int) -> Tensor:
-    """Take queries, keys and values of all heads apart.
-
-    Args:
-        qkv (Tensor): What the projection returns, of shape (B * nW, N, 3 * heads * head_dim).
-        num_heads (int): Attention heads.
-        head_dim (int): Channels of a head.
-
-    Returns:
-        Tensor: View of shape (B * nW, N, 3, heads, head_dim).
-    """
+    """Split (B * nW, N, 3 * heads * head_dim) into (B * nW, N, 3, heads, head_dim)."""
     # Not unflatten: torch's ONNX exporter would take the number of windows for fixed.
     return qkv.reshape(*qkv.shape[:2], 3, num_heads, head_dim)
 
@@ -64,13 +55,7 @@ class LocalWindowSelfAttention(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(
-                f'num_heads={num_heads} does not divide embed_dims={embed_dims}: '
-                'choose a number of heads that divides the channels of its stream'
-            )
-        if window_size < 1:
-            raise ValueError(f'window_size={window_size}: a window has at least 1 token a side')
+        check_attention(embed_dims, num_heads, window_size)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.window_size = window_size
@@ -90,46 +75,36 @@ class LocalWindowSelfAttention(BaseModule):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows.
+        """Attend within windows: transform a map of shape (B, H, W, C) to one of the same shape."""
+        size, window, heads = x.shape[1:3], self.window_size, self.num_heads
+        if ops.attends_on_map(x, self.qkv, heads, window) and self._has_stock_bias():
+            # One kernel reads the windows from the map: none is copied.
+            table = self.relative_position_bias_table
+            return ops.attend_on_map(x, self.qkv, self.proj, table, heads, window, self.pad_mask)
+        head_dim = self.embed_dims // heads
+        windows = window_partition(x, window)  # (B * nW, N, C)
+        qkv = split_heads(self.qkv(windows), heads, head_dim)  # (B * nW, N, 3, heads, head_dim)
+        windows = ops.window_attention(qkv, self.attention_bias(size, qkv), head_dim**-0.5)
+        return window_merge(self.proj(windows), window, size)
 
-        Args:
-            x (Tensor): Map of shape (B, H, W, C).
-
-        Returns:
-            Tensor: Map of the same shape.
-        """
-        on_map = ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size)
-        if on_map and not self._is_changed():
-            table, options = self.relative_position_bias_table, (self.num_heads, self.window_size)
-            return ops.attend_on_map(x, self.qkv, self.proj, table, *options, self.pad_mask)
-        size = x.shape[1:3]
-        windows = window_partition(x, self.window_size)  # (B * nW, N, C)
-        windows = self._attend(windows, size)
-        return window_merge(windows, self.window_size, size)
-
-    def _is_changed(self) -> bool:
-        """Whether a sub-class, or someone else, attends in another way."""
-        ours = (self._attend, self.attention_bias, self.relative_position_bias)
-        kind = LocalWindowSelfAttention
-        plain = (kind._attend, kind.attention_bias, kind.relative_position_bias)
-        return any(getattr(a, '__func__', None) is not b for a, b in zip(ours, plain))
-
-    def _attend(self, windows: Tensor, size: tuple[int, int]) -> Tensor:
-        head_dim = self.embed_dims // self.num_heads
-        qkv = split_heads(self.qkv(windows), self.num_heads, head_dim)
-        bias = self.attention_bias(size, qkv)
-        return self.proj(ops.window_attention(qkv, bias, head_dim**-0.5))  # (B * nW, N, C)
+    def _has_stock_bias(self) -> bool:
+        """Whether neither a subclass nor the instance has a bias that kernels do not know."""
+        stock = LocalWindowSelfAttention
+        return all(
+            getattr(getattr(self, name), '__func__', None) is getattr(stock, name)
+            for name in ('attention_bias', 'relative_position_bias')
+        )
 
     def attention_bias(self, size: tuple[int, int], qkv: Tensor) -> Tensor | None:
-        """What is added to the attention logits.
+        """Bias of the attention logits: relative positions, and the mask of padding.
 
         Args:
             size (tuple[int, int]): Height H and width W of the map without padding.
             qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
 
         Returns:
-            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), of qkv's data type, or
-            None if there is nothing to add.
+            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), of qkv's data type; None
+            for no bias.
         """
         bias = None
         if self.relative_position_bias_table is not None:
@@ -143,10 +118,10 @@ class LocalWindowSelfAttention(BaseModule):
         return bias
 
     def relative_position_bias(self, dtype: torch.dtype) -> Tensor:
-        """The learned bias of every pair of tokens in a window.
+        """Learned bias of every pair of tokens in a window.
 
-        Pair (i, j) has row ``relative_position_index(window_size)[i, j]`` of the table. Views of
-        the table say the same: there is no index to be kept, moved or saved.
+        Pair (i, j) has row ``relative_position_index(window_size)[i, j]`` of the table. Here it is
+        found by views of the table: there is no index to be kept, moved or saved.
 
         Args:
             dtype (torch.dtype): Data type of the result.

@@ -1,8 +1,6 @@
-"""The blocks HRFormer is made of."""
+"""The blocks of HRFormer: the bottleneck of stage 1, the transformer block of the others."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.recompute import recompute
 from ..registry import MODELS
+from .checks import check_probability, complete_cfg, hidden_channels
 from .ffn import DepthwiseConv2d
 
 
@@ -71,19 +70,19 @@ class HRFormerBlock(BaseModule):
         num_heads (int): Attention heads; must divide ``embed_dims``.
         window_size (int): Side of the attention windows, in tokens. Defaults to 7.
         mlp_ratio (float): Hidden channels of the FFN in multiples of C. Defaults to 4.
-        drop_path_rate (float): Probability to skip a residual branch of a sample in training.
-            Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate, the probability to skip a residual path of
+            a sample in training. Defaults to 0.
         with_rpe (bool): See :class:`LocalWindowSelfAttention`. Defaults to True.
         pad_mask (bool): See :class:`LocalWindowSelfAttention`. Defaults to False.
         attn_cfg (dict): Config of the attention, without the arguments above.
         ffn_cfg (dict): Config of the FFN, without the arguments above.
         norm_cfg (dict): Config of the normalization in the FFN. Defaults to ``dict(type='BN')``.
-        with_cp (bool): Whether to keep no activations of the block and recompute them in the
-            backward pass: less memory, more time, equal gradients. Defaults to False.
+        with_cp (bool): Whether to recompute the activations of the block in the backward pass
+            instead of keeping them: less memory, more time, equal gradients. Defaults to False.
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If an argument is not possible, or stands in ``attn_cfg`` or ``ffn_cfg``, too.
+        ValueError: If an argument is invalid, or is in ``attn_cfg`` or ``ffn_cfg``, too.
 
     Examples:
         >>> import torch
@@ -108,34 +107,17 @@ class HRFormerBlock(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate}: choose a number in [0, 1)')
-        if int(mlp_ratio * embed_dims) < 1:
-            raise ValueError(
-                f'mlp_ratio={mlp_ratio} leaves no hidden channels of embed_dims={embed_dims}: give '
-                'a number above 0, such as 4'
-            )
+        check_probability('drop_path_rate', drop_path_rate)
         self.with_cp = with_cp
-        attn = dict(num_heads=num_heads, window_size=window_size)
+        attn = dict(embed_dims=embed_dims, num_heads=num_heads, window_size=window_size)
         attn.update(with_rpe=with_rpe, pad_mask=pad_mask)
-        ffn = dict(feedforward_channels=int(mlp_ratio * embed_dims), norm_cfg=norm_cfg)
+        ffn = dict(embed_dims=embed_dims, norm_cfg=norm_cfg)
+        ffn.update(feedforward_channels=hidden_channels(embed_dims, mlp_ratio))
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = self._build('attn_cfg', attn_cfg, embed_dims=embed_dims, **attn)
+        self.attn = MODELS.build(complete_cfg('attn_cfg', attn_cfg, **attn))
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.ffn = self._build('ffn_cfg', ffn_cfg, embed_dims=embed_dims, **ffn)
+        self.ffn = MODELS.build(complete_cfg('ffn_cfg', ffn_cfg, **ffn))
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-
-    @staticmethod
-    def _build(name: str, cfg: dict, **options) -> nn.Module:
-        """Build a part from its own config and the options that the block decides."""
-        if not isinstance(cfg, Mapping) or 'type' not in cfg:
-            raise ValueError(f"{name}={cfg!r}: give a config, dict(type='mmhrformer.NAME', ...)")
-        if twice := sorted(set(cfg) & set(options)):
-            raise ValueError(
-                f'{name}={cfg!r}: {", ".join(twice)} cannot be set there: the arguments of the '
-                'block and of HRFormer decide; remove it and set those'
-            )
-        return MODELS.build({**options, **cfg})
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
 
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .block import Bottleneck
-from .checks import check_norm_cfg
+from .checks import check_neck, check_norm_cfg
 from .ffn import DepthwiseConv2d
 
 
 @MODELS.register_module()
 class HRFormerFusion(BaseModule):
-    """Fuse four streams into one map for classification.
+    """Sum of four streams in one map, for classification.
 
     Each stream is widened by a bottleneck with a depth-wise 3x3 convolution. From the finest
     stream on, the sum is halved in size, doubled in channels and added to the next stream; a
@@ -29,13 +28,13 @@ class HRFormerFusion(BaseModule):
         in_channels (Sequence[int]): Channels of the four streams, finest first.
         mid_channels (Sequence[int]): Channels of the bottlenecks; each stream leaves its
             bottleneck with four times as many. Defaults to (32, 64, 128, 256).
-        out_channels (int): Channels of the fused map. Defaults to 2048.
+        out_channels (int): Channels of the map. Defaults to 2048.
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
         ValueError: If ``in_channels`` and ``mid_channels`` differ in length, or a number of
-            channels or the normalization is not possible.
+            channels or the normalization is invalid.
 
     Examples:
         >>> import torch
@@ -54,13 +53,8 @@ class HRFormerFusion(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        self._check_channels(in_channels, mid_channels, out_channels)
+        check_neck(in_channels, mid_channels, out_channels)
         self.in_channels = tuple(in_channels)
-        if len(in_channels) != len(mid_channels):
-            raise ValueError(
-                f'in_channels={tuple(in_channels)} and mid_channels={tuple(mid_channels)} must '
-                'name the same streams: give them equal lengths'
-            )
         widths = [channels * Bottleneck.expansion for channels in mid_channels]
         check_norm_cfg(norm_cfg, (*in_channels, *mid_channels, *widths, out_channels))
         self.incre_modules = nn.ModuleList(
@@ -83,21 +77,8 @@ class HRFormerFusion(BaseModule):
             nn.ReLU(inplace=True),
         )
 
-    @staticmethod
-    def _check_channels(
-        in_channels: Sequence[int], mid_channels: Sequence[int], out_channels: int
-    ) -> None:
-        """Check each argument for itself."""
-        lists = dict(in_channels=in_channels, mid_channels=mid_channels)
-        for name, value in (*lists.items(), ('out_channels', [out_channels])):
-            good = isinstance(value, Sequence) and len(value)
-            if not good or not all(isinstance(n, Integral) and n > 0 for n in value):
-                wanted = 'one for each stream' if name in lists else 'such as 2048'
-                given = value if name in lists else out_channels
-                raise ValueError(f'{name}={given!r}: give whole numbers of at least 1, {wanted}')
-
     def forward(self, xs: Sequence[Tensor]) -> tuple[Tensor]:
-        """Fuse the streams.
+        """Sum the streams, from the finest to the coarsest.
 
         Args:
             xs (Sequence[Tensor]): Streams of shape (B, C_i, H / 2**i, W / 2**i).
@@ -106,8 +87,7 @@ class HRFormerFusion(BaseModule):
             tuple[Tensor]: One map of shape (B, out_channels, H / 8, W / 8).
 
         Raises:
-            ValueError: If there are not as many streams as the neck was made for, or not with its
-                channels.
+            ValueError: If the number of streams or their channels are not those of the neck.
         """
         if len(xs) != len(self.incre_modules):
             raise ValueError(
@@ -120,7 +100,7 @@ class HRFormerFusion(BaseModule):
                 f'HRFormerFusion got streams of {channels} channels, in_channels is '
                 f"{self.in_channels}: set in_channels to the channels of the backbone's arch"
             )
-        fused = self.incre_modules[0](xs[0])
+        total = self.incre_modules[0](xs[0])
         for x, widen, halve in zip(xs[1:], self.incre_modules[1:], self.downsamp_modules):
-            fused = widen(x) + halve(fused)
-        return (self.final_layer(fused),)
+            total = widen(x) + halve(total)
+        return (self.final_layer(total),)

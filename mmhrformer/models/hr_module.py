@@ -20,7 +20,7 @@ class HRModule(BaseModule):
     Args:
         branches (Sequence[nn.Module]): The blocks of each stream, finest stream first.
         channels (Sequence[int]): Channels of the streams.
-        out_streams (Sequence[int]): Streams that somebody needs; the others are not computed.
+        out_streams (Sequence[int]): Streams that leave the exchange; no others are computed.
         upsample (str): ``'nearest'`` or ``'bilinear'``, see :class:`HRFormer`.
         norm_cfg (dict): Config of the normalization.
     """
@@ -37,10 +37,10 @@ class HRModule(BaseModule):
         self.upsample = upsample
         self.out_streams = tuple(out_streams)
         self.branches = ModuleList(branches)
-        # Position i of the list is in every checkpoint's key, so streams that nobody needs keep
-        # their place (an Identity: mmengine's complexity analysis cannot handle None).
+        # Keys of checkpoints have the position i in them, so streams that do not leave keep their
+        # place (an Identity: mmengine's complexity analysis cannot handle None).
         self.fuse_layers = ModuleList(
-            ModuleList(self._fuse_layer(channels, i, j, norm_cfg) for j in range(len(channels)))
+            ModuleList(self._exchange_layer(channels, i, j, norm_cfg) for j in range(len(channels)))
             if i in out_streams
             else nn.Identity()
             for i in range(max(out_streams) + 1)
@@ -48,8 +48,8 @@ class HRModule(BaseModule):
         self.relu = nn.ReLU(inplace=True)
 
     @staticmethod
-    def _fuse_layer(channels: Sequence[int], i: int, j: int, norm_cfg: dict) -> nn.Module:
-        """What brings stream j to the channels of stream i (and down to its size, if finer)."""
+    def _exchange_layer(channels: Sequence[int], i: int, j: int, norm_cfg: dict) -> nn.Module:
+        """The way of stream j to the channels of stream i, and down to its size if j is finer."""
         if j == i:
             return nn.Identity()
         if j > i:
@@ -58,16 +58,16 @@ class HRModule(BaseModule):
                 build_norm_layer(norm_cfg, channels[i])[1],
             )
         steps = []
-        for step in range(i - j):
-            last = step == i - j - 1
-            out_channels = channels[i] if last else channels[j]
+        for step in range(j, i):
+            is_last = step == i - 1
+            out_channels = channels[i] if is_last else channels[j]
             layers = [
                 DepthwiseConv2d(channels[j], stride=2, bias=False),
                 build_norm_layer(norm_cfg, channels[j])[1],
                 nn.Conv2d(channels[j], out_channels, 1, bias=False),
                 build_norm_layer(norm_cfg, out_channels)[1],
             ]
-            steps.append(Sequential(*layers, *([] if last else [nn.ReLU(inplace=True)])))
+            steps.append(Sequential(*layers, *([] if is_last else [nn.ReLU(inplace=True)])))
         return Sequential(*steps)
 
     def _enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
@@ -96,9 +96,9 @@ class HRModule(BaseModule):
             branch(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
             for branch, x in zip(self.branches, xs)
         ]
-        return [self._fuse(xs, i) if i in self.out_streams else None for i in range(len(xs))]
+        return [self._exchange(xs, i) if i in self.out_streams else None for i in range(len(xs))]
 
-    def _fuse(self, xs: Sequence[Tensor], i: int) -> Tensor:
+    def _exchange(self, xs: Sequence[Tensor], i: int) -> Tensor:
         """Sum all streams at the size and channels of stream i."""
         total = None
         for j, x in enumerate(xs):

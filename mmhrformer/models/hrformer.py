@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import cycle
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, cycle, islice
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -15,46 +12,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.dialects import adapt_backbone_keys
-from ..ops.state import converts
 from ..registry import MODELS
+from . import checks
 from .block import Bottleneck, HRFormerBlock
-from .checks import as_indices, check_norm_cfg
 from .hr_module import HRModule
 
-NUM_STREAMS = 4
 STEM_CHANNELS = 64
-MIN_INPUT = 32  # pixels a side: the coarsest stream then has one token
+STAGE1_CHANNELS = STEM_CHANNELS * Bottleneck.expansion
 
-# Paper, Table 2. `channels` and `num_heads` count the four streams, `num_modules` the stages 2, 3
-# and 4; every module has `num_blocks` blocks on each of its streams.
+# Paper, Table 2: channels and heads of the four streams, modules of stages 2, 3 and 4. Every module
+# has two blocks on each of its streams.
 ARCHS = {
-    'tiny': dict(
-        channels=(18, 36, 72, 144),
-        num_heads=(1, 2, 4, 8),
-        num_modules=(1, 3, 2),
-        num_blocks=2,
-        mlp_ratio=4,
-    ),
-    'small': dict(
-        channels=(32, 64, 128, 256),
-        num_heads=(1, 2, 4, 8),
-        num_modules=(1, 4, 2),
-        num_blocks=2,
-        mlp_ratio=4,
-    ),
-    'base': dict(
-        channels=(78, 156, 312, 624),
-        num_heads=(2, 4, 8, 16),
-        num_modules=(1, 4, 2),
-        num_blocks=2,
-        mlp_ratio=4,
-    ),
+    name: dict(channels=channels, num_heads=heads, num_modules=modules, num_blocks=2, mlp_ratio=4)
+    for name, channels, heads, modules in (
+        ('tiny', (18, 36, 72, 144), (1, 2, 4, 8), (1, 3, 2)),
+        ('small', (32, 64, 128, 256), (1, 2, 4, 8), (1, 4, 2)),
+        ('base', (78, 156, 312, 624), (2, 4, 8, 16), (1, 4, 2)),
+    )
 }
-
-
-def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
-    """Whether a value is a whole number between two bounds, both included."""
-    return isinstance(value, Integral) and low <= value <= high
 
 
 def parse_arch(arch: str | dict) -> dict:
@@ -71,48 +46,11 @@ def parse_arch(arch: str | dict) -> dict:
         ValueError: If the name or a field is unknown, a field is missing, a list has the wrong
             length, a number is not whole or below 1, or heads do not divide channels.
     """
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'arch={arch!r} is unknown: choose one of {list(ARCHS)} or a dict')
+    if isinstance(arch, str) and arch in ARCHS:
         return dict(ARCHS[arch])
     if not isinstance(arch, Mapping):
         raise ValueError(f'arch={arch!r}: choose one of {list(ARCHS)} or a dict with their fields')
-    fields = {'num_blocks': 2, 'mlp_ratio': 4, **arch}
-    names = set(ARCHS['tiny'])
-    if set(fields) != names:
-        raise ValueError(
-            f'arch={dict(arch)!r}: unknown fields {sorted(set(fields) - names)}, missing fields '
-            f'{sorted(names - set(fields))}; an arch has the fields {sorted(names)}'
-        )
-    _check_numbers(fields)
-    for name in ('channels', 'num_heads', 'num_modules'):
-        fields[name] = tuple(fields[name])
-    for channels, heads in zip(fields['channels'], fields['num_heads']):
-        if channels % heads:
-            raise ValueError(
-                f"arch['num_heads']={fields['num_heads']} does not divide "
-                f"arch['channels']={fields['channels']}: {heads} heads cannot share {channels} "
-                'channels'
-            )
-    return fields
-
-
-def _check_numbers(fields: Mapping) -> None:
-    """Check every field of an architecture for itself."""
-    lengths = dict(channels=NUM_STREAMS, num_heads=NUM_STREAMS, num_modules=NUM_STREAMS - 1)
-    for name, length in lengths.items():
-        value = fields[name]
-        good = isinstance(value, Sequence) and len(value) == length
-        if not good or not all(is_whole(number, 1) for number in value):
-            raise ValueError(
-                f'arch[{name!r}]={value!r}: give {length} numbers of at least 1, all whole'
-            )
-    blocks, ratio = fields['num_blocks'], fields['mlp_ratio']
-    if not is_whole(blocks, 1):
-        raise ValueError(f"arch['num_blocks']={blocks!r}: give a whole number above 0")
-    # Of the narrowest stream at least one hidden channel has to be left.
-    if not (isinstance(ratio, Real) and 1 <= ratio * min(fields['channels']) < math.inf):
-        raise ValueError(f"arch['mlp_ratio']={ratio!r}: give a number above 0, such as 4")
+    return checks.complete_arch(arch)
 
 
 def conv_norm_relu(
@@ -144,7 +82,7 @@ class HRFormer(BaseModule):
         drop_path_rate (float): Stochastic depth rate of the last block; it rises linearly from
             0 over the blocks. Defaults to 0.
         attn_cfg (dict | Sequence[dict]): The registered attention of the blocks, with its own
-            options; or several, which take turns from the first block to the last. Defaults to
+            options; several alternate from the first block to the last. Defaults to
             ``dict(type='mmhrformer.LocalWindowSelfAttention')``.
         ffn_cfg (dict): The registered FFN of the blocks, with its own options. Defaults to
             ``dict(type='mmhrformer.DWConvFFN')``.
@@ -155,8 +93,7 @@ class HRFormer(BaseModule):
             official classification and segmentation codes, ``'bilinear'`` as in pose.
             Defaults to ``'nearest'``.
         out_indices (int | Sequence[int]): Streams to return, 0 is the finest, -1 the coarsest.
-            What only the others would need is neither computed nor stored. Defaults to
-            (0, 1, 2, 3).
+            Layers that only the others need are not built. Defaults to (0, 1, 2, 3).
         frozen_stages (int): Stages to freeze, their statistics included: -1 none, 0 the stem,
             1 also layer1 and transition1, up to 4. Defaults to -1.
         norm_eval (bool): Whether batch normalization keeps its running statistics in training.
@@ -167,7 +104,7 @@ class HRFormer(BaseModule):
         init_cfg (dict | list[dict], optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If an argument is not possible; the message names it and what is.
+        ValueError: If an argument is invalid; the message names it and the valid values.
 
     Examples:
         >>> model = HRFormer(arch='tiny')
@@ -194,129 +131,84 @@ class HRFormer(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        checks.check_backbone(in_channels, drop_path_rate, upsample, frozen_stages)
         self.arch = parse_arch(arch)
         self.in_channels = in_channels
-        self.window_sizes = self._per_stream(window_size)
-        # Counted from the end where negative, as everywhere in Python.
-        self.out_indices = tuple(
-            index + NUM_STREAMS if is_whole(index, -NUM_STREAMS, -1) else index
-            for index in as_indices(out_indices)
-        )
+        self.window_sizes = checks.window_per_stream(window_size)
+        self.out_indices = checks.stream_indices(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_rpe = with_rpe
         self.upsample = upsample
         self.norm_cfg = norm_cfg
-        self._check_options(drop_path_rate)
-        # What all blocks have in common.
-        self._block_cfg = dict(
-            mlp_ratio=self.arch['mlp_ratio'],
-            with_rpe=with_rpe,
-            pad_mask=pad_mask,
-            ffn_cfg=ffn_cfg,
-            norm_cfg=norm_cfg,
-            with_cp=with_cp,
-        )
-        self._build_stem()
-        self._build_stages(drop_path_rate, attn_cfg)
+        checks.check_norm_cfg(norm_cfg, (STEM_CHANNELS, STAGE1_CHANNELS, *self.arch['channels']))
+        options = dict(with_rpe=with_rpe, pad_mask=pad_mask, ffn_cfg=ffn_cfg, norm_cfg=norm_cfg)
+        options.update(mlp_ratio=self.arch['mlp_ratio'], with_cp=with_cp)
+        self._build_stage1()
+        self._build_stages(self._block_options(drop_path_rate, attn_cfg, options))
         self._freeze_stages()
 
-    @staticmethod
-    def _per_stream(window_size: int | Sequence[int]) -> tuple[int, ...]:
-        sizes = window_size if isinstance(window_size, Sequence) else (window_size,) * NUM_STREAMS
-        if len(sizes) != NUM_STREAMS or not all(is_whole(size, 1) for size in sizes):
-            raise ValueError(
-                f'window_size={window_size!r}: give one side of at least 1 token, a whole number, '
-                f'or one for each of the {NUM_STREAMS} streams'
-            )
-        return tuple(sizes)
-
-    def _check_options(self, drop_path_rate: float) -> None:
-        streams = range(NUM_STREAMS)
-        indices = self.out_indices
-        known = all(is_whole(index, 0, NUM_STREAMS - 1) for index in indices)
-        if not indices or not known or len(set(indices)) < len(indices):
-            raise ValueError(f'out_indices={indices}: choose some of the streams {tuple(streams)}')
-        if self.upsample not in ('nearest', 'bilinear'):
-            raise ValueError(f"upsample={self.upsample!r}: choose 'nearest' or 'bilinear'")
-        if not is_whole(self.frozen_stages, -1, NUM_STREAMS):
-            raise ValueError(f'frozen_stages={self.frozen_stages!r}: choose -1 to {NUM_STREAMS}')
-        if not (isinstance(drop_path_rate, Real) and 0 <= drop_path_rate < 1):
-            raise ValueError(f'drop_path_rate={drop_path_rate!r}: choose a number in [0, 1)')
-        if not is_whole(self.in_channels, 1):
-            raise ValueError(
-                f'in_channels={self.in_channels!r}: give a whole number, an image has at least 1 '
-                'channel'
-            )
-        widths = (STEM_CHANNELS, STEM_CHANNELS * Bottleneck.expansion, *self.arch['channels'])
-        check_norm_cfg(self.norm_cfg, widths)
-
-    def _build_stem(self) -> None:
-        width = STEM_CHANNELS
-        self.conv1, self.bn1, _ = conv_norm_relu(self.in_channels, width, 2, self.norm_cfg)
-        self.conv2, self.bn2, _ = conv_norm_relu(width, width, 2, self.norm_cfg)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = Sequential(
-            Bottleneck(width, width, norm_cfg=self.norm_cfg),
-            Bottleneck(width * Bottleneck.expansion, width, norm_cfg=self.norm_cfg),
-        )
-
-    def _build_stages(self, drop_path_rate: float, attn_cfg: dict | Sequence[dict]) -> None:
-        """Transitions and stages 2 to 4; the drop path rate rises from block to block."""
-        num_modules, num_blocks = self.arch['num_modules'], self.arch['num_blocks']
+    def _block_options(
+        self, drop_path_rate: float, attn_cfg: dict | Sequence[dict], common: dict
+    ) -> Iterator[dict]:
+        """Options of the blocks, from the first to the last; parallel blocks have the same."""
         attn_cfgs = attn_cfg if isinstance(attn_cfg, (list, tuple)) else [attn_cfg]
         if not attn_cfgs:
             raise ValueError(f'attn_cfg={attn_cfg!r}: give the config of an attention, or several')
-        total = sum(num_modules) * num_blocks
-        rates = torch.linspace(0, drop_path_rate, total, device='cpu').tolist()
-        blocks = [dict(drop_path_rate=r, attn_cfg=a) for r, a in zip(rates, cycle(attn_cfgs))]
-        channels = (STEM_CHANNELS * Bottleneck.expansion,)
-        for stage, modules in enumerate(num_modules, start=2):
-            streams = self.arch['channels'][:stage]
-            setattr(self, f'transition{stage - 1}', self._build_transition(channels, streams))
-            stage_blocks = [blocks.pop(0) for _ in range(modules * num_blocks)]
-            setattr(self, f'stage{stage}', self._build_stage(stage, modules, stage_blocks))
-            channels = streams
+        depth = sum(self.arch['num_modules']) * self.arch['num_blocks']
+        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
+        for rate, cfg in zip(rates, cycle(attn_cfgs)):
+            yield dict(common, drop_path_rate=rate, attn_cfg=cfg)
 
-    def _build_transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
-        """One more, half-size stream; the others pass unless their channels change."""
-        layers = []
-        for i, channels in enumerate(after):
-            if i >= len(before):
-                new = Sequential(*conv_norm_relu(before[-1], channels, 2, self.norm_cfg))
-                layers.append(Sequential(new))
-            elif before[i] != channels:
-                layers.append(Sequential(*conv_norm_relu(before[i], channels, 1, self.norm_cfg)))
-            else:
-                layers.append(nn.Identity())
-        return ModuleList(layers)
-
-    def _build_stage(self, stage: int, num_modules: int, blocks: Sequence[dict]) -> Sequential:
-        """A stage of modules on its first ``stage`` streams; ``blocks``: options of its blocks."""
-        channels = self.arch['channels'][:stage]
-        num_blocks = self.arch['num_blocks']
-        modules = []
-        for m in range(num_modules):
-            module_blocks = blocks[m * num_blocks : (m + 1) * num_blocks]
-            last = stage == NUM_STREAMS and m == num_modules - 1
-            branches = [self._build_branch(i, module_blocks) for i in range(stage)]
-            out_streams = self.out_indices if last else range(stage)
-            modules.append(HRModule(branches, channels, out_streams, self.upsample, self.norm_cfg))
-        return Sequential(*modules)
-
-    def _build_branch(self, stream: int, blocks: Sequence[dict]) -> Sequential:
-        """The blocks of one stream in one module."""
-        channels, heads = self.arch['channels'][stream], self.arch['num_heads'][stream]
-        window = self.window_sizes[stream]
-        return Sequential(
-            *(
-                HRFormerBlock(channels, heads, window, **options, **self._block_cfg)
-                for options in blocks
-            )
+    def _build_stage1(self) -> None:
+        """The stem, which brings images to 1/4 of their size, and two bottlenecks."""
+        width, norm_cfg = STEM_CHANNELS, self.norm_cfg
+        self.conv1, self.bn1, _ = conv_norm_relu(self.in_channels, width, 2, norm_cfg)
+        self.conv2, self.bn2, _ = conv_norm_relu(width, width, 2, norm_cfg)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = Sequential(
+            Bottleneck(width, width, norm_cfg=norm_cfg),
+            Bottleneck(STAGE1_CHANNELS, width, norm_cfg=norm_cfg),
         )
 
+    def _build_stages(self, blocks: Iterator[dict]) -> None:
+        """Stages 2 to 4, with 2, 3 and 4 streams; a transition before each adds the new one."""
+        channels = self.arch['channels']
+        self.transition1 = self._transition((STAGE1_CHANNELS,), channels[:2])
+        self.stage2 = self._stage(2, blocks)
+        self.transition2 = self._transition(channels[:2], channels[:3])
+        self.stage3 = self._stage(3, blocks)
+        self.transition3 = self._transition(channels[:3], channels)
+        self.stage4 = self._stage(4, blocks)
+
+    def _transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
+        """One more, half-size stream; the others pass unless their channels change."""
+        layers = [
+            nn.Identity() if old == new else Sequential(*conv_norm_relu(old, new, 1, self.norm_cfg))
+            for old, new in zip(before, after)
+        ]
+        added = Sequential(*conv_norm_relu(before[-1], after[-1], 2, self.norm_cfg))
+        return ModuleList([*layers, Sequential(added)])
+
+    def _stage(self, num_streams: int, blocks: Iterator[dict]) -> Sequential:
+        """Modules of some streams, which take the options of their blocks one after the other."""
+        channels = self.arch['channels'][:num_streams]
+        streams = list(zip(channels, self.arch['num_heads'], self.window_sizes))
+        out_streams = [range(num_streams)] * self.arch['num_modules'][num_streams - 2]
+        if num_streams == checks.NUM_STREAMS:
+            out_streams[-1] = self.out_indices
+        modules = []
+        for outs in out_streams:
+            options = list(islice(blocks, self.arch['num_blocks']))
+            branches = [
+                Sequential(*(HRFormerBlock(*stream, **block) for block in options))
+                for stream in streams
+            ]
+            modules.append(HRModule(branches, channels, outs, self.upsample, self.norm_cfg))
+        return Sequential(*modules)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the feature streams of images.
+        """Compute the feature streams of a batch of images.
 
         Args:
             x (Tensor): Images of shape (B, in_channels, H, W), H and W at least 32 pixels.
@@ -330,60 +222,32 @@ class HRFormer(BaseModule):
             TypeError: If the input is no tensor, or of another data type than the weights.
             ValueError: If the input has another shape or is too small.
         """
-        self._check_input(x)
+        checks.check_images(x, self.in_channels, next(self.parameters()).dtype)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.layer1(x)  # (B, 256, H / 4, W / 4)
-        is_contiguous = x.is_contiguous()
-        xs = [x]
-        for stage in range(2, NUM_STREAMS + 1):
-            transition = getattr(self, f'transition{stage - 1}')
-            finest, coarsest = xs, xs[-1]
-            xs = [
-                layer(finest[i] if i < len(finest) else coarsest)
-                for i, layer in enumerate(transition)
-            ]
-            xs = getattr(self, f'stage{stage}')(xs)
+        xs, is_contiguous = [x], x.is_contiguous()
+        for transition, stage in (
+            (self.transition1, self.stage2),
+            (self.transition2, self.stage3),
+            (self.transition3, self.stage4),
+        ):
+            # The new stream comes from the coarsest one.
+            xs = stage([layer(x) for layer, x in zip(transition, [*xs, xs[-1]])])
         # The blocks work in channels-last.
         return tuple(xs[i].contiguous() if is_contiguous else xs[i] for i in self.out_indices)
 
-    def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f'HRFormer got {type(x).__name__} as input: give a tensor of images, '
-                f'(B, {self.in_channels}, H, W)'
-            )
-        dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not converts(x):
-            raise TypeError(
-                f'HRFormer got an input of {x.dtype}, its weights are {dtype}: normalize the '
-                f'images, which the data_preprocessor of a model does, and call .to({dtype})'
-            )
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'HRFormer got an input of shape {tuple(x.shape)}: give images of shape '
-                f'(B, {self.in_channels}, H, W), or set in_channels'
-            )
-        if x.shape[2] < MIN_INPUT or x.shape[3] < MIN_INPUT:
-            raise ValueError(
-                f'HRFormer got images of {x.shape[2]}x{x.shape[3]} pixels: resize or pad them to '
-                f'at least {MIN_INPUT}x{MIN_INPUT}'
-            )
-
     def _freeze_stages(self) -> None:
-        frozen = []
-        if self.frozen_stages >= 0:
-            frozen += [self.conv1, self.bn1, self.conv2, self.bn2]
-        if self.frozen_stages >= 1:
-            frozen += [self.layer1, self.transition1]
-        for stage in range(2, self.frozen_stages + 1):
-            frozen.append(getattr(self, f'stage{stage}'))
-            if stage < NUM_STREAMS:
-                frozen.append(getattr(self, f'transition{stage}'))
-        for module in frozen:
+        stages = (
+            (self.conv1, self.bn1, self.conv2, self.bn2),
+            (self.layer1, self.transition1),
+            (self.stage2, self.transition2),
+            (self.stage3, self.transition3),
+            (self.stage4,),
+        )
+        for module in chain(*stages[: self.frozen_stages + 1]):
             module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
+            module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> HRFormer:
         """Set the mode; frozen stages, and with ``norm_eval`` all statistics, stay in eval."""
@@ -401,7 +265,7 @@ class HRFormer(BaseModule):
 
         The stem, layer1 and transition1 are layer 0; then every block counts, with the parallel
         streams side by side. A transition belongs to the first block after it, an exchange to
-        the last block before it, whatever is not in the backbone to the last layer.
+        the last block before it, and everything outside the backbone to the last layer.
 
         Args:
             param_name (str): Name of the parameter.

@@ -19,22 +19,28 @@ from torch import Tensor, nn
 from ..registry import MODELS
 
 REDUCTIONS = ('none', 'mean', 'sum')
+EPS = torch.finfo(torch.float32).eps  # as in mmseg, against a division by 0
 
 
 def is_weight(value: Any) -> bool:
-    """Whether a value is a number from 0 on."""
+    """Whether a value is a finite number of at least 0."""
     return isinstance(value, Real) and 0 <= value < math.inf
 
 
+def check_reduction(name: str, value: str, avg_factor: Any = None) -> None:
+    """Refuse an unknown reduction, and a divisor for a sum."""
+    if value not in REDUCTIONS:
+        raise ValueError(f'{name}={value!r}: choose one of {REDUCTIONS}')
+    if avg_factor is not None and value == 'sum':
+        raise ValueError(f"avg_factor={avg_factor!r}: leave it out for the reduction 'sum'")
+
+
 def read_class_weight(value: Any) -> list[float] | None:
-    """Bring class weights of any form to a list.
+    """Class weights of any form as a list; None stays None.
 
     Args:
         value (Sequence[float] | np.ndarray | Tensor | str | Path, optional): The weights, or a
             file of them as mmseg reads it: ``.npy``, ``.json``, ``.yml`` or ``.pkl``.
-
-    Returns:
-        list[float], optional: The weight of each class.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -59,10 +65,10 @@ def read_class_weight(value: Any) -> list[float] | None:
 
 @MODELS.register_module()
 class WeightedCrossEntropyLoss(nn.Module):
-    """Cross entropy, averaged over the labelled pixels by their class weights.
+    """Cross entropy, averaged over the labeled pixels by their class weights.
 
-    mmseg's own loss cannot be used with class weights when a label is ignored: it looks the
-    weight of class 255 up. This one is called as that one is.
+    mmseg's own loss cannot be used with class weights when a label is ignored: it looks up the
+    weight of class 255. The calls are those of mmseg's.
 
     Args:
         class_weight (Sequence[float] | np.ndarray | Tensor | str | Path, optional): Weight of each
@@ -76,7 +82,7 @@ class WeightedCrossEntropyLoss(nn.Module):
             pixels of loss 0 and weight 1, as by default in mmseg. Defaults to True (official).
 
     Raises:
-        ValueError: If an argument is not possible.
+        ValueError: If an argument is invalid.
 
     Examples:
         >>> loss = WeightedCrossEntropyLoss(class_weight=[1., 2.])
@@ -96,8 +102,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         super().__init__()
         if not is_weight(loss_weight):
             raise ValueError(f'loss_weight={loss_weight!r}: give a number from 0 on')
-        if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction={reduction!r}: choose one of {REDUCTIONS}')
+        check_reduction('reduction', reduction)
         self.loss_weight = loss_weight
         self.loss_name = loss_name
         self.reduction = reduction
@@ -123,53 +128,33 @@ class WeightedCrossEntropyLoss(nn.Module):
             label (Tensor): Class indices of shape (B, H, W), int64.
             weight (Tensor, optional): Factors of the losses of the pixels, of shape (B, H, W),
                 such as a pixel sampler gives. Defaults to None: 1.
-            avg_factor (float, optional): What the mean divides by. Defaults to None: the number
-                of pixels that count, or the sum of their class weights.
+            avg_factor (float, optional): Divisor of the mean. Defaults to None: the number of
+                pixels that count, or the sum of their class weights.
             reduction_override (str, optional): ``reduction`` of this call.
             ignore_index (int, optional): Label of pixels that do not count; None for none.
                 Defaults to 255.
 
         Returns:
-            Tensor: The loss, a scalar, or of shape (B, H, W) without reduction; 0 if every pixel
-            is ignored.
+            Tensor: The loss, (B, H, W) or reduced to a scalar; 0 if every pixel is ignored.
 
         Raises:
-            ValueError: If an argument is not possible, the class weights are not as many as the
-                classes, or labels are not of the shape of the scores, not int64, or no class.
+            ValueError: If an argument is invalid, or scores, labels and class weights do not fit.
         """
-        name, reduction = type(self).__name__, reduction_override or self.reduction
         # As in torch, where no label has to be ignored, -100 is.
         ignored = -100 if ignore_index is None else ignore_index
-        self._check_call(cls_score, label, weight, avg_factor, reduction)
-        if self._check_labels(cls_score, label, ignored):
-            losses, number = self._losses(cls_score, label, ignored)
-        else:
-            losses, number = cls_score.sum(1) * 0, cls_score.new_ones(())
-            if not self._told_all_ignored:
-                self._told_all_ignored = True
-                print_log(
-                    f'{name}: every pixel of a batch is ignored (label {ignored}), its loss is 0. '
-                    'Check the labels if this happens often; it is said only once.',
-                    'current',
-                )
+        reduction = reduction_override or self.reduction
+        check_reduction('reduction_override', reduction, avg_factor)
+        self._check_shapes(cls_score, label, weight)
+        any_counts = self._check_labels(cls_score, label, ignored)
+        losses, divisor = (self._losses if any_counts else self._zeros)(cls_score, label, ignored)
         losses = self.loss_weight * (losses if weight is None else losses * weight)
-        if reduction == 'none':
-            return losses
         if reduction == 'mean':
-            smallest = torch.finfo(torch.float32).eps  # as in mmseg, against a division by 0
-            number = number.clamp(min=smallest) if avg_factor is None else avg_factor + smallest
-            return losses.sum() / number
-        return losses.sum()
+            divisor = divisor.clamp(min=EPS) if avg_factor is None else avg_factor + EPS
+            return losses.sum() / divisor
+        return losses if reduction == 'none' else losses.sum()
 
-    def _check_call(
-        self,
-        cls_score: Tensor,
-        label: Tensor,
-        weight: Tensor | None,
-        avg_factor: float | None,
-        reduction: str,
-    ) -> None:
-        """Refuse arguments that do not go together."""
+    def _check_shapes(self, cls_score: Tensor, label: Tensor, weight: Tensor | None) -> None:
+        """Refuse scores, class weights, labels and weights that do not fit each other."""
         name, classes = type(self).__name__, cls_score.shape[1]
         if classes == 1:
             raise ValueError(
@@ -182,42 +167,49 @@ class WeightedCrossEntropyLoss(nn.Module):
                 f'{name}: class_weight has {len(self.class_weight)} numbers, the head '
                 f'{classes} classes'
             )
-        if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction_override={reduction!r}: choose one of {REDUCTIONS}')
-        if avg_factor is not None and reduction == 'sum':
-            raise ValueError(f"avg_factor={avg_factor!r}: leave it out for the reduction 'sum'")
-        if weight is not None and weight.shape != label.shape:
-            raise ValueError(
-                f'{name} got weights of shape {tuple(weight.shape)}: give one for each label, '
-                f'{tuple(label.shape)}'
-            )
-
-    def _check_labels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> bool:
-        """Refuse labels that are none; return whether any pixel counts."""
-        name, classes = type(self).__name__, cls_score.shape[1]
         shape = (len(cls_score), *cls_score.shape[2:])
         if label.shape != shape or label.dtype != torch.long:
             raise ValueError(
                 f'{name} got labels of shape {tuple(label.shape)} and {label.dtype} for scores of '
-                f'shape {tuple(cls_score.shape)}: give class indices of shape {tuple(shape)}, '
-                'torch.int64'
+                f'shape {tuple(cls_score.shape)}: give class indices of shape {shape}, torch.int64'
             )
+        if weight is not None and weight.shape != shape:
+            raise ValueError(
+                f'{name} got weights of shape {tuple(weight.shape)}: give one for each label, '
+                f'{shape}'
+            )
+
+    def _check_labels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> bool:
+        """Refuse labels that are no class; return whether any pixel counts."""
+        classes = cls_score.shape[1]
         counts = label != ignore_index
         wrong = counts & ((label < 0) | (label >= classes))
         # A GPU would stop the program at the first wrong index, without saying which. Both
         # questions are asked at once, since each answer waits for it.
         any_wrong, any_counts = torch.stack([wrong.any(), counts.any()]).tolist()
         if any_wrong:
+            labels = label[wrong].unique()[:5].tolist()
             raise ValueError(
-                f'{name} got the labels {label[wrong].unique()[:5].tolist()}, which are neither a '
+                f'{type(self).__name__} got the labels {labels}, which are neither a '
                 f'class (0 to {classes - 1}, as num_classes={classes}) nor ignore_index='
                 f"{ignore_index}: correct the label maps, the data set's reduce_zero_label, or "
                 'num_classes of the head'
             )
         return any_counts
 
+    def _zeros(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Losses and divisor if no pixel counts, which the log mentions once."""
+        if not self._told_all_ignored:
+            self._told_all_ignored = True
+            print_log(
+                f'{type(self).__name__}: every pixel of a batch is ignored (label {ignore_index}), '
+                'its loss is 0. Check the labels if this happens often; it is said only once.',
+                'current',
+            )
+        return cls_score.sum(1) * 0, cls_score.new_ones(())
+
     def _losses(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Losses of the pixels, (B, H, W), and the number that their mean divides by."""
+        """Losses of the pixels, (B, H, W), and the divisor of their mean."""
         losses = self._cross_entropy(cls_score, label, ignore_index)
         weights = torch.ones_like(losses)
         if self.class_weight is not None:

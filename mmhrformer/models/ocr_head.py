@@ -7,7 +7,6 @@ official segmentation checkpoints have them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops.state import modes
 from ..registry import MODELS
-from .checks import as_indices, check_norm_cfg
+from .checks import as_indices, check_norm_cfg, check_probability, check_whole, is_whole
 
 
 def conv_norm_act(
@@ -37,139 +36,93 @@ def conv_norm_act(
 
 
 def base_options(kind: type, options: dict) -> dict:
-    """Bring the arguments of mmseg's ``BaseDecodeHead`` into the form that it takes.
-
-    Args:
-        kind (type): The head.
-        options (dict): The arguments; it stays as it is.
-
-    Returns:
-        dict: The arguments, with plain lists of plain numbers, and with ``out_channels``.
-
-    Raises:
-        ValueError: If the head is to have one channel, or its inputs are described in parts.
-    """
-    options = dict(options)
-    if 'num_classes' in options and options.get('out_channels') is None:
+    """Arguments of a head in the form that mmseg's ``BaseDecodeHead`` takes: plain numbers."""
+    outputs = {name: options.get(name) for name in ('num_classes', 'out_channels')}
+    if outputs['out_channels'] is None:
         # Said, since mmseg advises one channel for two classes otherwise.
-        options['out_channels'] = options['num_classes']
-    counts = {name: options.get(name) for name in ('num_classes', 'out_channels')}
-    if 1 in counts.values():
-        told = ', '.join(f'{name}={count}' for name, count in counts.items())
+        outputs['out_channels'] = outputs['num_classes']
+    if 1 in outputs.values():
+        given = ', '.join(f'{name}={count}' for name, count in outputs.items())
         raise ValueError(
-            f'{kind.__name__}: {told}: OCR compares the regions of classes, which takes two '
+            f'{kind.__name__}: {given}: OCR compares the regions of classes, which takes two '
             'channels at least: use num_classes=2 (background and foreground) without '
             'out_channels and threshold, in both heads'
         )
-    given = {name: options[name] for name in ('in_channels', 'in_index') if name in options}
-    plain = {name: as_indices(value) for name, value in given.items()}
+    inputs = {name: options[name] for name in ('in_channels', 'in_index') if name in options}
+    plain = {name: as_indices(value) for name, value in inputs.items()}
     several = options.get('input_transform') is not None
-    if (
-        any(bool(np.ndim(value)) != several for value in given.values())
-        or len({len(values) for values in plain.values()}) > 1
-    ):
-        told = ', '.join(f'{name}={value!r}' for name, value in given.items())
+    is_mixed = any(bool(np.ndim(value)) != several for value in inputs.values())
+    if is_mixed or len({len(values) for values in plain.values()}) > 1:
+        given = ', '.join(f'{name}={value!r}' for name, value in inputs.items())
         raise ValueError(
-            f"{kind.__name__}: {told}: with input_transform='resize_concat' give lists of equal "
+            f"{kind.__name__}: {given}: with input_transform='resize_concat' give lists of equal "
             'lengths, without input_transform one number each'
         )
-    options.update({n: v if several else v[0] for n, v in plain.items()})
-    return options
+    plain = {name: values if several else values[0] for name, values in plain.items()}
+    return {**options, **plain, 'out_channels': outputs['out_channels']}
 
 
 def check_options(head: BaseDecodeHead, kernel_size: int, groups: int, **channels: int) -> None:
-    """Refuse what mmseg builds without a word, or fails at later.
+    """Refuse options that mmseg builds silently, or fails at later.
 
-    Args:
-        head (BaseDecodeHead): The head.
-        kernel_size (int): Side of the kernel of the first convolution.
-        groups (int): Groups of the first convolution.
-        **channels (int): Numbers of channels, by the names of the arguments.
-
-    Raises:
-        ValueError: If an argument is not possible.
+    ``channels`` are numbers of channels by the names of their arguments.
     """
-    channels = dict(channels, channels=head.channels)
+    channels['channels'] = head.channels
     for name, value in dict(channels, num_classes=head.num_classes).items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f'{name}={value!r}: give a whole number of at least 1')
-    if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
+        check_whole(name, value)
+    if not is_whole(kernel_size, 1) or kernel_size % 2 == 0:
         raise ValueError(f'kernel_size={kernel_size!r}: give an odd number, such as 3')
     if head.input_transform == 'multiple_select':
         raise ValueError(
             "input_transform='multiple_select': choose 'resize_concat' for several streams, or "
             'None for one'
         )
-    divided = isinstance(groups, Integral) and groups >= 1
-    if not divided or head.in_channels % groups or head.channels % groups:
+    if not is_whole(groups, 1) or head.in_channels % groups or head.channels % groups:
         raise ValueError(
             f'groups={groups!r}: give a number that divides the {head.in_channels} channels of the '
             f'streams and channels={head.channels}'
         )
-    if not 0 <= head.dropout_ratio < 1:
-        raise ValueError(f'dropout_ratio={head.dropout_ratio}: choose a number in [0, 1)')
+    check_probability('dropout_ratio', head.dropout_ratio)
     if head.norm_cfg is not None:
         check_norm_cfg(head.norm_cfg, channels.values())
-    for name in ('act_cfg', 'conv_cfg'):
-        cfg = getattr(head, name)
+    for name, cfg in dict(act_cfg=head.act_cfg, conv_cfg=head.conv_cfg).items():
         if cfg is not None and not (isinstance(cfg, Mapping) and 'type' in cfg):
             raise ValueError(f'{name}={cfg!r}: give a config, dict(type=...), or None')
 
 
 def select_inputs(head: BaseDecodeHead, inputs: Sequence[Tensor]) -> Tensor:
-    """Bring the streams that a head uses to one size and put them together.
-
-    Args:
-        head (BaseDecodeHead): The head.
-        inputs (Sequence[Tensor]): Streams of the backbone.
-
-    Returns:
-        Tensor: Map of shape (B, in_channels, H, W).
-
-    Raises:
-        ValueError: If the streams are not those that the head was made for.
-    """
+    """Resize the streams of a head to one size, and concatenate them to (B, in_channels, H, W)."""
+    name = type(head).__name__
     indices = [head.in_index] if isinstance(head.in_index, int) else head.in_index
     if not all(-len(inputs) <= index < len(inputs) for index in indices):
         raise ValueError(
-            f'{type(head).__name__} got {len(inputs)} streams, in_index is {head.in_index}: set '
-            "in_index, or the backbone's out_indices, so that each index has a stream"
+            f'{name} got {len(inputs)} streams, in_index is {head.in_index}: set in_index, or the '
+            "backbone's out_indices, so that each index has a stream"
         )
     x = head._transform_inputs(inputs)
     if x.shape[1] != head.in_channels:
         raise ValueError(
-            f'{type(head).__name__} got streams of {[x.shape[1] for x in inputs]} channels, '
-            f'in_channels is {head.in_channels} in all for in_index={head.in_index}: set '
-            "in_channels to the channels of the backbone's streams"
+            f'{name} got streams of {[x.shape[1] for x in inputs]} channels, in_channels is '
+            f'{head.in_channels} in all for in_index={head.in_index}: set in_channels to the '
+            "channels of the backbone's streams"
         )
     return x
 
 
 class ObjectAttention(nn.Module):
-    """Attention of pixels to the representations of the object regions.
-
-    Args:
-        head (BaseDecodeHead): The head, which says the kinds of layers.
-        channels (int): Channels of pixels and regions.
-        key_channels (int): Channels of queries, keys and values.
-    """
+    """Attention of pixels to object regions, by ``key_channels`` channels, in layers of a head."""
 
     def __init__(self, head: BaseDecodeHead, channels: int, key_channels: int) -> None:
         super().__init__()
         self.scale = key_channels**-0.5
-        self.f_pixel = Sequential(
-            conv_norm_act(head, channels, key_channels),
-            conv_norm_act(head, key_channels, key_channels),
-        )
-        self.f_object = Sequential(
-            conv_norm_act(head, channels, key_channels),
-            conv_norm_act(head, key_channels, key_channels),
-        )
-        self.f_down = Sequential(conv_norm_act(head, channels, key_channels))
+        down, same = (head, channels, key_channels), (head, key_channels, key_channels)
+        self.f_pixel = Sequential(conv_norm_act(*down), conv_norm_act(*same))
+        self.f_object = Sequential(conv_norm_act(*down), conv_norm_act(*same))
+        self.f_down = Sequential(conv_norm_act(*down))
         self.f_up = Sequential(conv_norm_act(head, key_channels, channels))
 
     def forward(self, pixels: Tensor, regions: Tensor) -> Tensor:
-        """Gather for each pixel what the regions tell about it.
+        """Compute the object context of each pixel, a weighted sum of region features.
 
         Args:
             pixels (Tensor): Pixel features of shape (B, C, H, W).
@@ -191,7 +144,7 @@ class ObjectAttention(nn.Module):
 class OCRHead(BaseCascadeDecodeHead):
     """The OCR head of the official HRFormer segmentation code.
 
-    Comes second in a ``CascadeEncoderDecoder``, after :class:`OCRAuxHead`, whose logits tell
+    The second head of a ``CascadeEncoderDecoder``, after :class:`OCRAuxHead`, whose logits tell
     which pixels make up the region of each class. The defaults are the official "v2"; "v3" has
     ``kernel_size=7`` and as many ``groups`` as divide both numbers of channels, in both heads.
 
@@ -260,15 +213,11 @@ class OCRHead(BaseCascadeDecodeHead):
 
 
 def origin_of(head: nn.Module, inputs: Sequence[Tensor]) -> tuple[list, list]:
-    """All that decides about what a head computes, to find out whether it is the same again.
-
-    Args:
-        head (nn.Module): The head.
-        inputs (Sequence[Tensor]): Its inputs.
+    """Everything that the logits of a head depend on.
 
     Returns:
-        tuple[list, list]: What to compare, modes and the identities and versions of tensors; and
-        the tensors, to be held so that no others get their identities.
+        tuple[list, list]: Modes, and identities and versions of tensors, to be compared; and the
+        tensors, to be held so that no others get their identities.
     """
     tensors = [*inputs, *head.parameters(), *head.buffers()]
     versions = [(id(x), None if x.is_inference() else x._version) for x in tensors]
@@ -276,12 +225,9 @@ def origin_of(head: nn.Module, inputs: Sequence[Tensor]) -> tuple[list, list]:
 
 
 class StepLosses(dict):
-    """Losses of a training step, with the logits that they were computed from.
+    """Losses of a training step, with their logits and the origin of these, until it ends.
 
-    Args:
-        losses (dict): The losses.
-        logits (Tensor): The logits; forgotten when the backward pass comes to them.
-        origin (tuple[list, list]): See :func:`origin_of`.
+    The backward pass drops the logits. ``origin`` comes from :func:`origin_of`.
     """
 
     def __init__(self, losses: dict, logits: Tensor, origin: tuple[list, list]) -> None:
@@ -292,7 +238,7 @@ class StepLosses(dict):
             logits.register_hook(lambda grad: me() and me().forget())
 
     def forget(self) -> None:
-        """Keep nothing but the losses."""
+        """Drop everything but the losses."""
         self.logits, self.origin = None, ([], [])
 
 
@@ -306,9 +252,9 @@ class OCRAuxHead(BaseDecodeHead):
 
     mmseg's ``CascadeEncoderDecoder`` runs its first head twice in a training step, in ``loss`` and
     in ``forward``, which would update the statistics of batch normalization twice and cost a tenth
-    of the step. Neither call is told of the other; what belongs to the step, and ends with it, are
-    the losses that the first one returns. They carry the logits, and while they are held and
-    nothing has changed on which the logits depend, the next ``forward`` gives these logits.
+    of the step. Neither call knows of the other, but the losses that the first one returns live as
+    long as the step. They carry the logits; while they are held and nothing has changed that the
+    logits depend on, the next ``forward`` returns these logits.
 
     Args:
         kernel_size (int): Side of the kernel of the convolution. Defaults to 3.

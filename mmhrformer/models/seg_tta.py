@@ -12,11 +12,11 @@ from ..registry import MODELS
 
 @MODELS.register_module()
 class SumLogitsTTAModel(SegTTAModel):
-    """Adds the logits of all scales and flips, as the official code does.
+    """Sum of the logits of all scales and flips, as in the official code.
 
-    mmseg's own averages their probabilities. The results with several scales that the paper
-    reports come from sums of logits. Of models with one channel (``out_channels=1``), whose
-    predictions hold its probability, the mean of the logits is compared with their threshold.
+    mmseg's own model averages probabilities. The results with several scales in the paper come
+    from sums of logits. Models with one channel (``out_channels=1``) predict its probability;
+    their threshold is for the mean of the logits.
 
     Args:
         module (dict | nn.Module): The segmentor; the stock test tool puts the model of the config

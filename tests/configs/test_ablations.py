@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import model_zoo as zoo
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,6 @@ def module(path: Path):
 
 
 steps = module(HERE / 'test_steps.py')
-zoo = module(HERE.parents[1] / 'dev/model_zoo.py')
 
 
 LARGE = [name for name in CONFIGS if re.search('base|large', name)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-from pathlib import Path
 
+import model_zoo as zoo
 import pytest
 import yaml
 from mmengine.config import Config
@@ -14,11 +13,6 @@ from mmengine.config import Config
 from mmhrformer.configs import config_root
 
 ROOT = config_root()
-SCRIPT = Path(__file__).resolve().parents[2] / 'dev' / 'model_zoo.py'
-SPEC = importlib.util.spec_from_file_location('model_zoo', SCRIPT)
-zoo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(zoo)
-
 METAFILES = zoo.metafiles(ROOT)
 MODELS = {model['Name']: model for path in METAFILES for model in zoo.read_models(path)}
 CONFIGS = {path.stem: path for path in ROOT.glob('[!_]*/*.py') if path.parent != ROOT / 'demo'}
@@ -246,17 +240,6 @@ def test_missing_lines_are_named(copy):
         zoo.renew_table(readme.with_name('metafile.yml'))
     with pytest.raises(SystemExit, match=r'No such file.*README\.md'):
         zoo.renew_table(copy / 'demo/metafile.yml')
-
-
-def test_zoo_is_printed(capsys):
-    zoo.print_zoo(ROOT)
-    lines = [re.split(r'  +', line) for line in capsys.readouterr().out.splitlines()]
-    assert set(MODELS) == {line[0] for line in lines[1:]}
-    small = [line for line in lines if line[0] == 'td-hm_hrformer-small_8xb32-210e_coco-256x192']
-    assert [line[3:] for line in small] == [
-        ['AP 74.0', 'official repository', 'share page (whole model)'],
-        ['AP 73.8', 'mmpose', 'file (whole model)'],
-    ]
 
 
 # ------------------------------------------------------------------ mim

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import support as module
 
 VERSIONS = {
     'python': '3.12.1',
@@ -19,26 +19,21 @@ VERSIONS = {
 }
 
 
-@pytest.fixture(scope='module')
-def module():
-    return importlib.import_module('support')
-
-
 @pytest.fixture
-def tool(module, tmp_path, monkeypatch):
+def tool(tmp_path, monkeypatch):
     """The tool in an environment without frameworks, with records of its own."""
     monkeypatch.setattr(module, 'RECORDS', tmp_path / 'records')
     monkeypatch.setattr(module, 'find_versions', lambda: dict(VERSIONS))
     return module
 
 
-def test_page_is_written_from_the_records(module):
+def test_page_is_written_from_the_records():
     page = module.PAGE.read_text()
     assert module.read_records()
     assert module.put_table(page, module.make_table(module.read_records())) == page
 
 
-def test_rows_are_those_of_the_records(module):
+def test_rows_are_those_of_the_records():
     parts = {
         'core': dict(passed=5, skipped=2, failed=0),
         'cls': dict(metric='top-1 accuracy', value=98.54),
@@ -56,7 +51,7 @@ def test_rows_are_those_of_the_records(module):
     assert module.cell(dict(passed=5, skipped=2, failed=1)) == '5 passed, 2 skipped, 1 failed'
 
 
-def test_versions_are_found(module):
+def test_versions_are_found():
     found = module.find_versions()
     assert found['python'] == '.'.join(map(str, sys.version_info[:3]))
     assert '+' not in found['torch']
@@ -64,7 +59,7 @@ def test_versions_are_found(module):
 
 
 @pytest.mark.parametrize('second', [{}, {'mmcv': '2.1.0', 'mmcv-lite': '2.2.0'}])
-def test_environments_that_are_no_whole_are_refused(module, second):
+def test_environments_that_are_no_whole_are_refused(second):
     versions = {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.4.6', **second}
     with pytest.raises(ValueError, match=r'mmcv is brought by .*mmhrformer env'):
         module.name_of_record(versions)

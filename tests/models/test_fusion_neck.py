@@ -1,4 +1,4 @@
-"""The classification neck."""
+"""The classification neck; refusals are in test_bad_input.py, too."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def streams(height: int, width: int) -> list[torch.Tensor]:
     return [golden.image((2, c, *size), seed=c) for c, size in zip(CHANNELS, sizes)]
 
 
-@pytest.mark.parametrize('size', [(32, 32), (64, 96), (97, 161), (33, 65)])
-def test_one_map_of_a_thirty_second(size):
-    xs = streams(*size)
-    before = [x.clone() for x in xs]
-    (out,) = make_neck()(xs)
-    assert out.shape == (2, 20, -(-size[0] // 32), -(-size[1] // 32))
-    assert out.min() == 0  # it ends with a ReLU
-    assert out.max() > 0
-    assert all(torch.equal(x, y) for x, y in zip(xs, before))
+def test_one_map_of_a_thirty_second():
+    for height, width in ((32, 32), (64, 96), (97, 161), (33, 65)):
+        xs = streams(height, width)
+        before = [x.clone() for x in xs]
+        (out,) = make_neck()(xs)
+        assert out.shape == (2, 20, -(-height // 32), -(-width // 32))
+        assert out.min() == 0  # it ends with a ReLU
+        assert out.max() > 0
+        assert all(torch.equal(x, y) for x, y in zip(xs, before))
 
 
 def test_sum_runs_from_the_finest_to_the_coarsest_stream():
@@ -57,7 +57,9 @@ def test_every_stream_and_parameter_matters():
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_parameters_are_as_many_as_the_official_ones(arch):
-    neck = MODELS.build(dict(type='mmhrformer.HRFormerFusion', in_channels=ARCHS[arch]['channels']))
+    cfg = dict(type='mmhrformer.HRFormerFusion', in_channels=ARCHS[arch]['channels'])
+    with torch.device('meta'):
+        neck = MODELS.build(cfg)
     classifier = 2048 * 1000 + 1000
     official = golden.read_json('params_flops.json')['parameters'][f'cls {arch}']['cls_head']
     assert sum(p.numel() for p in neck.parameters()) + classifier == official
@@ -74,13 +76,3 @@ def test_normalization_can_be_chosen():
 def test_normalization_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"'num_groups': 64.* divides all channels, \[4, 6, 8, "):
         HRFormerFusion(CHANNELS, norm_cfg=dict(type='GN', num_groups=64))
-
-
-def test_lists_of_different_lengths_are_named():
-    with pytest.raises(ValueError, match=r'in_channels=\(4, 6, 8\).*mid_channels=\(32, 64'):
-        HRFormerFusion(in_channels=(4, 6, 8))
-
-
-def test_missing_streams_are_named_with_a_remedy():
-    with pytest.raises(ValueError, match=r'got 1 streams, it fuses 4.*out_indices'):
-        make_neck()(streams(64, 64)[:1])

@@ -99,14 +99,14 @@ def counters(model: nn.Module) -> set[int]:
     return {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)}
 
 
-@pytest.mark.parametrize('size', [(32, 32), (64, 96), (97, 161)])
-def test_logits_have_the_size_of_the_finest_stream(size):
-    xs = streams(*size)
+def test_logits_have_the_size_of_the_finest_stream():
     aux, ocr = make_head(OCRAuxHead), make_head(OCRHead, ocr_channels=8)
-    expected = (2, CLASSES, -(-size[0] // 4), -(-size[1] // 4))
-    prev = aux(xs)
-    assert prev.shape == expected
-    assert ocr(xs, prev).shape == expected
+    for height, width in ((32, 32), (64, 96), (97, 161)):
+        xs = streams(height, width)
+        expected = (2, CLASSES, -(-height // 4), -(-width // 4))
+        prev = aux(xs)
+        assert prev.shape == expected
+        assert ocr(xs, prev).shape == expected
 
 
 def test_regions_are_means_over_all_positions_weighted_by_a_softmax():
@@ -384,6 +384,9 @@ def test_layers_are_those_that_stock_heads_take(options):
         (dict(norm_cfg='BN'), r"norm_cfg='BN': give .*dict\(type='BN'\)"),
         (dict(act_cfg='ReLU'), "act_cfg='ReLU': give a config"),
         (dict(conv_cfg={}), 'conv_cfg={}: give a config'),
+        (dict(groups=3), 'groups=3: give a number that divides the 80 channels'),
+        (dict(groups=0), 'groups=0: give a number'),
+        (dict(kernel_size=4), 'kernel_size=4: give an odd number'),
         (dict(num_classes=1), 'use num_classes=2'),
         (dict(num_classes=2, out_channels=1, threshold=0.3), 'use num_classes=2'),
         (dict(in_index=3), 'in_index=3: .*lists of equal lengths'),
@@ -421,3 +424,15 @@ def test_streams_are_chosen_by_indices_of_any_form(options):
     for head in run_heads(**options):
         with pytest.raises(ValueError, match='got 0 streams, in_index is'):
             head(*[()] * (1 + isinstance(head, OCRHead)))
+
+
+@pytest.mark.parametrize(('kind', 'layer'), [(OCRAuxHead, 'conv.0'), (OCRHead, 'bottleneck.0')])
+def test_grouped_convolutions_of_ocr_v3(kind, layer):
+    common = {**HEAD, 'channels': 16}
+    plain, grouped = kind(**common), kind(**common, kernel_size=7, groups=16)
+    assert plain.get_submodule(layer).weight.shape == (16, 80, 3, 3)
+    assert grouped.get_submodule(layer).weight.shape == (16, 5, 7, 7)
+    assert list(plain.state_dict()) == list(grouped.state_dict())
+    xs = streams()
+    previous = [torch.rand(2, CLASSES, *xs[0].shape[2:])] if kind is OCRHead else []
+    assert grouped(xs, *previous).shape == (2, CLASSES, *xs[0].shape[2:])

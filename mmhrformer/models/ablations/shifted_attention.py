@@ -6,19 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import ops
 from ...ops import window_count, window_merge, window_padding, window_partition
 from ...registry import MODELS
-from ..attention import LocalWindowSelfAttention
+from ..attention import LocalWindowSelfAttention, split_heads
 
 
 def shifted_axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the places of an axis come from that was padded to whole windows and then shifted.
-
-    Args:
-        size (int): Tokens of the axis without padding.
-        window (int): Side of the windows, in tokens.
-        shift (int): Tokens by which the axis was moved to its beginning.
-        device (torch.device): Where to make the result.
+    """Origin of the places of an axis that was padded to whole windows and then shifted.
 
     Returns:
         tuple[Tensor, Tensor]: Booleans for each place: whether it was moved around from the
@@ -40,7 +35,7 @@ def shifted_window_mask(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """What keeps tokens apart that the shift brought into one window from different edges.
+    """Mask between tokens that the shift brought into one window from different edges.
 
     Args:
         size (tuple[int, int]): Height H and width W of the map without padding.
@@ -48,7 +43,7 @@ def shifted_window_mask(
         shift (int): Tokens by which the padded map was moved up and to the left.
         pad_mask (bool): Whether padded tokens are hidden from the others, too.
         dtype (torch.dtype): Data type of the result.
-        device (torch.device): Where to make it.
+        device (torch.device): Device of the result.
 
     Returns:
         Tensor: 0 where a query (third axis) may see a key (last axis), else minus infinity, of
@@ -91,7 +86,7 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If an argument is not possible.
+        ValueError: If an argument is invalid.
 
     Examples:
         >>> attn = ShiftedWindowSelfAttention(embed_dims=32, num_heads=2, window_size=7)
@@ -118,18 +113,11 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
             )
 
     def shift_for(self, size: tuple[int, int]) -> int:
-        """By how many tokens a map of a size is shifted."""
+        """Tokens by which a map of a size is shifted."""
         return self.shift_size if min(size) > self.window_size else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within shifted windows.
-
-        Args:
-            x (Tensor): Map of shape (B, H, W, C).
-
-        Returns:
-            Tensor: Map of the same shape.
-        """
+        """Attend within shifted windows: transform a map (B, H, W, C) to one of the same shape."""
         H, W = x.shape[1:3]
         shift = self.shift_for((H, W))
         if not shift:
@@ -137,13 +125,16 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
         top, bottom = window_padding(H, self.window_size)
         left, right = window_padding(W, self.window_size)
         x = F.pad(x, (0, 0, left, right, top, bottom)).roll((-shift, -shift), (1, 2))
+        head_dim = self.embed_dims // self.num_heads
         windows = window_partition(x, self.window_size)  # (B * nW, N, C)
-        windows = self._attend(windows, (H, W))
-        x = window_merge(windows, self.window_size, x.shape[1:3]).roll((shift, shift), (1, 2))
+        qkv = split_heads(self.qkv(windows), self.num_heads, head_dim)
+        windows = ops.window_attention(qkv, self.attention_bias((H, W), qkv), head_dim**-0.5)
+        x = window_merge(self.proj(windows), self.window_size, x.shape[1:3])
+        x = x.roll((shift, shift), (1, 2))
         return x[:, top : top + H, left : left + W]
 
     def attention_bias(self, size: tuple[int, int], qkv: Tensor) -> Tensor | None:
-        """What is added to the attention logits, see :class:`LocalWindowSelfAttention`."""
+        """Bias of the attention logits, see :class:`LocalWindowSelfAttention`."""
         shift = self.shift_for(size)
         if not shift:
             return super().attention_bias(size, qkv)

@@ -265,39 +265,3 @@ def test_swin_with_the_ffn_of_hrformer():
 def test_swin_without_the_shift():
     model = SwinTransformer(**SWIN, stage_cfgs=dict(block_cfgs=dict(shift=False)))
     assert {m.shift_size for m in model.modules() if hasattr(m, 'shift_size')} == {0}
-
-
-# ------------------------------------------------------------------ OCR "v3"
-
-
-@pytest.fixture(scope='module')
-def head_options() -> dict:
-    return dict(
-        in_channels=(8, 16, 24, 32),
-        in_index=(0, 1, 2, 3),
-        input_transform='resize_concat',
-        channels=16,
-        num_classes=5,
-    )
-
-
-@pytest.mark.parametrize('name', ['OCRAuxHead', 'OCRHead'])
-@pytest.mark.filterwarnings('ignore:')
-def test_ocr_heads_with_grouped_convolutions(name, head_options):
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        cfg = dict(head_options, type=f'mmhrformer.{name}')
-        plain, grouped = MODELS.build(cfg), MODELS.build(dict(cfg, kernel_size=7, groups=16))
-        layer = 'conv.0' if name == 'OCRAuxHead' else 'bottleneck.0'
-        assert plain.get_submodule(layer).weight.shape == (16, 80, 3, 3)
-        assert grouped.get_submodule(layer).weight.shape == (16, 5, 7, 7)
-        assert list(plain.state_dict()) == list(grouped.state_dict())
-        streams = [torch.rand(2, c, 16 // 2**i, 8 // 2**i) for i, c in enumerate((8, 16, 24, 32))]
-        first = [torch.rand(2, 5, 16, 8)] if name == 'OCRHead' else []
-        assert grouped(streams, *first).shape == (2, 5, 16, 8)
-        for wrong, message in (
-            (dict(groups=3), r'groups=3: give a number that divides the 80 channels'),
-            (dict(groups=0), r'groups=0: give a number'),
-            (dict(kernel_size=4), r'kernel_size=4: give an odd number'),
-        ):
-            with pytest.raises(ValueError, match=message):
-                MODELS.build({**cfg, **wrong})
