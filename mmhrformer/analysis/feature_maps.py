@@ -26,7 +26,7 @@ from ..utils.suggest import did_you_mean
 DPI = 110
 PANEL = 2.6  # inches
 TITLE = 0.4
-COLOURS = 'magma'
+COLORS = 'magma'
 HEADS_SHOWN = 4
 
 
@@ -154,7 +154,7 @@ def draw_features(
     axes[1, 0].set_visible(False)
     for i, (stream, values) in enumerate(zip(streams, maps), 1):
         rows, columns, channels = stream.shape
-        axes[0, i].imshow(values, COLOURS, interpolation='nearest', extent=(0, width, height, 0))
+        axes[0, i].imshow(values, COLORS, interpolation='nearest', extent=(0, width, height, 0))
         axes[0, i].set_title(f'1/{2 ** (i + 1)}\n{rows} x {columns}, {channels} channels')
         _overlay(axes[1, i], pixels, values)
     figure.suptitle('The four streams: their first principal component, and it over the image')
@@ -304,7 +304,7 @@ def draw_attention(
         panels = [('mean of heads', one.weights.mean(0))]
         panels += [(f'head {i + 1}', weights) for i, weights in enumerate(one.weights[:heads])]
         for axis, (title, weights) in zip(row[1:], panels):
-            axis.imshow(weights, COLOURS, vmin=0, interpolation='nearest')
+            axis.imshow(weights, COLORS, vmin=0, interpolation='nearest')
             axis.set_title(f'{title}\nup to {weights.max():.2f}')
             y, x = one.query
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec='cyan', lw=1.5))
@@ -322,7 +322,7 @@ def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
     axis.imshow(pixels // 2 + 64)
     mean = one.weights.mean(0)
     extent = (left, left + across, top + down, top)
-    axis.imshow(mean, COLOURS, vmin=0, alpha=0.75, interpolation='nearest', extent=extent)
+    axis.imshow(mean, COLORS, vmin=0, alpha=0.75, interpolation='nearest', extent=extent)
     axis.add_patch(Rectangle((left, top), across, down, fill=False, ec='white', lw=1.5))
     cell = across / mean.shape[1], down / mean.shape[0]
     corner = left + one.query[1] * cell[0], top + one.query[0] * cell[1]
@@ -342,12 +342,12 @@ def _frame_map(axis: Axes, one: Attention) -> None:
 
 
 def _overlay(axis: Axes, pixels: np.ndarray, values: np.ndarray) -> None:
-    """A map over the grey image, which shows through where the map is dark."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    extent = (0, grey.shape[1], grey.shape[0], 0)
-    axis.imshow(grey, 'gray', vmin=0, vmax=255)
+    """A map over the gray image, which shows through where the map is dark."""
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    extent = (0, gray.shape[1], gray.shape[0], 0)
+    axis.imshow(gray, 'gray', vmin=0, vmax=255)
     alpha = 0.15 + 0.55 * values
-    axis.imshow(values, COLOURS, alpha=alpha, interpolation='nearest', extent=extent)
+    axis.imshow(values, COLORS, alpha=alpha, interpolation='nearest', extent=extent)
 
 
 def _panels(
