@@ -12,7 +12,6 @@ import numpy as np
 from mmhrformer import get_inferencer
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-MIN_SIDE = 192  # the demo images are small: they are enlarged before drawing
 
 
 def tile(images: list[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
@@ -36,6 +35,11 @@ def tile(images: list[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
     return sheet
 
 
+def enlarge(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Double the sides of images; those of the demos are small."""
+    return [cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for image in images]
+
+
 def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np.ndarray:
     """Draw what a model finds in some validation images.
 
@@ -49,7 +53,6 @@ def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np
         np.ndarray: A sheet of pictures, (H, W, 3) uint8, RGB.
     """
     find = get_inferencer(config, str(checkpoint), name, device='cpu', show_progress=False)
-    options = dict(return_vis=True, min_side=MIN_SIDE)
     if name == 'cls':
         digits = [sorted((data / 'val' / str(digit)).glob('*.png'))[0] for digit in range(10)]
         images = [cv2.resize(cv2.imread(str(path)), (128, 128)) for path in digits]
@@ -67,13 +70,12 @@ def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np
             people = [a['bbox'] for a in found['annotations'] if a['image_id'] == image['id']]
             boxes.append([(x, y, x + w, y + h) for x, y, w, h in people])
         paths = [data / 'val' / image['file_name'] for image in images]
-        options.update(radius=3, thickness=2)
-        return tile(find(paths, boxes=boxes, **options)['visualization'], 4)
+        found = find(paths, boxes=boxes, return_vis=True, radius=2)
+        return tile(enlarge(found['visualization']), 4)
     paths = sorted((data / 'img_dir/val').glob('*.jpg'))[:6]
-    masks = find(paths, with_labels=False, opacity=0.8, **options)['visualization']
-    size = masks[0].shape[1::-1]
-    images = [cv2.resize(cv2.imread(str(path))[..., ::-1], size) for path in paths]
-    return tile(images + masks, 6)
+    masks = find(paths, with_labels=False, opacity=0.8, return_vis=True)['visualization']
+    images = [cv2.imread(str(path))[..., ::-1] for path in paths]
+    return tile(enlarge(images + masks), 6)
 
 
 def draw_curves(work_dir: Path, out: Path) -> None:

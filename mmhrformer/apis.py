@@ -6,7 +6,7 @@ from .deploy.compile import compile_blocks
 from .deploy.fuse import fuse_for_inference
 from .engine.cuda_graph_hook import graph_backbone
 from .hub import get_model, list_models, register_in_mmpretrain
-from .inferencers.base import (
+from .inferencers import (
     ClsInferencer,
     Inferencer,
     PoseInferencer,

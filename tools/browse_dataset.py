@@ -24,7 +24,8 @@ from mmengine.visualization import Visualizer
 
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.engine.config_check import missing_data
-from mmhrformer.inferencers.image_loading import displayable, reason
+from mmhrformer.inferencers.image_loading import displayable
+from mmhrformer.inferencers.media import reason
 
 MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
 
@@ -55,7 +56,7 @@ def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
     # Pictures are written where the command line says, not to the backends of the runs.
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': 'browse', 'vis_backends': None})
     visualizer.dataset_meta = dataset.metainfo
-    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colours by this call only
+    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colors by this call only
         visualizer.set_dataset_meta(dataset.metainfo)
     return dataset, visualizer
 

@@ -20,9 +20,9 @@ import numpy as np
 from mmengine.runner import find_latest_checkpoint
 
 from mmhrformer.analysis.feature_maps import draw_attention, draw_features, find_attention
+from mmhrformer.inferencers import Inferencer, get_inferencer
 from mmhrformer.inferencers.arguments import DTYPES
-from mmhrformer.inferencers.base import Inferencer, get_inferencer
-from mmhrformer.inferencers.media import Images, Picture, Video, open_media
+from mmhrformer.inferencers.media import Picture, open_media
 
 # The configs of the demos by task.
 DEMOS = {
@@ -31,7 +31,7 @@ DEMOS = {
     'seg': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
 }
 DEMO_OUTPUT = Path('demo_output')  # where "make demo" writes, below the current folder
-MIN_SIDE = 256  # smaller pictures are enlarged before drawing
+DIGIT_SIDE = 256  # pixels of the pictures of the digits, which have 32
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +61,12 @@ def parse_args() -> argparse.Namespace:
         help="find people by mmdet: mmpose's detector, or the model or config named here",
     )
     parser.add_argument('--detector-weights', help='checkpoint of the detector')
+    add_inside_options(parser)
+    return parser.parse_args()
+
+
+def add_inside_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that look inside the model."""
     parser.add_argument(
         '--show-features', action='store_true', help='draw the four streams of the first image'
     )
@@ -78,7 +84,6 @@ def parse_args() -> argparse.Namespace:
         metavar='NAME',
         help='block that attends, such as stage3.0.branches.1.0 (the last one of each stream)',
     )
-    return parser.parse_args()
 
 
 def numbers(text: str, count: int, option: str) -> list[float]:
@@ -146,11 +151,6 @@ def write_inside(
     return files
 
 
-def first_picture(media: Images | Video, inferencer: Inferencer) -> Picture:
-    """The first image that can be read."""
-    return next(one for one in media.pictures(inferencer.loader) if not one.error)
-
-
 def summary(prediction: dict) -> str:
     """One line about what was found."""
     if 'error' in prediction:
@@ -186,18 +186,17 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.show_attention:
         find_attention(inferencer, query, args.block)  # an error before the work, not after it
-    result = inferencer(
-        media, batch_size=args.batch_size, boxes=boxes, out_dir=args.out, min_side=MIN_SIDE
-    )
+    draw = dict(resize=DIGIT_SIDE) if args.task == 'cls' and not args.model else {}
+    result = inferencer(media, batch_size=args.batch_size, boxes=boxes, out_dir=args.out, **draw)
     for prediction in result['predictions'][:10]:
         print(f'{prediction["input"]}: {summary(prediction)}')
     if len(result['predictions']) > 10:
         print(f'... and {len(result["predictions"]) - 10} more')
     files = result['files']
     if args.show_features or args.show_attention:
-        files = files + write_inside(
-            args, inferencer, first_picture(media, inferencer), boxes, query
-        )
+        found = zip(media, result['predictions'])
+        first = next(picture for picture, prediction in found if 'error' not in prediction)
+        files = files + write_inside(args, inferencer, first, boxes, query)
     print('\nwritten:')
     for path in files:
         print(f'  {path}')

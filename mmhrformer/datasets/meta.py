@@ -1,57 +1,138 @@
-"""Names and colours of classes and keypoints, from data sets and checkpoints."""
+"""Classes and keypoints of data sets, and sizes of images, from configs and checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import cv2
-import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
+SIZES = {
+    'BottomupRandomAffine': ('input_size', True),
+    'BottomupResize': ('input_size', True),
+    'CenterCrop': ('crop_size', True),
+    'EfficientNetCenterCrop': ('crop_size', False),
+    'EfficientNetRandomCrop': ('scale', False),
+    'PlaceRandomly': ('size', False),
+    'RandomCrop': ('crop_size', False),
+    'RandomResizedCrop': ('scale', False),
+    'Resize': ('scale', True),
+    'TopdownAffine': ('input_size', True),
+}
+
 
 def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
-    """Names and colours of classes, from the config or else from the checkpoint.
+    """Find the names and colors of classes in the config, or else in the checkpoint.
 
     Args:
         cfg (Config): The config.
-        num_classes (int): How many there are.
-        dataset_meta (Mapping): What the checkpoint tells, as :func:`meta_of_checkpoint` returns it.
+        num_classes (int): Number of classes.
+        dataset_meta (Mapping): ``dataset_meta`` of the checkpoint, see :func:`meta_of_checkpoint`.
 
     Returns:
-        tuple: Names and colours, each None where nothing fits.
+        tuple: Names and colors, each None where none of that number are known.
     """
-    names = colours = None
+    names = colors = None
     for source in (meta_of_dataset(cfg), dataset_meta):
         if names is None and len(source.get('classes') or ()) == num_classes:
             names = tuple(map(str, source['classes']))
             palette = source.get('palette') or ()
-            colours = [list(colour) for colour in palette] if len(palette) == num_classes else None
-    return names, colours
+            colors = [list(color) for color in palette] if len(palette) == num_classes else None
+    return names, colors
 
 
 def meta_of_dataset(cfg: Config) -> dict:
-    """Metainfo of the test data set of a config: its classes or keypoints.
+    """Read the meta information of the test data set of a config.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        dict: Its options, over those of its class; empty if the config has none. Of data sets that
-        wrap others, those of the first one inside.
+        dict: Its ``metainfo``, over that of its class; empty if the config has none.
     """
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while not dataset.get('metainfo') and (dataset.get('datasets') or dataset.get('dataset')):
-        dataset = dataset['datasets'][0] if dataset.get('datasets') else dataset['dataset']
+    dataset = wrapped_dataset(cfg, 'metainfo')
     kind = dataset.get('type')
     if isinstance(kind, str):
         kind = DATASETS.get(kind if '.' in kind else f'{cfg.default_scope}.{kind}')
     return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
 
 
-def make_palette(num_classes: int) -> list[list[int]]:
-    """Colours for classes that have none, well apart and always the same."""
-    hues = (np.arange(num_classes) * 0.618 * 180 % 180).astype(np.uint8)  # the golden ratio
-    values = np.where(np.arange(num_classes) % 2, 150, 230).astype(np.uint8)
-    hsv = np.stack([hues, np.full_like(hues, 190), values], 1)[None]
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0].tolist()
+def wrapped_dataset(cfg: Config, option: str) -> dict:
+    """Find the test data set of a config that has an option, inside of those that wrap others.
+
+    Args:
+        cfg (Config): The config.
+        option (str): The option.
+
+    Returns:
+        dict: The config of the data set: the outermost one with the option, else the innermost.
+    """
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while not dataset.get(option) and (dataset.get('datasets') or dataset.get('dataset')):
+        dataset = dataset['datasets'][0] if dataset.get('datasets') else dataset['dataset']
+    return dataset
+
+
+def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None) -> list[str]:
+    """Find the names of the classes or keypoints that a model predicts.
+
+    Args:
+        cfg (Config): Its config.
+        dataset_meta (Mapping, optional): What mmengine saved in the checkpoint about the data set
+            of the training. Defaults to None: ask the data set of the config.
+
+    Returns:
+        list[str]: The names; empty if nobody knows them before the data are loaded.
+    """
+    info = dict(dataset_meta or meta_of_dataset(cfg))
+    if 'from_file' in info:
+        from mmpose.datasets.datasets.utils import parse_pose_metainfo
+
+        info = parse_pose_metainfo(info)
+    names = info.get('classes') or info.get('CLASSES') or ()
+    if 'keypoint_id2name' in info:
+        names = info['keypoint_id2name'].values()
+    return [str(name) for name in names]
+
+
+def default_size(cfg: Config) -> tuple[int, int]:
+    """Find the size of the images that a config trains with.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
+        one size; 224x224 if there is none.
+    """
+    model = cfg.get('model', {})
+    steps = [
+        *_steps(cfg.get('train_dataloader')),
+        *reversed(cfg.get('train_pipeline', [])),
+        *_steps(cfg.get('test_dataloader')),
+        # Of a config without data: the codec of a pose model, the crop of a segmentor.
+        {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
+        {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
+    ]
+    for step in steps:
+        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+        option, width_first = SIZES.get(kind.split('.')[-1], ('', False))
+        size = step.get(option)
+        if size and not step.get('keep_ratio'):
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            return size[::-1] if width_first else size
+    return 224, 224
+
+
+def _get(cfg: Any, name: str) -> Any:
+    return cfg.get(name) if isinstance(cfg, Mapping) else None
+
+
+def _steps(cfg: Any) -> list:
+    """The pipeline of a data loader, or of a data set in data sets; last step first."""
+    inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
+    if isinstance(inner, Sequence):
+        inner = inner[0]
+    return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]

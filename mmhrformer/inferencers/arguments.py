@@ -1,21 +1,51 @@
-"""Checks of what inferencers are given; each error names the argument, the value and the remedy."""
+"""Checks of the arguments of inferencers; errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
 
+from ..checkpoints import read_zoo
+from ..configs import name_of
 from ..utils.suggest import did_you_mean
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+TASKS = {'mmpretrain': 'cls', 'mmpose': 'pose', 'mmseg': 'seg'}  # by default_scope
+
+
+def task_of(cfg: Config) -> str:
+    """Return the task of a config: ``'cls'``, ``'pose'`` or ``'seg'``."""
+    scope = cfg.get('default_scope')
+    if scope not in TASKS:
+        raise ValueError(
+            f'model={cfg.filename!r}: its default_scope is {scope!r}; give a config of one of '
+            f'{list(TASKS)}'
+        )
+    return TASKS[scope]
+
+
+def check_checkpoint(cfg: Config, checkpoint: bool | str | Path) -> None:
+    """Refuse what neither names a checkpoint nor is a bool, and True for models without one."""
+    if not checkpoint and checkpoint is not False:
+        raise ValueError(
+            f'checkpoint={checkpoint!r}: give the path of a file, True for the published weights, '
+            'or False for random ones'
+        )
+    if checkpoint is True and name_of(cfg) not in read_zoo():
+        raise ValueError(
+            f'checkpoint=True: {cfg.filename!r} is no model of the zoo, so that there are no '
+            'published weights; give the path of your checkpoint'
+        )
 
 
 def check_device(device: str | None) -> torch.device:
-    """Return a device that exists here, the best one for None."""
+    """Return a device of this machine, the best one for None."""
     try:
         found = torch.device(device or get_device())
         torch.empty(0, device=found)
@@ -28,14 +58,14 @@ def check_device(device: str | None) -> torch.device:
 
 
 def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """Return what autocast has to use, None for float32; refuse what the device cannot."""
+    """Return the data type for autocast, None for float32; refuse what the device cannot do."""
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype!r}: choose one of {list(DTYPES)}')
     if DTYPES[dtype] is None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('error')  # where torch would go on in float32
+            warnings.simplefilter('error')  # torch would go on in float32
             with torch.autocast(device.type, DTYPES[dtype]):
                 pass
     except (RuntimeError, UserWarning) as err:
@@ -48,37 +78,16 @@ def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name}={value!r}: give a whole number of at least {least}')
+def check_batch_size(value: object) -> None:
+    """Refuse all but positive integers."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f'batch_size={value!r}: expected a positive integer')
 
 
-def check_draw_options(given: Mapping, known: set[str]) -> None:
-    """Refuse options that the stock inferencer does not draw with."""
-    unknown = sorted(set(given) - known)
-    if unknown:
+def check_draw_options(given: Mapping, known: Sequence[str]) -> None:
+    """Refuse options that the task does not draw with."""
+    for name in set(given) - set(known):
         raise ValueError(
-            f'{unknown[0]}={given[unknown[0]]!r}: no such argument. Options of drawing for this '
-            f'task are {sorted(known)}. {did_you_mean(unknown[0], known)}'.rstrip()
+            f'{name}={given[name]!r}: no such argument. Drawing options of this task are '
+            f'{list(known)}. {did_you_mean(name, known)}'.rstrip()
         )
-
-
-def check_box_array(boxes: object, name: str) -> np.ndarray:
-    """Return boxes as (N, 4) float32; refuse others."""
-    wanted = 'give (N, 4) numbers: left, top, right, bottom in pixels for each person'
-    try:
-        array = np.asarray(boxes, np.float32)
-    except (TypeError, ValueError) as err:
-        raise ValueError(f'{name}={boxes!r}: {wanted}') from err
-    if array.size == 0:
-        return array.reshape(0, 4)  # an image without people
-    if array.ndim != 2 or array.shape[1] != 4:
-        raise ValueError(f'{name}: an array of shape {array.shape}; {wanted}')
-    flat = ~((array[:, 2] > array[:, 0]) & (array[:, 3] > array[:, 1]) & np.isfinite(array).all(1))
-    if flat.any():
-        i = int(flat.argmax())
-        raise ValueError(
-            f'{name}[{i}]={array[i].tolist()}: a box without area; {wanted} (not width and height)'
-        )
-    return array

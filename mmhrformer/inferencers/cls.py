@@ -1,0 +1,42 @@
+"""Inference for image classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import default_collate
+
+from ..datasets.meta import find_classes
+from .base import Inferencer
+
+
+class ClsInferencer(Inferencer):
+    """Classifies images, by mmpretrain. The arguments are those of :class:`Inferencer`.
+
+    A prediction has ``pred_label``, ``pred_score``, ``pred_scores`` of all classes and, where names
+    are known from the config or the checkpoint, ``pred_class``.
+
+    Examples:
+        >>> classify = ClsInferencer('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
+        >>> classify('dog.jpg')['predictions'][0]['pred_class']  # doctest: +SKIP
+        'golden retriever'
+    """
+
+    scope = 'mmpretrain'
+    visualizer_type = 'UniversalVisualizer'
+    draw_options = ('draw_score', 'resize', 'rescale_factor')
+    collate = staticmethod(default_collate)
+
+    def _dataset_meta(self, saved: dict) -> dict:
+        return dict(classes=find_classes(self.cfg, self.cfg.model.head.num_classes, saved)[0])
+
+    def _to_plain(self, sample: Any) -> dict:
+        scores, classes = sample.pred_score, self.dataset_meta['classes']
+        label = int(scores.argmax())
+        plain = dict(pred_scores=scores.tolist(), pred_label=label, pred_score=float(scores.max()))
+        return dict(plain, pred_class=classes[label]) if classes else plain
+
+    def _draw(self, image: np.ndarray, sample: Any, **options: Any) -> np.ndarray:
+        classes = self.dataset_meta['classes']
+        return self.visualizer.visualize_cls(image, sample, classes, draw_gt=False, **options)

@@ -1,0 +1,203 @@
+"""Inference for top-down pose estimation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.registry import DefaultScope
+
+from .base import Inferencer
+from .image_loading import displayable
+from .media import Media, Picture
+
+PERSON = 0  # the category of people in detectors trained on COCO
+
+
+class PoseInferencer(Inferencer):
+    """Finds the joints of people, by mmpose.
+
+    A prediction has ``instances``, one for each person: ``keypoints``, ``keypoint_scores``,
+    ``bbox`` and ``bbox_score``. People are where the argument ``boxes`` of a call says: (N, 4) of
+    left, top, right and bottom in pixels, for every image, or a list of such, one for each image;
+    else where the detector finds them; else one person fills the image.
+
+    Args:
+        *args: As :class:`Inferencer`.
+        detector (bool | str): The detector of people: True for the one that mmpose uses, or name
+            or config of another model of mmdet. Defaults to False: none.
+        detector_weights (str, optional): Checkpoint of the detector. Defaults to None: the
+            published one.
+        detector_threshold (float): Lowest score of a person. Defaults to 0.3.
+        **kwargs: As :class:`Inferencer`.
+
+    Raises:
+        ImportError: If a detector is wanted and mmdet is not installed.
+
+    Examples:
+        >>> name = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
+        >>> find_joints = PoseInferencer(name)  # doctest: +SKIP
+        >>> result = find_joints('people.jpg', boxes=[[10, 20, 110, 320]])  # doctest: +SKIP
+        >>> len(result['predictions'][0]['instances'][0]['keypoints'])  # doctest: +SKIP
+        17
+    """
+
+    scope = 'mmpose'
+    visualizer_type = 'PoseLocalVisualizer'
+    draw_options = (
+        'radius', 'thickness', 'kpt_thr', 'draw_bbox', 'black_background', 'skeleton_style',
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *args: Any,
+        detector: bool | str = False,
+        detector_weights: str | None = None,
+        detector_threshold: float = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        if detector_weights and not detector:
+            raise ValueError(
+                f'detector_weights={detector_weights!r} without a detector: give detector, too'
+            )
+        super().__init__(*args, **kwargs)
+        self.detector_threshold = detector_threshold
+        self.detector = None
+        if detector:
+            self.detector = build_detector(detector, detector_weights, self.device)
+
+    def _dataset_meta(self, saved: dict) -> dict:
+        from mmpose.apis.inference import dataset_meta_from_config
+
+        if self.cfg.model.type.split('.')[-1] != 'TopdownPoseEstimator':
+            raise ValueError(
+                f'model.type={self.cfg.model.type!r}: PoseInferencer is for models that take one '
+                "person at a time, 'TopdownPoseEstimator'"
+            )
+        meta = dataset_meta_from_config(self.cfg, 'test')
+        if meta is None:
+            raise ValueError(
+                'the config has no joints: set metainfo of test_dataloader.dataset, as in '
+                "metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
+            )
+        return meta
+
+    def _boxes_for(self, media: Media, boxes: object) -> Iterator[np.ndarray | None]:
+        if boxes is None:
+            return repeat(None)
+        if self.detector is not None:
+            raise ValueError('boxes and a detector: give boxes, or build without detector')
+        try:
+            is_single = all(np.ndim(box) <= 1 for box in boxes)
+        except (TypeError, ValueError):  # no sequence, or one of different things
+            is_single = True
+        if is_single:
+            return repeat(check_boxes(boxes, 'boxes'))
+        if len(boxes) != len(media):
+            raise ValueError(
+                f'boxes: {len(boxes)} lists for {len(media)} images; give one (N, 4) list for '
+                'each image, or a single one for all'
+            )
+        each = [check_boxes(one, f'boxes[{i}]') for i, one in enumerate(boxes)]
+        return chain(each, repeat(each[-1]))  # a video may have more frames than it says
+
+    def _split(self, loaded: dict, boxes: np.ndarray | None) -> list[dict]:
+        """Make one input of each person."""
+        image, scores = loaded['img'], None
+        if boxes is None and self.detector is not None:
+            boxes, scores = self._detect(image)
+        elif boxes is None:
+            boxes = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
+        scores = np.ones(len(boxes), np.float32) if scores is None else scores
+        start = dict(loaded, **self.dataset_meta)
+        return [
+            dict(start, bbox=box[None], bbox_score=score[None]) for box, score in zip(boxes, scores)
+        ]
+
+    def _detect(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the boxes of people, (N, 4), and their scores, (N,)."""
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            (sample,) = self.detector(displayable(image), return_datasamples=True)['predictions']
+        found = sample.pred_instances.cpu().numpy()
+        kept = (found.labels == PERSON) & (found.scores >= self.detector_threshold)
+        return found.bboxes[kept], found.scores[kept]
+
+    def _merge(self, picture: Picture, samples: list) -> Any:
+        from mmpose.structures import PoseDataSample, merge_data_samples
+
+        if not samples:
+            return PoseDataSample(metainfo=dict(img_path=picture.name))
+        return merge_data_samples(samples)
+
+    def _to_plain(self, sample: Any) -> dict:
+        from mmpose.structures import split_instances
+
+        instances = split_instances(sample.get('pred_instances'))
+        for instance in instances:
+            (instance['bbox'],) = instance['bbox']
+            instance['bbox_score'] = float(instance['bbox_score'])
+        return dict(instances=instances)
+
+    def _draw(
+        self,
+        image: np.ndarray,
+        sample: Any,
+        radius: int = 3,
+        thickness: int = 1,
+        black_background: bool = False,
+        skeleton_style: str = 'mmpose',
+        **options: Any,
+    ) -> np.ndarray:
+        if skeleton_style not in ('mmpose', 'openpose'):
+            raise ValueError(f"skeleton_style={skeleton_style!r}: choose 'mmpose' or 'openpose'")
+        self.visualizer.set_dataset_meta(self.dataset_meta, skeleton_style)
+        self.visualizer.radius, self.visualizer.line_width = radius, thickness
+        return self.visualizer.add_datasample(
+            'image',
+            image * 0 if black_background else image,
+            sample,
+            draw_gt=False,
+            skeleton_style=skeleton_style,
+            **options,
+        )
+
+
+def build_detector(detector: bool | str, weights: str | None, device: torch.device) -> Any:
+    """Build mmdet's inferencer, for True that of the detector that mmpose uses for people."""
+    try:
+        from mmdet.apis import DetInferencer
+    except ImportError as err:
+        raise ImportError(
+            f'detector={detector!r} needs mmdet: pip install "mmdet>=3.0,<3.4"; or give boxes'
+        ) from err
+    if detector is True:
+        from mmpose.apis.inferencers.utils import default_det_models
+
+        detector = default_det_models['human']['model']
+        weights = weights or default_det_models['human']['weights']
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return DetInferencer(detector, weights, device=str(device), show_progress=False)
+
+
+def check_boxes(boxes: object, name: str) -> np.ndarray:
+    """Return boxes as (N, 4) float32; refuse others."""
+    expected = 'give (N, 4) numbers: left, top, right, bottom in pixels for each person'
+    try:
+        array = np.asarray(boxes, np.float32)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f'{name}={boxes!r}: {expected}') from err
+    if array.size == 0:
+        return array.reshape(0, 4)  # an image without people
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise ValueError(f'{name}: an array of shape {array.shape}; {expected}')
+    flat = ~((array[:, 2] > array[:, 0]) & (array[:, 3] > array[:, 1]) & np.isfinite(array).all(1))
+    if flat.any():
+        i = int(flat.argmax())
+        raise ValueError(
+            f'{name}[{i}]={array[i].tolist()}: a box without area; {expected} (not width and '
+            'height)'
+        )
+    return array
