@@ -33,7 +33,7 @@ SEG = SCHEDULE['segmentation']['common']
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(ALL[name])
+    return golden.read_config(ALL[name])
 
 
 def data_of(name: str) -> str:
