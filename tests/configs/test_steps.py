@@ -43,7 +43,7 @@ STEPPED = [
     'td-hm_hrformer-small_8xb32-210e_coco-256x192',
     'td-hm_hrformer-base_8xb8-210e_coco-384x288',
     'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024',
-    'ocrnet_hrformer-base-w15_8xb2-60k_coco-stuff10k-520x520',
+    'ocrnet_hrformer-base-w15_8xb2-60k_pascal-context-59-520x520',
     'ocrnet_hrformer-base-w13_8xb2-150k_ade20k-520x520',
 ]
 # What may differ between two configs of a task of which one takes a step for both.
