@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
 from mmpretrain.models.utils.attention import MultiheadAttention, WindowMSA
+from needs import may_need
 from torch import nn
 from training_steps import count_parameters, prepare, shrink, train_and_predict
 
@@ -26,6 +27,8 @@ from mmhrformer import (
 )
 from mmhrformer.analysis import complexity
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ROOT = config_root()
 CONFIGS = {path.stem: path for path in sorted((ROOT / 'ablations').glob('*.py'))}

@@ -12,10 +12,13 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import HOOKS, METRICS, MODELS, VISUALIZERS, DefaultScope
+from needs import may_need
 from torch.utils.data import DataLoader
 
 from mmhrformer.configs import config_root, find_config
 from mmhrformer.engine.config_check import dead_options, late_variables
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_]*/*.py'))
 

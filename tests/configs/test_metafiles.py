@@ -9,8 +9,11 @@ import golden
 import model_zoo as zoo
 import pytest
 import yaml
+from needs import may_need
 
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ROOT = config_root()
 METAFILES = zoo.metafiles(ROOT)

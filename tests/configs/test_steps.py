@@ -7,9 +7,12 @@ import re
 import golden
 import pytest
 import torch
+from needs import may_need
 from training_steps import count_parameters, prepare, shrink, train_and_predict
 
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 PARAMETERS = golden.read_json('params_flops.json')['parameters']
 CLASSES = {'cityscapes': 19, 'pascal-context-59': 59, 'coco-stuff10k': 171, 'ade20k': 150}
