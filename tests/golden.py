@@ -52,7 +52,9 @@ def build(config: str | Path, device='cpu', **options):
     cfg = read_config(config)
     cfg.merge_from_dict(options)
     pytest.importorskip(cfg.default_scope)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    # On the meta device nothing is drawn, and no memory taken.
+    made_on = torch.device('meta' if device == 'meta' else 'cpu')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), made_on:
         return MODELS.build(cfg.model).to(device)
 
 

@@ -2,6 +2,4 @@
 
 from __future__ import annotations
 
-from .sdpa import sdpa as window_attention
-
-__all__ = ['window_attention']
+from .sdpa import window_attention as window_attention

@@ -8,12 +8,9 @@ from mmengine.utils import digit_version
 from mmengine.utils.dl_utils import TORCH_VERSION
 from torch import Tensor, nn
 
-from . import reference
-from .recompute import norm_gelu_conv
-from .sdpa import sdpa
+from . import reference, sdpa
+from .recompute import norm_gelu_conv as norm_gelu_conv
 from .state import autocast_dtype, needs_grad
-
-__all__ = ['conv_gelu', 'depthwise_conv', 'head_padding', 'norm_gelu_conv', 'window_attention']
 
 # Before, attention with a mask is the plain formula, in slower steps than ours.
 HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')
@@ -38,7 +35,7 @@ def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     head_dim = qkv.shape[-1]
     padding = head_padding(head_dim)
     if bias is None or (HAS_MASKED_SDPA and not needs_grad(qkv, bias)):
-        return sdpa(qkv, bias, scale, padding)
+        return sdpa.window_attention(qkv, bias, scale, padding)
     if not padding:
         return reference.window_attention(qkv, bias, scale)
     out = reference.window_attention(F.pad(qkv, (0, padding)), bias, scale)
@@ -60,19 +57,19 @@ class ContiguousBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the map, of shape (B, C, H, W), the weight and the bias."""
         x, weight = ctx.saved_tensors
+        is_contiguous = x.is_contiguous()
+        x, grad = x.contiguous(), grad.contiguous()  # lets go of what is computed again, too
         C = len(weight)
         # With one input channel both formats of the weight are the same memory under other
         # strides, and torch goes by the strides.
         weight = weight.reshape(-1).view(weight.shape)
         options = ([ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], C)
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-        grads = torch.ops.aten.convolution_backward(
-            grad.contiguous(), x.contiguous(), weight, [C], *options, wanted
-        )
-        if grads[0] is not None and not x.is_contiguous():
-            channels_last = grads[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-            grads = channels_last, *grads[1:]
-        return *grads, None
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
+        if grads[0] is None or is_contiguous:
+            return *grads, None
+        del x, grad
+        return grads[0].contiguous(memory_format=torch.channels_last), *grads[1:], None
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:

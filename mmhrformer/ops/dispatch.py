@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ BACKENDS = {
     'kernels': kernels,
 }
 VARIABLE = 'MMHRFORMER_OPS'
-FUNCTIONS = [name for name, value in vars(reference).items() if inspect.isfunction(value)]
-for module in BACKENDS.values():  # the plain form, where there is no other
-    for name in FUNCTIONS:
-        vars(module).setdefault(name, getattr(reference, name))
+# Functions that a form does not have are those of a plainer one.
+for form, plainer in ((compiled, reference), (cpu, reference), (cuda, reference), (kernels, cuda)):
+    for name in reference.__all__:
+        vars(form).setdefault(name, getattr(plainer, name))
 
 
 def backend(x: Tensor) -> ModuleType:

@@ -48,7 +48,9 @@ def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) ->
             x = F.pad(x, (0, 0, left, right, top, bottom))
         else:
             inside = x
-            x = pad_value.expand(B, top + H + bottom, left + W + right, C).clone()
+            # vmap over images writes into tensors that have its batch only, which the sum gives.
+            value = inside.new_zeros(B, 1, 1, C) + pad_value
+            x = value.expand(B, top + H + bottom, left + W + right, C).clone()
             x[:, top : top + H, left : left + W] = inside
     rows, cols = window_count(H, window), window_count(W, window)
     x = x.reshape(B, rows, window, cols, window, C).transpose(2, 3)  # (B, rows, cols, w, w, C)

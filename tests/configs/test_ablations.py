@@ -13,7 +13,6 @@ from golden import read_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
-from mmpretrain.models.utils.attention import MultiheadAttention, WindowMSA
 from needs import may_need
 from torch import nn
 from training_steps import count_parameters, prepare, shrink, train_and_predict
@@ -25,7 +24,6 @@ from mmhrformer import (
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
 )
-from mmhrformer.analysis import complexity
 from mmhrformer.configs import config_root
 
 pytestmark = may_need('mmpose', 'mmseg')
@@ -185,29 +183,6 @@ def test_parameters(name):
     assert parameters == META[name]['Metadata']['Parameters']
 
 
-@pytest.fixture
-def _stock_counters(monkeypatch):
-    """Operations of the frameworks' own modules: deconvolutions and attentions."""
-
-    def attention(layer, x, out):
-        weights = x.shape[0] * layer.num_heads * x.shape[1] ** 2
-        has_bias = hasattr(layer, 'relative_position_bias_table')
-        return dict(
-            macs=2 * x.numel() * x.shape[1],
-            softmax=5 * weights,
-            elementwise=x.numel() + weights * (1 + has_bias),
-        )
-
-    for kind in (WindowMSA, MultiheadAttention):
-        monkeypatch.setitem(complexity.COUNTERS, kind, attention)
-    monkeypatch.setitem(
-        complexity.COUNTERS,
-        nn.ConvTranspose2d,
-        lambda layer, x, out: dict(macs=x.numel() * layer.weight[0].numel()),
-    )
-
-
-@pytest.mark.usefixtures('_stock_counters')
 @pytest.mark.parametrize(
     'name',
     [
