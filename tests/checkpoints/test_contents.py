@@ -177,6 +177,8 @@ SEVERAL = {
     'state_dict_ema': lambda raw, ema: {'state_dict': raw, 'state_dict_ema': ema},
     'model_ema': lambda raw, ema: {'model': raw, 'model_ema': ema, 'args': {}},
     'ema': lambda raw, ema: {'model': raw, 'ema': {'state_dict': ema, 'decay': 0.9}},
+    'average_model': lambda raw, ema: {'model': raw, 'average_model': ema},
+    'SWA': lambda raw, ema: {'model': raw, 'SWA': ema},
     'teacher': lambda raw, ema: {'teacher': ema, 'state_dict': raw},
     'ema_model': lambda raw, ema: {**raw, **{f'ema_model.module.{k}': t for k, t in ema.items()}},
     'model.ema': lambda raw, ema: {
@@ -199,7 +201,7 @@ def test_other_weights_are_told_and_can_be_taken(key, tmp_path, messages):
     assert f"others under '{key}'" in messages[-1]
     assert f"load_checkpoint(model, FILE, key='{key}')" in messages[-1]
     assert f'convert_checkpoint.py --key {key}' in messages[-1]
-    assert ('averaged, by their name' in messages[-1]) == ('ema' in key)
+    assert ('averaged, by their name' in messages[-1]) == (key != 'teacher')
     mmengine_load(Model(), f'mmhrformer://{file}')
     assert any(f"others under '{key}'" in message for message in messages[-3:])
     load_checkpoint(made, file, strict=True, key=key)

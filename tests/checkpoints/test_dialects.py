@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import convert, detect_dialect, resize_bias_table, unwrap
+from mmhrformer.checkpoints.dialects import check_finite
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 CLS_HEAD = ('incre_modules.', 'downsamp_modules.', 'final_layer.', 'classifier.')
@@ -258,6 +260,23 @@ def test_strict_loading_still_finds_what_does_not_fit():
         model.load_state_dict(state_dict, strict=True)
     assert 'stage2.0.branches.0.0.ffn.fc1.bias' in str(error.value)
     assert 'nonsense.weight' in str(error.value)
+
+
+def test_strict_loading_finds_bias_tables_of_blocks_that_are_not_there():
+    table = 'stage2.0.branches.0.{}.attn.relative_position_bias_table'
+    state_dict = HRFormer(arch=TINY).state_dict()
+    state_dict[table.format(1)] = state_dict[table.format(0)]
+    with pytest.raises(RuntimeError, match=rf'Unexpected key.*{re.escape(table.format(1))}'):
+        HRFormer(arch=TINY).load_state_dict(state_dict)
+
+
+def test_large_weights_are_finite():
+    """Also where their sum is not."""
+    large = torch.full((4,), 3e38)
+    check_finite(dict(large=large, half=large.clamp(max=6e4).half(), counter=torch.tensor(7)))
+    for value in (float('nan'), float('inf'), -float('inf')):
+        with pytest.raises(ValueError, match=r"in 1 of 2 tensors, the first ones \['bad'\]"):
+            check_finite(dict(large=large, bad=torch.tensor([1.0, value])))
 
 
 def test_tensors_of_another_architecture_are_refused():

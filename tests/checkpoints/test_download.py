@@ -120,6 +120,10 @@ def test_whole_hash_is_checked(tmp_path):
         server.files = OTHER
         with pytest.raises(DownloadError, match=f'expected {SHA}'):
             download(server.url(), path, SHA)
+        server.files = CONTENT
+        almost = SHA[:-1] + ('1' if SHA[-1] == '0' else '0')
+        with pytest.raises(DownloadError, match=f'SHA-256 is {SHA}, expected {almost}'):
+            download(server.url(), path, almost)
     assert left(tmp_path) == set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from functools import cache
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from mmhrformer import HRFormer, load_checkpoint
+from mmhrformer.checkpoints import loading
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
@@ -94,6 +96,17 @@ def test_official_pose_estimator_without_some_tensors():
     assert report.used == len(model.state_dict()) - 2
     with pytest.raises(RuntimeError, match=r'backbone\.bn1\.weight'):
         load_checkpoint(model, tensors, strict=True)
+
+
+def test_only_incomplete_backbones_are_warned_of(monkeypatch):
+    """A new head is what fine-tuning begins with."""
+    levels = []
+    monkeypatch.setattr(loading, 'print_log', lambda *args: levels.append(args[-1]))
+    load_checkpoint(pose_estimator(), official('cls'))
+    tensors = dict(official('pose')['state_dict'])
+    del tensors['backbone.bn1.weight']
+    load_checkpoint(pose_estimator(), tensors)
+    assert levels == [logging.INFO, logging.WARNING]
 
 
 def test_strict_refuses_tensors_that_are_not_used():
@@ -210,7 +223,7 @@ def test_missing_file_is_an_error():
 def test_other_classes_are_an_error_unless_they_are_wanted(messages):
     model = golden.build(golden.CLS_CONFIGS['tiny'], **{'model.head.num_classes': 7})
     before = model.head.fc.weight.clone()
-    with pytest.raises(RuntimeError, match=r'size mismatch for head\.fc\.weight'):
+    with pytest.raises(RuntimeError, match=r'(?s)set num_classes.*mismatch for head\.fc\.weight'):
         load_checkpoint(model, official('cls'))
     report = load_checkpoint(model, official('cls'), strict=True, new_classes=True)
     assert sorted(report.other_shape) == ['head.fc.bias', 'head.fc.weight']
@@ -225,8 +238,11 @@ def test_new_classes_excuse_nothing_else():
     model = golden.build(golden.CLS_CONFIGS['tiny'], **{'model.head.num_classes': 7})
     checkpoint = dict(official('cls')['model'])
     checkpoint['conv1.weight'] = checkpoint['conv1.weight'][:32]
-    with pytest.raises(RuntimeError, match=r'size mismatch for backbone\.conv1\.weight'):
-        load_checkpoint(model, checkpoint, new_classes=True)
+    for new_classes in (True, False):  # a head of other classes is not the remedy
+        with pytest.raises(
+            RuntimeError, match=r'(?s)build the model with the arch.*backbone\.conv1'
+        ):
+            load_checkpoint(model, checkpoint, new_classes=new_classes)
 
 
 def test_resized_tables_are_reported(messages):

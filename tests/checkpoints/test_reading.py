@@ -552,6 +552,8 @@ def test_a_wrong_byte_is_found(whole_file):
     content[len(content) // 2] ^= 1
     whole_file.write_bytes(content)
     assert re.fullmatch("the checksum of '.*data/0' is wrong", find_damage(whole_file))
+    with pytest.raises(ValueError, match=r'it is damaged \(the checksum .* copy it again'):
+        read_checkpoint(whole_file)
 
 
 def test_a_missing_checkpoint_is_no_whole_one(tmp_path):

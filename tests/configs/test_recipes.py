@@ -254,8 +254,10 @@ def test_segmentation_data_and_losses(name):
     if ohem:
         assert (ocr.loss_decode.thresh, ocr.loss_decode.min_kept) == (0.9, 100000)
     weighted = 'class weights' in recipe['loss']
+    official = golden.read_json('losses.json')['official_settings_per_dataset']['cityscapes']
     for head in (aux, ocr):
-        assert len(head.loss_decode.get('class_weight', ())) == (19 if weighted else 0)
+        weights = head.loss_decode.get('class_weight')
+        assert weights == (official['ce_weight'] if weighted else None)
 
 
 # Transform -> its name in schedule.json.

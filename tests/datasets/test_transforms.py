@@ -154,6 +154,13 @@ def test_impossible_changes_are_refused(options):
         RandomScaleRotation(**options)
 
 
+@pytest.mark.parametrize('size', [(0.0, 10.0), (10.0, 0.0), (10.0, -1.0), (float('nan'), 10.0)])
+def test_boxes_without_a_size_are_named(size):
+    results = dict(boxes(2), bbox_scale=np.float32([(10, 10), size]), img_path='a.jpg')
+    with pytest.raises(ValueError, match=r'bbox_scale=\[\[10.0, 10.0\].* from a\.jpg: boxes have'):
+        RandomScaleRotation()(results)
+
+
 class TestWhyALabelMapDoesNotFit:
     @pytest.fixture
     def photo(self, tmp_path):
@@ -286,6 +293,12 @@ def test_images_of_several_sizes_share_a_place(sample):
         assert np.array_equal(one, third)
         place = np.argwhere((one != (1, 2, 3)).any(2)).min(0)
         assert np.array_equal(np.argwhere((other != (1, 2, 3)).any(2)).min(0), place)
+    for _ in range(20):  # the place of the small image may be too far for the larger one
+        large_last = dict(img=[sample['img'][:20, :30], sample['img']])
+        other, one = transform(large_last)['img']
+        places = [np.argwhere((image != (1, 2, 3)).any(2)).min(0) for image in (one, other)]
+        spare = np.subtract((200, 300), sample['img'].shape[:2])
+        assert np.array_equal(places[0], np.minimum(places[1], spare))
 
 
 def test_numbers_are_drawn_in_the_same_order_as_ever(sample):

@@ -229,6 +229,16 @@ def test_nothing_is_ignored_without_an_ignore_index(kind):
         loss(scores, label, ignore_index=None)
 
 
+@pytest.mark.parametrize('kind', LOSSES)
+def test_labels_that_are_no_class_are_named(kind):
+    scores, label = scene()
+    classes = scores.shape[1]
+    for wrong in (-1, classes):
+        label[0, 0, 0] = wrong
+        with pytest.raises(ValueError, match=rf'labels \[{wrong}\].*0 to {classes - 1}'):
+            kind()(scores, label)
+
+
 WEIGHTS = [1.0, 0.5, 2.0]
 
 

@@ -131,6 +131,22 @@ def test_pixels_attend_to_regions():
             torch.testing.assert_close(context[:, :, y, x], attention.f_up(seen)[..., 0, 0])
 
 
+def test_context_comes_before_the_pixels():
+    """In the fusion, whose official weights are in this order."""
+    aux, ocr = make_head(OCRAuxHead), make_head(OCRHead, ocr_channels=8)
+    seen = {}
+    for name in ('bottleneck', 'object_attention', 'fuse'):
+        module = getattr(ocr, name)
+        module.register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: (args, out)})
+        )
+    ocr(streams(), aux(streams()))
+    (fused,), _ = seen['fuse']
+    parts = [seen['object_attention'][1], seen['bottleneck'][1]]
+    assert torch.equal(fused, torch.cat(parts, 1))
+    assert not torch.equal(*parts)
+
+
 def test_dropout_is_that_of_the_official_code():
     head = make_head(OCRHead)
     assert isinstance(head.dropout, nn.Dropout2d)
@@ -205,6 +221,18 @@ def test_kept_logits_are_used_once():
     first = aux(xs)
     nn.init.zeros_(aux.conv_seg.weight)
     assert torch.equal(aux(xs), aux.conv_seg.bias.view(1, -1, 1, 1).expand_as(first))
+
+
+def test_kept_logits_of_a_held_loss_are_used_once():
+    """A second pass in the same step is a pass of its own, and updates the statistics."""
+    aux = make_head(OCRAuxHead).train()
+    xs = streams()
+    losses = aux.loss(xs, batch()[1], {})
+    before = counters(aux)
+    assert torch.equal(aux(xs), losses.logits)
+    assert counters(aux) == before
+    aux(xs)
+    assert counters(aux) == {count + 1 for count in before}
 
 
 @pytest.mark.parametrize('size', [(64, 96), (97, 161), (45, 67)])

@@ -262,6 +262,16 @@ def test_swin_with_the_ffn_of_hrformer():
     torch.testing.assert_close(*(dict(model.named_buffers()) for model in models))
 
 
+def test_swin_drops_the_ffn_of_single_samples():
+    torch.manual_seed(0)
+    block = SwinTransformer(**{**SWIN, 'drop_path_rate': 0.5}).stages[1].blocks[-1].train()
+    for parameter in block.attn.w_msa.proj.parameters():
+        torch.nn.init.zeros_(parameter)  # what is left is the FFN
+    x = torch.rand(32, 16, 16)
+    change = (block(x, (4, 4)) - x).abs().amax((1, 2))
+    assert 5 < (change == 0).sum() < 27
+
+
 def test_swin_without_the_shift():
     model = SwinTransformer(**SWIN, stage_cfgs=dict(block_cfgs=dict(shift=False)))
     assert {m.shift_size for m in model.modules() if hasattr(m, 'shift_size')} == {0}

@@ -1,0 +1,216 @@
+"""Test the tests: make small mistakes in a copy of the package, and see which ones are noticed.
+
+    python dev/mutate.py                       # all mutations, in about an hour on two cores
+    python dev/mutate.py --only losses         # those whose name has the word
+    python dev/mutate.py --ids                 # their names
+    python dev/mutate.py --check               # whether each still fits the code; runs no test
+
+The mutations are in mutations.py. Each is applied to a temporary copy of the checkout, where the
+tests named for it run until one fails. The exit status is 0 if at least 95 % are caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parent.parent
+WANTED = 0.95  # share of the mutations that are caught
+CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = 'caught', 'SURVIVED', 'TIMED OUT', 'NOT RUN'
+# Processes that have imported what takes long, and nothing of ours.
+SERVER = multiprocessing.get_context('forkserver')
+PRELOADED = ['pytest', 'torch', 'mmengine.runner', 'mmcv.cnn', 'mmpretrain.models', 'mmseg.models']
+PRELOADED += ['mmpose.models', 'mmpose.datasets', 'mmdet.models']
+# The line of pytest's summary that names a test, or a file that cannot be collected.
+FAILURE = re.compile(r'^(?:FAILED|ERROR) (\S+\.py(?:::.*?)?)(?: - .*)?$', re.MULTILINE)
+
+
+class Outcome(NamedTuple):
+    """Outcome of a mutation: one of the four words above, and the test that failed."""
+
+    mutation: Mutation
+    word: str
+    test: str
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """Apply a mutation to the content of its file.
+
+    Args:
+        text (str): The content.
+        mutation (Mutation): The mutation.
+
+    Returns:
+        str: The mutated content.
+
+    Raises:
+        ValueError: If the mutation does not apply exactly once, or what it gives is no Python.
+    """
+    count = text.count(mutation.old)
+    if count != 1 or mutation.old == mutation.new:
+        raise ValueError(
+            f'{mutation.name}: {mutation.old!r} is {count} times in {mutation.file}, to become '
+            f'{mutation.new!r}: give two different texts, the first of which is there once'
+        )
+    text = text.replace(mutation.old, mutation.new)
+    try:
+        ast.parse(text)
+    except SyntaxError as err:
+        raise ValueError(f'{mutation.name}: {mutation.new!r} gives no Python: {err}') from err
+    return text
+
+
+def check(mutations: Sequence[Mutation], root: Path) -> list[str]:
+    """Find mutations that do not fit the code.
+
+    Args:
+        mutations (Sequence[Mutation]): The mutations.
+        root (Path): The checkout.
+
+    Returns:
+        list[str]: A line for each problem.
+    """
+    names = [mutation.name for mutation in mutations]
+    problems = [f'{name}: two have that name' for name in {*names} if names.count(name) > 1]
+    for mutation in mutations:
+        try:
+            mutated((root / mutation.file).read_text(encoding='utf-8'), mutation)
+        except (OSError, ValueError) as err:
+            problems.append(str(err))
+        for test in mutation.tests:
+            file, _, name = test.partition('::')
+            if not (root / file).is_file() or f'def {name}' not in (root / file).read_text():
+                problems.append(f'{mutation.name}: there is no {test}')
+    return problems
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copy the files of the checkout, as they are now, to a folder; not what git ignores."""
+    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split('\0')):
+        if (ROOT / name).is_file():  # not deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run_pytest(folder: Path, out: str, args: Sequence[str]) -> None:
+    """Run pytest in a copy of the checkout; the whole life of a process."""
+    os.setsid()  # to be ended with all that the tests start
+    os.chdir(folder)
+    with open(out, 'wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE='1')
+    sys.dont_write_bytecode = True  # by size and second, mutated code would look like the old one
+    sys.path.insert(0, str(folder))
+    import pytest
+
+    sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *args]))
+
+
+def pytest_in(folder: Path, *args: str, limit: float | None = None) -> tuple[int | None, str]:
+    """Exit status of pytest in a copy of the checkout, None if it took too long; its output."""
+    with tempfile.NamedTemporaryFile('r', errors='replace') as out:
+        process = SERVER.Process(target=run_pytest, args=(folder, out.name, args))
+        process.start()
+        process.join(limit)
+        status = process.exitcode
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return status, out.read()
+
+
+def try_mutation(mutation: Mutation, folder: Path, limit: float) -> Outcome:
+    """Apply a mutation to a copy of the checkout, run its tests there, and take it back."""
+    path, start = folder / mutation.file, time.monotonic()
+    original = path.read_text(encoding='utf-8')
+    path.write_text(mutated(original, mutation), encoding='utf-8')
+    try:
+        status, output = pytest_in(folder, '-x', *mutation.tests, limit=limit)
+    finally:
+        path.write_text(original, encoding='utf-8')
+    failed = FAILURE.search(output)
+    if status is None:
+        word = TIMED_OUT
+    elif status == 0:
+        word = SURVIVED if ' passed' in output else NOT_RUN
+    else:
+        word = CAUGHT if failed else NOT_RUN
+    test = failed[1] if failed else ''
+    print(f'{word:<9} {time.monotonic() - start:4.0f} s  {mutation.name}  {test}', flush=True)
+    return Outcome(mutation, word, test)
+
+
+def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> list[Outcome]:
+    """Try mutations, several at a time, each in a copy of the checkout that no other is in."""
+    with tempfile.TemporaryDirectory(prefix='mmhrformer-mutations-') as place:
+        folders = SimpleQueue()
+        for number in range(jobs):
+            copy_checkout(Path(place, str(number)))
+            folders.put(Path(place, str(number)))
+
+        def attempt(mutation: Mutation) -> Outcome:
+            folder = folders.get()
+            try:
+                return try_mutation(mutation, folder, limit)
+            finally:
+                folders.put(folder)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            outcomes = list(pool.map(attempt, mutations))
+        # A test that fails without the mutation, too, proves nothing.
+        tests = sorted({outcome.test for outcome in outcomes if outcome.word == CAUGHT})
+        broken = FAILURE.findall(pytest_in(folders.get(), *tests)[1]) if tests else []
+    return [o._replace(word=NOT_RUN) if o.test in broken else o for o in outcomes]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 if enough is caught, or with ``--check`` if all mutations fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--only', metavar='PATTERN', default='', help='regular expression of names')
+    parser.add_argument('--ids', action='store_true', help='print the names')
+    parser.add_argument('--check', action='store_true', help='see whether the mutations apply')
+    parser.add_argument('--jobs', type=int, default=2, help='mutations at a time (%(default)s)')
+    parser.add_argument('--limit', type=float, default=600, help='seconds for each (%(default)s)')
+    options = parser.parse_args(args)
+    chosen = [mutation for mutation in MUTATIONS if re.search(options.only, mutation.name)]
+    if not chosen:
+        parser.error(f'--only {options.only!r}: no mutation has such a name, see --ids')
+    problems = [] if options.ids else check(chosen, ROOT)
+    if problems or options.check or options.ids:
+        lines = [mutation.name for mutation in chosen] if options.ids else problems
+        print('\n'.join(lines) or f'{len(chosen)} mutations apply')
+        return int(bool(problems))
+    os.environ['OMP_NUM_THREADS'] = '1'
+    SERVER.set_forkserver_preload(PRELOADED)
+    outcomes = run(chosen, options.jobs, options.limit)
+    left = [outcome for outcome in outcomes if outcome.word != CAUGHT]
+    share = 1 - len(left) / len(outcomes)
+    print(*(f'{o.word}: {o.mutation.name}  {o.test}' for o in left), sep='\n')
+    print(f'{len(outcomes) - len(left)} of {len(outcomes)} mutations caught, {share:.1%}')
+    return int(share < WANTED)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
