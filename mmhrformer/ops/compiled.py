@@ -1,4 +1,4 @@
-"""What compilers get: the plain forms, which they merge, and attention as one operator."""
+"""Forms for compilers: the plain ones, which they merge, and attention as one operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What GPUs need."""
+"""Forms for GPUs, by torch's operators."""
 
 from __future__ import annotations
 

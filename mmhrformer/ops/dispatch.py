@@ -29,10 +29,10 @@ for form, plainer in ((compiled, reference), (cpu, reference), (cuda, reference)
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Pick the module whose functions compute with a tensor.
+    """Pick the module whose functions suit a tensor.
 
     Args:
-        x (Tensor): What is computed with.
+        x (Tensor): First input of the function.
 
     Returns:
         ModuleType: ``compiled`` under a compiler, ``reference`` if it was asked for, in tracing,

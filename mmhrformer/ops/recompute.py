@@ -1,4 +1,4 @@
-"""Less memory in training: what is cheap is computed again in the backward pass."""
+"""Less memory in training: cheap steps are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tens
     """Call a function, keep nothing of it, and call it again in the backward pass.
 
     Args:
-        module (nn.Module): Whose running statistics are not to be updated a second time.
-        function (Callable): What to compute with that module.
-        *args: What to compute it of.
+        module (nn.Module): Module whose running statistics are updated by the first call only.
+        function (Callable): Function that calls the module.
+        *args: Arguments of the function.
 
     Returns:
         Tensor: ``function(*args)``.
@@ -82,7 +82,7 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         *kinds (type): The classes, such as ``nn.Conv2d``.
 
     Returns:
-        bool: Whether it can be called again, or folded, without anyone noticing.
+        bool: Whether it can be called again, or folded, without a difference.
     """
     is_known = any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
     hooked = (

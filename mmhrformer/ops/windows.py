@@ -23,7 +23,7 @@ def is_static(*sizes: int) -> bool:
     """Whether sizes are plain numbers, which they are not while any size is traced at once.
 
     In ``torch.jit.trace`` and ``torch.export`` a decision by the size of the image would hold for
-    all others, too, so what only some sizes need is traced in any case.
+    all others, too, so steps that only some sizes need are traced in any case.
     """
     return all(type(size) is int for size in sizes)
 
