@@ -8,8 +8,17 @@ IS_MODERN = import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) and print(sys
 MODERN_PYTHON = $(firstword $(foreach name,$(PYTHON) python3.11 python3.12 python3.13 python3,\
 	$(shell "$(name)" -c '$(IS_MODERN)' 2>/dev/null)))
 
+# Which tests run where; `make test-all` widens all three.
+FAST = not e2e and not gpu and not slow
+E2E = e2e and not slow
+# What depends on torch and is therefore run on current torch, too.
+ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
+	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)
+PYTEST = -m pytest -n 2
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo docs test test-fast test-gpu test-modern lint format clean distclean
+.PHONY: help env demo docs test test-all test-e2e test-fast test-gpu test-modern lint format clean \
+	distclean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -26,17 +35,23 @@ env: ## make the environment .venv or bring it up to date (other targets do it t
 demo: env ## train and test the three example tasks on the CPU
 	$(PY) demo/run_demo.py
 
-test: test-fast ## run all tests: the fast ones on both stacks, then the end-to-end ones
+test: test-fast ## run the tests of every change: fast, those of torch on current torch, end to end
 	@if [ -n "$(MODERN_PYTHON)" ]; then $(MAKE) test-modern; \
 		else echo 'make test-modern is left out: it needs Python 3.11, 3.12 or 3.13'; fi
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m e2e
+	@$(MAKE) test-e2e
+
+test-all: ## run everything, before a release: the slow tests, too, and all fast ones on both stacks
+	@$(MAKE) test FAST="not e2e and not gpu" E2E=e2e ON_TORCH="tests --ignore=tests/e2e"
 
 test-fast: env ## run the tests that take seconds
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not e2e and not gpu"
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist worksteal -m "$(FAST)"
 
-test-modern: ## run the fast tests on current torch and NumPy, in their own environment
+test-e2e: env ## run the tests that train with the stock tools
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist loadfile --no-loadscope-reorder -m "$(E2E)"
+
+test-modern: ## run the fast tests of what depends on torch on current torch and NumPy
 	$(or $(MODERN_PYTHON),$(PYTHON),python3) dev/setup_env.py --stack modern --venv "$(VENV)-modern"
-	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python -m pytest -n 2 -m "not e2e and not gpu" --ignore=tests/e2e
+	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python $(PYTEST) --dist worksteal -m "$(FAST)" $(ON_TORCH)
 
 test-gpu: ## run the tests that need a GPU; PY=python for the current environment
 	$(PY) -m pytest -m gpu tests/gpu

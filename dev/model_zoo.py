@@ -71,7 +71,9 @@ def count(model: dict, root: Path) -> dict[str, int]:
     """
     cfg = Config.fromfile(root.parent / model['Config'])
     shape = (1, 3, *map(int, model['Metadata']['Input Size'].split('x')))
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    # Swin Transformers of mmpretrain read numbers off tensors while they are built.
+    device = 'cpu' if 'Swin' in cfg.model.backbone.type else 'meta'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device(device):
         network = MODELS.build(cfg.model).to('meta')
     # Only shapes are counted: without data it takes seconds instead of minutes.
     with torch.device('meta'):

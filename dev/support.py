@@ -82,7 +82,7 @@ def run_core(processes: int) -> dict:
     """Run the fast tests and count, see :func:`count_tests`; ``processes`` share them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
-        command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not e2e and not gpu']
+        command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not e2e and not gpu and not slow']
         command += ['--ignore=tests/e2e', f'--junitxml={report}', '-n', str(processes)]
         subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
         return count_tests(report)

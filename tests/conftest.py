@@ -12,12 +12,30 @@ from needs import needed_by
 import mmhrformer
 
 
-def skip_without_framework() -> Iterator[None]:
-    """Skip what fails for want of a framework that the environment has not."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a command say how many skips belong to its environment."""
+    parser.addoption('--skips', type=int, help='fail unless so many tests are skipped')
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Compare the number of skips; a process that xdist started knows only its own."""
+    expected = session.config.option.skips
+    if expected is None or hasattr(session.config, 'workerinput'):
+        return
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    skipped = len(reporter.stats.get('skipped', []))
+    if skipped != expected:
+        reporter.write_line(f'\n{skipped} tests were skipped, --skips says {expected}', red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def skip_without_framework(item: pytest.Item) -> Iterator[None]:
+    """Skip what fails for want of a framework, where the test says that it may: ``may_need``."""
     try:
         return (yield)
     except Exception as err:
-        if name := needed_by(err, ours=set(mmhrformer.__all__)):
+        declared = {name for mark in item.iter_markers('may_need') for name in mark.args}
+        if name := needed_by(err, declared, ours=set(mmhrformer.__all__)):
             pytest.skip(f'needs {name}')
         raise
 
@@ -25,13 +43,13 @@ def skip_without_framework() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Fixtures may need a framework, too."""
-    return (yield from skip_without_framework())
+    return (yield from skip_without_framework(item))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Run a test."""
-    return (yield from skip_without_framework())
+    return (yield from skip_without_framework(item))
 
 
 def forget_scopes() -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,24 @@ SEG_CONFIGS = {
 }
 
 
-def build(config: str, device='cpu', **options):
+@cache
+def _parse(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def read_config(config: str | Path) -> Config:
+    """A copy of a shipped config, which is parsed only once."""
+    return copy.deepcopy(_parse(CONFIGS / config))
+
+
+def build(config: str | Path, device='cpu', **options):
     """Build the model of a shipped config; options as on the command line."""
-    cfg = Config.fromfile(CONFIGS / config)
+    cfg = read_config(config)
     cfg.merge_from_dict(options)
     pytest.importorskip(cfg.default_scope)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    # On the meta device nothing is drawn, and no memory taken.
+    made_on = torch.device('meta' if device == 'meta' else 'cpu')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), made_on:
         return MODELS.build(cfg.model).to(device)
 
 
@@ -54,9 +68,14 @@ def read_json(name: str):
     return json.loads((DATA / name).read_text())
 
 
-def official_state_dict(keys: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The deterministic weights of an official model, by their official names."""
-    return recipe.make_torch_state_dict(recipe.load_keys(DATA / keys), seed)
+@lru_cache(maxsize=4)
+def _make_state_dict(keys: str) -> dict[str, torch.Tensor]:
+    return recipe.make_torch_state_dict(recipe.load_keys(DATA / keys), 0)
+
+
+def official_state_dict(keys: str) -> dict[str, torch.Tensor]:
+    """A copy of the deterministic weights of an official model, by their official names."""
+    return {name: tensor.clone() for name, tensor in _make_state_dict(keys).items()}
 
 
 def official_checkpoint(task: str, keys: str) -> dict:

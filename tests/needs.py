@@ -34,20 +34,27 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(absent), reason=f'needs {" and ".join(absent)}')
 
 
-def needed_by(err: BaseException | None, ours: set[str]) -> str:
+def may_need(*names: str) -> pytest.MarkDecorator:
+    """Mark a module of which some tests need frameworks: errors that say so skip them."""
+    return pytest.mark.may_need(*names)
+
+
+def needed_by(err: BaseException | None, declared: set[str], ours: set[str]) -> str:
     """What an error would not have come up with; empty if it has to do with no framework.
 
     Args:
         err (BaseException, optional): The error; those that it comes from are looked at, too.
+        declared (set[str]): Import names of the frameworks that may be needed.
         ours (set[str]): Registered names that belong to no framework.
 
     Returns:
         str: A framework that is not installed, or a registered name that only such ones can have.
     """
-    while err is not None and ABSENT:
+    absent = {name: package for name, package in ABSENT.items() if name in declared}
+    while err is not None and absent:
         asked = re.match(r'(\w+) is not installed, please install', str(err))
         name = asked[1] if asked else str(getattr(err, 'name', None)).split('.')[0]
-        if isinstance(err, ModuleNotFoundError) and name in (*ABSENT, *ABSENT.values()):
+        if isinstance(err, ModuleNotFoundError) and name in (*absent, *absent.values()):
             return name
         unknown = re.match(r"'(\w+) is not in the mmengine::", str(err))
         if isinstance(err, KeyError) and unknown and unknown[1] not in ours:

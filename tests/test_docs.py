@@ -304,6 +304,7 @@ def test_figure_is_drawn(tmp_path):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_pages_are_built_without_a_warning(tmp_path):
     command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html']
     run([*command, '-d', str(tmp_path / 'trees'), str(DOCS), str(tmp_path / 'html')], ROOT)

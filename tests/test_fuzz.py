@@ -252,7 +252,8 @@ def near(content: bytes, mark: bytes, before: int, after: int) -> list[int]:
     return list(range(max(start - before, 0), min(start + after, len(content))))
 
 
-def test_no_damage_of_a_zip_file_goes_unnoticed(weights, tmp_path):
+@pytest.mark.parametrize('number', [20, pytest.param(116, marks=pytest.mark.slow)])
+def test_no_damage_of_a_zip_file_goes_unnoticed(weights, tmp_path, number):
     """Wherever it is: in tensors, names, shapes, or what makes it a zip file."""
     content = saved(weights, tmp_path / 'a.pth', 'zip')
     end = content.rindex(b'PK\1\2', 0, content.rindex(b'PK\1\2')) - 2000
@@ -261,10 +262,9 @@ def test_no_damage_of_a_zip_file_goes_unnoticed(weights, tmp_path):
              for j in range(64)]  # fmt: skip
     counts = Counter()
     for places in (list(range(len(content))), names, structure, heads):
-        counts += outcomes(weights, tmp_path / 'a.pth', damages(content, places, 116))
-    assert sum(counts.values()) >= 500
+        counts += outcomes(weights, tmp_path / 'a.pth', damages(content, places, number))
     assert set(counts) <= {'refused', 'right'}
-    assert counts['refused'] > 250
+    assert counts['refused'] > 2 * number
 
 
 def test_changed_numbers_in_a_zip_file_are_noticed(weights, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import load_checkpoint as mmengine_load
+from needs import needs
 
 import mmhrformer
 from mmhrformer import get_model, inference, load_checkpoint, register_in_mmpretrain
@@ -37,8 +38,8 @@ def test_options_change_the_config():
 @pytest.mark.parametrize(
     'name',
     [
-        'td-hm_hrformer-tiny_8xb32-210e_coco-256x192',
-        'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024',
+        pytest.param('td-hm_hrformer-tiny_8xb32-210e_coco-256x192', marks=needs('mmpose')),
+        pytest.param('ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024', marks=needs('mmseg')),
     ],
 )
 def test_models_for_gpus_are_ready_for_one_cpu(name):
@@ -46,6 +47,7 @@ def test_models_for_gpus_are_ready_for_one_cpu(name):
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
 
 
+@needs('mmpose')
 def test_weights_of_any_dialect(tmp_path):
     file = tmp_path / 'official.pth'
     torch.save(golden.official_checkpoint('pose', 'keys_pose_tiny.json'), file)

@@ -187,7 +187,7 @@ class Classifier(nn.Module):
         return nn.functional.cross_entropy(self.fc(fused.mean((2, 3))), label)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_training_in_bfloat16_stays_finite():
     """200 steps on noise, as large a learning rate as in the recipes."""
     model = Classifier()
@@ -272,15 +272,15 @@ MODES = {
 
 @pytest.mark.parametrize('half', [False, True], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('name', EXTREMES)
-def test_extreme_images_give_finite_streams(name, mode, half):
-    model = MODES[mode](make_backbone())
-    with torch.set_grad_enabled(mode == 'train'), torch.autocast('cpu', enabled=half):
-        outs = model(EXTREMES[name](make_images()))
-    assert all(out.isfinite().all() for out in outs)
-    if mode == 'train':
-        sum(out.float().square().mean() for out in outs).backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
+def test_extreme_images_give_finite_streams(mode, half):
+    for name, make_extreme in EXTREMES.items():
+        model = MODES[mode](make_backbone())
+        with torch.set_grad_enabled(mode == 'train'), torch.autocast('cpu', enabled=half):
+            outs = model(make_extreme(make_images()))
+        assert all(out.isfinite().all() for out in outs), name
+        if mode == 'train':
+            sum(out.float().square().mean() for out in outs).backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters()), name
 
 
 @pytest.mark.parametrize('half', [False, True], ids=['fp32', 'bf16'])

@@ -56,7 +56,7 @@ def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
     # Pictures are written where the command line says, not to the backends of the runs.
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': 'browse', 'vis_backends': None})
     visualizer.dataset_meta = dataset.metainfo
-    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colours by this call only
+    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colors by this call only
         visualizer.set_dataset_meta(dataset.metainfo)
     return dataset, visualizer
 

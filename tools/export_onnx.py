@@ -20,15 +20,14 @@ from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
 from mmhrformer.configs import find_config, read_config
+from mmhrformer.datasets.meta import default_size, names_of_outputs
 from mmhrformer.deploy.onnx import (
     HEADER,
     INPUT,
     OPSETS,
     OUTPUTS,
     channel_order,
-    default_size,
     export_onnx,
-    names_of_outputs,
     refuse_tta,
     require_packages,
     task_of,

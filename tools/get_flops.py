@@ -4,9 +4,9 @@ Example:
   python tools/get_flops.py hrformer-tiny_8xb128_in1k --shape 256 192
 
 Operations are counted by two rules, since publications use both. Multiply-accumulates (MACs) are
-those of convolutions, linear layers and matrix products, nothing else, and are counted twice: by
-mmengine's analysis of the traced graph, and module by module. The rule of the official code, whose
-results the paper calls FLOPs, adds biases, normalization, softmax and element-wise operations.
+those of convolutions, linear layers and matrix products, nothing else. The rule of the official
+code, whose results the paper calls FLOPs, adds biases, normalization, softmax and element-wise
+operations.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from mmengine.registry import MODELS, DefaultScope
 
-from mmhrformer.analysis.complexity import analyzed_macs, complexity, input_shape
+from mmhrformer.analysis.complexity import complexity, input_shape
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.deploy.onnx import default_size
+from mmhrformer.datasets.meta import default_size
 
 
 def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
@@ -31,8 +31,8 @@ def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
             square. Defaults to None: as the config trains with.
 
     Returns:
-        dict[str, int]: As :func:`mmhrformer.analysis.complexity.complexity` returns it;
-        ``analyzed``, the multiply-accumulates by mmengine's analysis; ``height`` and ``width``.
+        dict[str, int]: As :func:`mmhrformer.analysis.complexity.complexity` returns it, and the
+        ``height`` and ``width`` of the image.
 
     Raises:
         ValueError: If the config has no model, or the image is too small for it.
@@ -48,8 +48,7 @@ def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
     options = {k: v for k, v in cfg.model.items() if k != 'data_preprocessor'}
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         model = MODELS.build(options)
-    size = input_shape(model, height, width)
-    counts = dict(complexity(model, size), analyzed=analyzed_macs(model, size))
+    counts = complexity(model, input_shape(model, height, width))
     return dict(counts, height=height, width=width)
 
 
@@ -72,8 +71,7 @@ def main() -> None:
         sys.exit(f'get_flops.py: {err}')
     print(f'\n{args.config} at {counts["height"]}x{counts["width"]}')
     print(f'  parameters                          {counts["parameters"]:>13,}')
-    print(f"  MACs by mmengine's analysis         {counts['analyzed'] / 1e9:>13.4f} G")
-    print(f'  MACs, counted module by module      {counts["macs"] / 1e9:>13.4f} G')
+    print(f'  multiply-accumulates (MACs)         {counts["macs"] / 1e9:>13.4f} G')
     print(f"  FLOPs by the official code's rule   {counts['flops_official'] / 1e9:>13.4f} G")
 
 

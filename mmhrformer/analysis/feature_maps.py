@@ -1,4 +1,4 @@
-"""What goes on inside the backbone, as pictures: the four streams, and attention in windows."""
+"""Pictures of the inside of the backbone: the four streams, and attention in windows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..utils.suggest import did_you_mean
 DPI = 110
 PANEL = 2.6  # inches
 TITLE = 0.4
-COLOURS = 'magma'
+COLORS = 'magma'
 HEADS_SHOWN = 4
 
 
@@ -52,27 +52,16 @@ class Attention:
 
 @contextmanager
 def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str, Tensor]]:
-    """Keep what goes into modules, or comes out, the first time that they are called.
-
-    Args:
-        modules (dict[str, nn.Module]): The modules by name.
-        outputs (bool): Whether to keep outputs; inputs else.
-
-    Yields:
-        dict[str, Tensor]: Filled, by name, when the model runs.
-    """
+    """Keep the outputs of modules, or else their inputs, by name, of the first call of each."""
     kept: dict[str, Tensor] = {}
 
     def keep(name: str):
-        def hook(module: nn.Module, args: tuple, out: Tensor | None = None) -> None:
-            kept.setdefault(name, (args[0] if out is None else out).detach())
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+            kept.setdefault(name, (out if outputs else args[0]).detach())
 
         return hook
 
-    handles = [
-        (module.register_forward_hook if outputs else module.register_forward_pre_hook)(keep(name))
-        for name, module in modules.items()
-    ]
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         yield kept
     finally:
@@ -80,21 +69,22 @@ def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str,
             handle.remove()
 
 
+def block_names(backbone: nn.Module) -> list[str]:
+    """Names of all transformer blocks, stageS.MODULE.branches.STREAM.BLOCK."""
+    return [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
+
+
 def last_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
     """The last block of each of the four streams, finest first, by name."""
-    names = [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
-    last = {}
-    for name in names:
-        stage, _module, _branches, stream, _block = name.split('.')
-        if stage == 'stage4':
-            last[int(stream)] = name
+    names = [name for name in block_names(backbone) if name.startswith('stage4.')]
+    last = {int(name.split('.')[3]): name for name in names}
     return {last[i]: backbone.get_submodule(last[i]) for i in sorted(last)}
 
 
 def first_input(
     inferencer: Inferencer, image: Picture, boxes: np.ndarray | None
 ) -> tuple[dict, np.ndarray]:
-    """What the model gets of an image, of its first person for pose, and that as RGB pixels."""
+    """Input of the model for an image, or for its first person (pose), and that as RGB pixels."""
     items = inferencer.prepare(image, boxes)
     if not items:
         raise ValueError(f'inputs={image.name!r}: nobody in it, nothing to draw; give boxes')
@@ -122,13 +112,9 @@ def stream_maps(
 
 
 def principal_component(features: np.ndarray) -> np.ndarray:
-    """Bring the channels of a map to one: the direction in which its tokens differ most.
+    """Direction in which the tokens of a map differ most, (H, W, C) to (H, W) in [0, 1].
 
-    Args:
-        features (np.ndarray): (H, W, C).
-
-    Returns:
-        np.ndarray: (H, W) in [0, 1]; the first and last percent are cut off.
+    The first and last percent are cut off.
     """
     tokens = features.reshape(-1, features.shape[-1]).astype(np.float64)
     tokens = tokens - tokens.mean(0)
@@ -168,7 +154,7 @@ def draw_features(
     axes[1, 0].set_visible(False)
     for i, (stream, values) in enumerate(zip(streams, maps), 1):
         rows, columns, channels = stream.shape
-        axes[0, i].imshow(values, COLOURS, interpolation='nearest', extent=(0, width, height, 0))
+        axes[0, i].imshow(values, COLORS, interpolation='nearest', extent=(0, width, height, 0))
         axes[0, i].set_title(f'1/{2 ** (i + 1)}\n{rows} x {columns}, {channels} channels')
         _overlay(axes[1, i], pixels, values)
     figure.suptitle('The four streams: their first principal component, and it over the image')
@@ -226,23 +212,17 @@ def attention_of(
 def find_attention(
     inferencer: Inferencer, query: tuple[float, float], block: str | None
 ) -> dict[str, LocalWindowSelfAttention]:
-    """Check what :func:`attention_of` was asked for, and find the attention of the blocks by name.
-
-    Args:
-        inferencer (Inferencer): As there.
-        query (tuple[float, float]): Likewise.
-        block (str, optional): Likewise.
-
-    Returns:
-        dict[str, LocalWindowSelfAttention]: By name of the block.
-
-    Raises:
-        ValueError: If there is no such block or place, or the attention is of another kind.
-    """
+    """Check the arguments of :func:`attention_of`; the attention of the blocks, by name."""
     if len(query) != 2 or not all(0 <= value < 1 for value in query):
         raise ValueError(f'query={tuple(query)}: give x and y, at least 0 and less than 1')
     backbone = inferencer.model.backbone
-    blocks = last_blocks(backbone) if block is None else {block: find_block(backbone, block)}
+    names = block_names(backbone)
+    if block is not None and block not in names:
+        raise ValueError(
+            f'block={block!r}: the backbone has no such block. {did_you_mean(block, names)} They '
+            f'are called stageS.MODULE.branches.STREAM.BLOCK, {names[0]} to {names[-1]}'
+        )
+    blocks = {block: backbone.get_submodule(block)} if block else last_blocks(backbone)
     attentions = {name: module.attn for name, module in blocks.items()}
     for name, module in attentions.items():
         if not isinstance(module, LocalWindowSelfAttention):
@@ -253,20 +233,9 @@ def find_attention(
     return attentions
 
 
-def find_block(backbone: nn.Module, name: str) -> nn.Module:
-    """Find a transformer block by name; the error proposes similar names."""
-    names = [key for key, module in backbone.named_modules() if isinstance(module, BLOCKS)]
-    if name not in names:
-        raise ValueError(
-            f'block={name!r}: the backbone has no such block. {did_you_mean(name, names)} They are '
-            f'called stageS.MODULE.branches.STREAM.BLOCK, {names[0]} to {names[-1]}'
-        )
-    return backbone.get_submodule(name)
-
-
 @torch.no_grad()
 def attention_weights(attention: LocalWindowSelfAttention, x: Tensor) -> Tensor:
-    """Compute the weights of all queries, by the parts of the module itself.
+    """Weights of all queries of a map (B, H, W, C), by the parts of the module itself.
 
     Args:
         attention (LocalWindowSelfAttention): The module.
@@ -335,7 +304,7 @@ def draw_attention(
         panels = [('mean of heads', one.weights.mean(0))]
         panels += [(f'head {i + 1}', weights) for i, weights in enumerate(one.weights[:heads])]
         for axis, (title, weights) in zip(row[1:], panels):
-            axis.imshow(weights, COLOURS, vmin=0, interpolation='nearest')
+            axis.imshow(weights, COLORS, vmin=0, interpolation='nearest')
             axis.set_title(f'{title}\nup to {weights.max():.2f}')
             y, x = one.query
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec='cyan', lw=1.5))
@@ -353,7 +322,7 @@ def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
     axis.imshow(pixels // 2 + 64)
     mean = one.weights.mean(0)
     extent = (left, left + across, top + down, top)
-    axis.imshow(mean, COLOURS, vmin=0, alpha=0.75, interpolation='nearest', extent=extent)
+    axis.imshow(mean, COLORS, vmin=0, alpha=0.75, interpolation='nearest', extent=extent)
     axis.add_patch(Rectangle((left, top), across, down, fill=False, ec='white', lw=1.5))
     cell = across / mean.shape[1], down / mean.shape[0]
     corner = left + one.query[1] * cell[0], top + one.query[0] * cell[1]
@@ -373,12 +342,12 @@ def _frame_map(axis: Axes, one: Attention) -> None:
 
 
 def _overlay(axis: Axes, pixels: np.ndarray, values: np.ndarray) -> None:
-    """A map over the grey image, which shows through where the map is dark."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    extent = (0, grey.shape[1], grey.shape[0], 0)
-    axis.imshow(grey, 'gray', vmin=0, vmax=255)
+    """A map over the gray image, which shows through where the map is dark."""
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    extent = (0, gray.shape[1], gray.shape[0], 0)
+    axis.imshow(gray, 'gray', vmin=0, vmax=255)
     alpha = 0.15 + 0.55 * values
-    axis.imshow(values, COLOURS, alpha=alpha, interpolation='nearest', extent=extent)
+    axis.imshow(values, COLORS, alpha=alpha, interpolation='nearest', extent=extent)
 
 
 def _panels(

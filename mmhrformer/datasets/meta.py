@@ -1,11 +1,26 @@
-"""Classes and keypoints of data sets, from configs and checkpoints."""
+"""Classes and keypoints of data sets, and sizes of images, from configs and checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+
+# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
+SIZES = {
+    'BottomupRandomAffine': ('input_size', True),
+    'BottomupResize': ('input_size', True),
+    'CenterCrop': ('crop_size', True),
+    'EfficientNetCenterCrop': ('crop_size', False),
+    'EfficientNetRandomCrop': ('scale', False),
+    'PlaceRandomly': ('size', False),
+    'RandomCrop': ('crop_size', False),
+    'RandomResizedCrop': ('scale', False),
+    'Resize': ('scale', True),
+    'TopdownAffine': ('input_size', True),
+}
 
 
 def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
@@ -58,3 +73,66 @@ def wrapped_dataset(cfg: Config, option: str) -> dict:
     while not dataset.get(option) and (dataset.get('datasets') or dataset.get('dataset')):
         dataset = dataset['datasets'][0] if dataset.get('datasets') else dataset['dataset']
     return dataset
+
+
+def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None) -> list[str]:
+    """Find the names of the classes or keypoints that a model predicts.
+
+    Args:
+        cfg (Config): Its config.
+        dataset_meta (Mapping, optional): What mmengine saved in the checkpoint about the data set
+            of the training. Defaults to None: ask the data set of the config.
+
+    Returns:
+        list[str]: The names; empty if nobody knows them before the data are loaded.
+    """
+    info = dict(dataset_meta or meta_of_dataset(cfg))
+    if 'from_file' in info:
+        from mmpose.datasets.datasets.utils import parse_pose_metainfo
+
+        info = parse_pose_metainfo(info)
+    names = info.get('classes') or info.get('CLASSES') or ()
+    if 'keypoint_id2name' in info:
+        names = info['keypoint_id2name'].values()
+    return [str(name) for name in names]
+
+
+def default_size(cfg: Config) -> tuple[int, int]:
+    """Find the size of the images that a config trains with.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
+        one size; 224x224 if there is none.
+    """
+    model = cfg.get('model', {})
+    steps = [
+        *_steps(cfg.get('train_dataloader')),
+        *reversed(cfg.get('train_pipeline', [])),
+        *_steps(cfg.get('test_dataloader')),
+        # Of a config without data: the codec of a pose model, the crop of a segmentor.
+        {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
+        {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
+    ]
+    for step in steps:
+        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+        option, width_first = SIZES.get(kind.split('.')[-1], ('', False))
+        size = step.get(option)
+        if size and not step.get('keep_ratio'):
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            return size[::-1] if width_first else size
+    return 224, 224
+
+
+def _get(cfg: Any, name: str) -> Any:
+    return cfg.get(name) if isinstance(cfg, Mapping) else None
+
+
+def _steps(cfg: Any) -> list:
+    """The pipeline of a data loader, or of a data set in data sets; last step first."""
+    inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
+    if isinstance(inner, Sequence):
+        inner = inner[0]
+    return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]

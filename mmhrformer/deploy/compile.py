@@ -61,7 +61,7 @@ def allow_many_versions(versions: int = MAX_VERSIONS) -> None:
     """Let torch compile a piece of code more often than it would before it goes on uncompiled.
 
     Args:
-        versions (int): How often. Defaults to 64.
+        versions (int): Number of versions. Defaults to 64.
     """
     from torch import _dynamo  # takes a second that not everybody needs to spend
 

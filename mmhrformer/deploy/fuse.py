@@ -32,6 +32,11 @@ def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear
 
 
+def without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+    """A layer normalization like another one, without scale and shift."""
+    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+
+
 def is_plain_conv(module: nn.Module) -> bool:
     """Whether a module is a convolution and nothing else."""
     return is_plain(module, nn.Conv2d) and type(module)._conv_forward in CONV_FORWARDS
@@ -41,14 +46,7 @@ class InferenceOnly(nn.Module):
     """A module that has nothing left to be trained."""
 
     def train(self, mode: bool = True) -> InferenceOnly:
-        """Set evaluation mode; refuse training mode.
-
-        Args:
-            mode (bool): Whether to train. Defaults to True.
-
-        Raises:
-            RuntimeError: If the mode is training.
-        """
+        """Set evaluation mode; training mode is a RuntimeError."""
         if mode:
             raise RuntimeError(
                 'this model was made by fuse_for_inference and cannot be trained: train the model '
@@ -64,42 +62,30 @@ class FusedWindowAttention(InferenceOnly):
     heads are as wide as the kernels like them, the relative position bias is looked up already.
     Padding is zero *after* the normalization, so here it gets the value that the scale and shift
     would bring to zero.
-
-    Args:
-        attn (LocalWindowSelfAttention): The attention.
-        norm (nn.LayerNorm): The normalization.
     """
 
     def __init__(self, attn: LocalWindowSelfAttention, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.window_size = attn.window_size
-        self.num_heads = attn.num_heads
-        channels, head_dim = attn.embed_dims, attn.embed_dims // attn.num_heads
+        self.window_size, self.num_heads = attn.window_size, attn.num_heads
+        heads, head_dim = attn.num_heads, attn.embed_dims // attn.num_heads
         missing = ops.backend(attn.qkv.weight).head_padding(head_dim)
         self.head_dim = head_dim + missing
-        weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
+        dtype, table = attn.qkv.weight.dtype, attn.relative_position_bias_table
         scale, shift = norm.weight.double(), norm.bias.double()
-        original = bias
-        bias = bias + weight @ shift
-        weight = weight * scale
-        weight = weight.view(3, attn.num_heads, head_dim, channels)
-        bias = bias.view(3, attn.num_heads, head_dim)
-        queries = torch.tensor([head_dim**-0.5, 1, 1]).to(weight)  # only they are scaled
-        weight = F.pad(weight * queries.view(3, 1, 1, 1), (0, 0, 0, missing)).flatten(0, 2)
-        bias = F.pad(bias * queries.view(3, 1, 1), (0, missing)).flatten()
+        weight = attn.qkv.weight.double().view(3, heads, head_dim, -1)
+        plain = attn.qkv.bias.double().view(3, heads, head_dim)
+        queries = weight.new_tensor([head_dim**-0.5, 1, 1]).view(3, 1, 1)  # only they are scaled
+        bias = F.pad((plain + weight @ shift) * queries, (0, missing)).flatten()
+        weight = F.pad(weight * scale * queries[..., None], (0, 0, 0, missing)).flatten(0, 2)
         self.qkv = make_linear(weight, bias, attn.qkv)
-        weight = attn.proj.weight.view(channels, attn.num_heads, head_dim)
+        weight = attn.proj.weight.view(-1, heads, head_dim)
         self.proj = make_linear(F.pad(weight, (0, missing)).flatten(1), attn.proj.bias, attn.proj)
-        self.register_buffer('padding', (-shift / scale).to(attn.qkv.weight))
-        bias = None
-        if attn.relative_position_bias_table is not None:
-            bias = attn.relative_position_bias(attn.qkv.weight.dtype)
+        self.register_buffer('padding', (-shift / scale).to(dtype))
+        bias = None if table is None else attn.relative_position_bias(dtype)
         self.register_buffer('bias', bias)
-        table = attn.relative_position_bias_table
         self.register_buffer('table', None if table is None else table.detach().clone())
-        # What the projection makes of padding: the bias without the shift of the normalization.
-        original = F.pad(original.view(3, -1, head_dim), (0, missing)).flatten()
-        self.register_buffer('pad', original.to(attn.qkv.weight))
+        # The projection of padding: the bias without the shift of the normalization.
+        self.register_buffer('pad', F.pad(plain, (0, missing)).flatten().to(dtype))
 
     @staticmethod
     def fits(attn: nn.Module, norm: nn.Module) -> bool:
@@ -115,14 +101,7 @@ class FusedWindowAttention(InferenceOnly):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows.
-
-        Args:
-            x (Tensor): Normalized map of shape (B, H, W, C), without scale and shift.
-
-        Returns:
-            Tensor: Map of the same shape.
-        """
+        """Transform a map (B, H, W, C), normalized without scale and shift, to one of the shape."""
         if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
             shape = self.num_heads, self.window_size
             return self.proj(ops.map_attention(self.qkv(x), self.pad, self.table, *shape, 1.0))
@@ -133,33 +112,25 @@ class FusedWindowAttention(InferenceOnly):
         return ops.window_merge(windows, self.window_size, size)
 
 
-class ConvGELU(nn.Conv2d):
-    """A convolution that ends with a GELU.
-
-    Args:
-        conv (nn.Conv2d): The convolution. Its parameters are shared.
-    """
+class SharedConv(nn.Conv2d):
+    """A convolution with the parameters of another one."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
         super().__init__(*sizes, conv.dilation, conv.groups, device='meta')
         self.weight, self.bias = conv.weight, conv.bias
 
+
+class ConvGELU(SharedConv):
+    """A convolution that ends with a GELU."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute (B, in_channels, H, W) to (B, out_channels, H', W')."""
         return ops.conv_gelu(x, self)
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution with a bias, for inference.
-
-    Args:
-        conv (nn.Conv2d): The convolution. Its parameters are shared.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, 1, device='meta')
-        self.weight, self.bias = conv.weight, conv.bias
+class PointwiseConv(SharedConv):
+    """A 1x1 convolution with a bias, for inference."""
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:
@@ -179,11 +150,7 @@ class PointwiseConv(nn.Conv2d):
 
 
 class FusedDWConvFFN(InferenceOnly):
-    """:class:`DWConvFFN` after its normalizations were folded, for inference.
-
-    Args:
-        ffn (DWConvFFN): The FFN.
-    """
+    """:class:`DWConvFFN` after its normalizations were folded, for inference."""
 
     def __init__(self, ffn: DWConvFFN) -> None:
         super().__init__()
@@ -209,16 +176,13 @@ class FusedBlock(InferenceOnly):
     """:class:`HRFormerBlock` of a folded attention and a folded FFN, for inference.
 
     The scale and shift of the second normalization, too, are in the convolution behind it.
-
-    Args:
-        block (HRFormerBlock): The block, its parts folded.
     """
 
     def __init__(self, block: HRFormerBlock) -> None:
         super().__init__()
         self.norm1, self.attn, self.ffn = block.norm1, block.attn, block.ffn
         norm, conv = block.norm2, self.ffn.fc1
-        self.norm2 = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        self.norm2 = without_affine(norm)
         weight = conv.weight.double()  # (hidden channels, C, 1, 1)
         bias = conv.bias.double() + weight.flatten(1) @ norm.bias.double()
         weight = weight * norm.weight.double().view(1, -1, 1, 1)
@@ -256,7 +220,7 @@ class FusedBlock(InferenceOnly):
         return x + self.ffn(self.norm2(x))
 
 
-# What blocks there are in a model, folded or not.
+# The kinds of blocks in a model, folded or not.
 BLOCKS = (HRFormerBlock, FusedBlock)
 
 
@@ -269,6 +233,16 @@ def replace(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]
             if isinstance(child, kind):
                 setattr(parent, name, make(child))
     return model
+
+
+def fold_block(block: HRFormerBlock) -> nn.Module:
+    """Fold of a block, whose batch normalizations are folded, what can be folded."""
+    if FusedWindowAttention.fits(block.attn, block.norm1):
+        block.attn = FusedWindowAttention(block.attn, block.norm1)
+        block.norm1 = without_affine(block.norm1)
+    if FusedDWConvFFN.fits(block.ffn):
+        block.ffn = FusedDWConvFFN(block.ffn)
+    return FusedBlock(block) if FusedBlock.fits(block) else block
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -324,16 +298,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     fused = copy.deepcopy(model)
     fused.train(False)
     with torch.no_grad():
-        for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
-            if FusedWindowAttention.fits(block.attn, block.norm1):
-                block.attn = FusedWindowAttention(block.attn, block.norm1)
-                channels, eps = block.norm1.normalized_shape, block.norm1.eps
-                block.norm1 = nn.LayerNorm(channels, eps, elementwise_affine=False)
         fold_batch_norm(fused)
-        for block in [module for module in fused.modules() if isinstance(module, HRFormerBlock)]:
-            if FusedDWConvFFN.fits(block.ffn):
-                block.ffn = FusedDWConvFFN(block.ffn)
-        fused = replace(fused, HRFormerBlock, lambda b: FusedBlock(b) if FusedBlock.fits(b) else b)
+        fused = replace(fused, HRFormerBlock, fold_block)
         replace(fused, nn.Conv2d, lambda c: PointwiseConv(c) if PointwiseConv.fits(c) else c)
     fused.requires_grad_(False)
     fused.train(False)  # mmpose's eval() returns nothing

@@ -8,10 +8,9 @@ import inspect
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..checkpoints.writing import check_destination
-from ..datasets.meta import meta_of_dataset
 from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
@@ -37,19 +35,6 @@ OUTPUTS = {
     'classification': ('scores', {}),
     'pose': ('heatmaps', {2: 'heatmap_height', 3: 'heatmap_width'}),
     'segmentation': ('logits', {2: 'height', 3: 'width'}),
-}
-# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
-SIZES = {
-    'BottomupRandomAffine': ('input_size', True),
-    'BottomupResize': ('input_size', True),
-    'CenterCrop': ('crop_size', True),
-    'EfficientNetCenterCrop': ('crop_size', False),
-    'EfficientNetRandomCrop': ('scale', False),
-    'PlaceRandomly': ('size', False),
-    'RandomCrop': ('crop_size', False),
-    'RandomResizedCrop': ('scale', False),
-    'Resize': ('scale', True),
-    'TopdownAffine': ('input_size', True),
 }
 # torch 2.1 writes no later one; scaled_dot_product_attention and Trilu begin with 14.
 OPSETS = range(14, 18)
@@ -71,7 +56,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far onnxruntime was from torch on one batch of noise.
+    """Difference between onnxruntime and torch on one batch of noise.
 
     Attributes:
         batch (int): Number of images.
@@ -100,7 +85,7 @@ HEADER = f'{"batch":>5}  {"size":>9}  {"max error":>9}  {"range":>9}  error / ra
 
 
 class DeployedModel(nn.Module):
-    """What a model does in use, from an image tensor to one tensor.
+    """A model as it is deployed: from one image tensor to one output tensor.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone.
@@ -150,10 +135,10 @@ class DeployedModel(nn.Module):
 
 
 def task_of(model: nn.Module) -> str:
-    """Tell what a model is for.
+    """Find the task of a model.
 
     Args:
-        model (nn.Module): The model.
+        model (nn.Module): A model of one of the three frameworks.
 
     Returns:
         str: A value of :data:`TASKS`.
@@ -177,14 +162,7 @@ def task_of(model: nn.Module) -> str:
 
 
 def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Read mean and standard deviation from a model's data preprocessor.
-
-    Args:
-        model (nn.Module): A model of one of the three frameworks.
-
-    Returns:
-        tuple[list[float], list[float]]: Of each channel, in the order in which the model gets them.
-    """
+    """Mean and standard deviation of each channel, in the order in which a model gets them."""
     preprocessor = model.data_preprocessor
     if not getattr(preprocessor, '_enable_normalize', False):
         channels = model.backbone.in_channels
@@ -193,14 +171,7 @@ def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def channel_order(model: nn.Module) -> str:
-    """Tell which channels a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them.
-
-    Args:
-        model (nn.Module): A model of one of the three frameworks.
-
-    Returns:
-        str: The order.
-    """
+    """Channels that a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them."""
     # mmpretrain, mmseg and mmengine (mmpose) call it by three names.
     names = ('to_rgb', 'channel_conversion', '_channel_conversion')
     turns = any(getattr(model.data_preprocessor, name, False) for name in names)
@@ -208,14 +179,7 @@ def channel_order(model: nn.Module) -> str:
 
 
 def refuse_tta(cfg: Config) -> None:
-    """Refuse a config that describes a test with several scales or flips.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        ValueError: If it does.
-    """
+    """Raise a ValueError for a config that describes a test with several scales or flips."""
     pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
     kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
     for kind in map(str, kinds):
@@ -226,91 +190,11 @@ def refuse_tta(cfg: Config) -> None:
             )
 
 
-def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None) -> list[str]:
-    """Find the names of the classes or keypoints that a model predicts.
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of :func:`export_onnx`.
 
-    Args:
-        cfg (Config): Its config.
-        dataset_meta (Mapping, optional): What mmengine saved in the checkpoint about the data set
-            of the training. Defaults to None: ask the data set of the config.
-
-    Returns:
-        list[str]: The names; empty if nobody knows them before the data are loaded.
-    """
-    info = dict(dataset_meta or meta_of_dataset(cfg))
-    if 'from_file' in info:
-        from mmpose.datasets.datasets.utils import parse_pose_metainfo
-
-        info = parse_pose_metainfo(info)
-    names = info.get('classes') or info.get('CLASSES') or ()
-    if 'keypoint_id2name' in info:
-        names = info['keypoint_id2name'].values()
-    return [str(name) for name in names]
-
-
-def default_size(cfg: Config) -> tuple[int, int]:
-    """Find the size of the images that a config trains with.
-
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
-        one size; 224x224 if there is none.
-    """
-    model = cfg.get('model', {})
-    steps = [
-        *_steps(cfg.get('train_dataloader')),
-        *reversed(cfg.get('train_pipeline', [])),
-        *_steps(cfg.get('test_dataloader')),
-        # Of a config without data: the codec of a pose model, the crop of a segmentor.
-        {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
-        {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
-    ]
-    for step in steps:
-        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
-        option, width_first = SIZES.get(kind.split('.')[-1], ('', False))
-        size = step.get(option)
-        if size and not step.get('keep_ratio'):
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            return size[::-1] if width_first else size
-    return 224, 224
-
-
-def _get(cfg: Any, name: str) -> Any:
-    return cfg.get(name) if isinstance(cfg, Mapping) else None
-
-
-def _steps(cfg: Any) -> list:
-    """The pipeline of a data loader, or of a data set in data sets; last step first."""
-    inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
-    if isinstance(inner, Sequence):
-        inner = inner[0]
-    return [*reversed(_get(cfg, 'pipeline') or []), *(_steps(inner) if inner else [])]
-
-
-def export_onnx(
-    model: nn.Module,
-    file: str | Path,
-    size: Sequence[int] = (224, 224),
-    batch: int | None = None,
-    dynamic_size: bool | None = None,
-    opset: int = 17,
-    with_normalization: bool = False,
-    simplify: bool = True,
-    verify: bool = True,
-    names: Sequence[str] = (),
-    overwrite: bool = False,
-) -> list[Comparison]:
-    """Write a model to an ONNX file.
-
-    Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
-    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
-
-    Args:
-        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
-            evaluation mode, of float32. It is left as it is.
-        file (str | Path): File to write, which ends in ``.onnx``.
+    Attributes:
         size (Sequence[int]): Height and width of the images, in pixels; with open sizes, one that
             is compared. Defaults to (224, 224).
         batch (int, optional): Number of images. Defaults to None: any.
@@ -323,6 +207,42 @@ def export_onnx(
         verify (bool): Whether to compare with torch. Defaults to True.
         names (Sequence[str]): Names of the classes or keypoints, to be written into the file.
         overwrite (bool): Whether the file may exist. Defaults to False.
+    """
+
+    size: Sequence[int] = (224, 224)
+    batch: int | None = None
+    dynamic_size: bool | None = None
+    opset: int = OPSETS[-1]
+    with_normalization: bool = False
+    simplify: bool = True
+    verify: bool = True
+    names: Sequence[str] = ()
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if len(self.size) != 2 or min(self.size) < MIN_INPUT:
+            raise ValueError(
+                f'size={tuple(self.size)}: give height and width of at least {MIN_INPUT} pixels'
+            )
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f'batch={self.batch}: give a number of images, or None for any')
+        if self.opset not in OPSETS:
+            raise ValueError(f'opset={self.opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
+
+
+def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Comparison]:
+    """Write a model to an ONNX file.
+
+    Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
+    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
+
+    Args:
+        model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
+            evaluation mode, of float32. It is left as it is.
+        file (str | Path): File to write, which ends in ``.onnx``.
+        *args: See :class:`ExportOptions`.
+        **kwargs: See :class:`ExportOptions`.
 
     Returns:
         list[Comparison]: What was compared.
@@ -338,28 +258,32 @@ def export_onnx(
         >>> for row in export_onnx(model, 'tiny.onnx'):  # doctest: +SKIP
         ...     print(row)
     """
-    require_packages(simplify, verify)
-    path = _check_file(file, overwrite)
-    task = _check_model(model)
-    _check_numbers(size, batch, opset)
-    if dynamic_size is None:
-        dynamic_size = task == 'segmentation'
-    model = copy.deepcopy(model).cpu()
-    reference = DeployedModel(model, with_normalization).eval()
-    # The reference is not folded, so that the comparison covers the folding, too.
-    with torch.no_grad():
-        folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
-    deployed = DeployedModel(folded, with_normalization).eval()
-    graph = trace(deployed, size, batch, dynamic_size, opset)
-    _add_metadata(graph, deployed, names)
-    cases = _cases(size, batch, dynamic_size) if verify else []
-    graph, comparisons = _choose(graph, simplify, reference, cases)
+    options = ExportOptions(*args, **kwargs)
+    require_packages(options.simplify, options.verify)
+    path = _check_file(file, options.overwrite)
+    graph, comparisons = _make_graph(model, options)
     write_atomically(path, graph.SerializeToString())
     return comparisons
 
 
+def _make_graph(model: nn.Module, options: ExportOptions):
+    """Trace, simplify and compare a model; the graph and the comparisons."""
+    task = _check_model(model)
+    if options.dynamic_size is None:
+        options = replace(options, dynamic_size=task == 'segmentation')
+    model = copy.deepcopy(model).cpu()
+    reference = DeployedModel(model, options.with_normalization).eval()
+    # The reference is not folded, so that the comparison covers the folding, too.
+    with torch.no_grad():
+        folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
+    deployed = DeployedModel(folded, options.with_normalization).eval()
+    graph = trace(deployed, options)
+    _add_metadata(graph, deployed, options.names)
+    return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
+
+
 def require_packages(simplify: bool = True, verify: bool = True) -> None:
-    """Tell what is not installed, before work is done.
+    """Check that the packages for an export are installed, before work is done.
 
     Args:
         simplify (bool): Whether onnxslim is needed. Defaults to True.
@@ -383,7 +307,7 @@ def _check_file(file: str | Path, overwrite: bool) -> Path:
 
 
 def _check_model(model: nn.Module) -> str:
-    """Refuse what would be exported as something else; returns the task."""
+    """Refuse models that would be exported as something else; returns the task."""
     task = task_of(model)
     if model.training:
         raise ValueError('model is in training mode: call model.train(False) before the export')
@@ -402,59 +326,31 @@ def _check_model(model: nn.Module) -> str:
     return task
 
 
-def _check_numbers(size: Sequence[int], batch: int | None, opset: int) -> None:
-    if len(size) != 2 or min(size) < MIN_INPUT:
-        raise ValueError(
-            f'size={tuple(size)}: give height and width of at least {MIN_INPUT} pixels'
-        )
-    if batch is not None and batch < 1:
-        raise ValueError(f'batch={batch}: give a number of images, or None for any')
-    if opset not in OPSETS:
-        raise ValueError(f'opset={opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
-
-
-def trace(
-    deployed: DeployedModel,
-    size: Sequence[int],
-    batch: int | None,
-    dynamic_size: bool,
-    opset: int,
-):
-    """Trace a forward pass as a graph of ONNX.
-
-    Args:
-        deployed (DeployedModel): The model.
-        size (Sequence[int]): Height and width, if they are fixed.
-        batch (int, optional): Number of images, or None for any.
-        dynamic_size (bool): Whether height and width are open.
-        opset (int): Version of the operators.
-
-    Returns:
-        onnx.ModelProto: The graph.
-    """
+def trace(deployed: DeployedModel, options: ExportOptions):
+    """Trace a forward pass as a graph of ONNX, an ``onnx.ModelProto``."""
     import onnx
 
     name, sides = OUTPUTS[deployed.task]
     open_input, open_output = {}, {}
-    if batch is None:
+    if options.batch is None:
         open_input[0] = open_output[0] = 'batch'
-    if dynamic_size:
+    if options.dynamic_size:
         open_input |= {2: 'height', 3: 'width'}
         open_output |= sides
-    size = TRACED_SIZE if dynamic_size else size
-    image = torch.rand(batch or TRACED_BATCH, deployed.model.backbone.in_channels, *size)
-    options = dict(opset_version=opset, input_names=[INPUT], output_names=[name])
-    options['dynamic_axes'] = {INPUT: open_input, name: open_output}
+    size = TRACED_SIZE if options.dynamic_size else options.size
+    image = torch.rand(options.batch or TRACED_BATCH, deployed.model.backbone.in_channels, *size)
+    arguments = dict(opset_version=options.opset, input_names=[INPUT], output_names=[name])
+    arguments['dynamic_axes'] = {INPUT: open_input, name: open_output}
     content = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         # That numbers of channels are fixed, that this exporter is the older one.
         warnings.simplefilter('ignore')
-        torch.onnx.export(deployed, (image,), content, **options, **EXPORTER)
+        torch.onnx.export(deployed, (image,), content, **arguments, **EXPORTER)
     return onnx.load_from_string(content.getvalue())
 
 
 def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
-    """Write into a graph what its user has to know."""
+    """Write the facts that a user needs into the metadata of a graph."""
     import onnx
 
     mean, std = normalization(deployed.model)
@@ -473,15 +369,13 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 
 
-def _cases(
-    size: Sequence[int], batch: int | None, dynamic_size: bool
-) -> list[tuple[int, tuple[int, int]]]:
+def _cases(options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
     """Batches and sizes to compare: the asked-for one, and others where they are open."""
-    batches = BATCHES if batch is None else (batch,)
-    if not dynamic_size:
-        return [(number, tuple(size)) for number in batches]
-    others = [(number, other) for other in OTHER_SIZES for number in batches]
-    return [(batches[0], tuple(size)), *others]
+    batches = BATCHES if options.batch is None else (options.batch,)
+    if not options.dynamic_size:
+        return [(batch, tuple(options.size)) for batch in batches]
+    others = [(batch, size) for size in OTHER_SIZES for batch in batches]
+    return [(batches[0], tuple(options.size)), *others]
 
 
 def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tuple]):
@@ -515,7 +409,7 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
 
 
 def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Noise, and what torch makes of it."""
+    """A batch of noise, and the output of torch for it."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, deployed.model.backbone.in_channels, *size)
     image = torch.randn(shape, generator=generator)
@@ -526,16 +420,7 @@ def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tu
 
 
 def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> list[Comparison]:
-    """Run a graph in onnxruntime and compare.
-
-    Args:
-        graph (onnx.ModelProto): The graph.
-        expected (Sequence): Of each run the number of images, their size, the images and what torch
-            makes of them.
-
-    Returns:
-        list[Comparison]: One of each run.
-    """
+    """Run a graph in onnxruntime on (batch, size, images, outputs of torch), and compare."""
     if not expected:
         return []
     import onnxruntime

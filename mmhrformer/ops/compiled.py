@@ -1,7 +1,5 @@
-"""What compilers get: the plain forms, which they merge, and attention as one operator."""
+"""Forms for compilers: the plain ones, which they merge, and attention as one operator."""
 
 from __future__ import annotations
 
-from .sdpa import sdpa as window_attention
-
-__all__ = ['window_attention']
+from .sdpa import window_attention as window_attention

@@ -1,4 +1,4 @@
-"""What GPUs need."""
+"""Forms for GPUs, by torch's operators."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .recompute import norm_gelu_conv
-from .sdpa import sdpa
-
-__all__ = ['head_padding', 'norm_gelu_conv', 'pointwise_conv', 'window_attention']
+from . import reference, sdpa
+from .recompute import norm_gelu_conv as norm_gelu_conv
 
 # The attention kernels put the windows on an axis of the grid that has no more places.
 MAX_WINDOWS = 65_535
@@ -39,8 +36,9 @@ def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """See :func:`mmhrformer.ops.window_attention`."""
     padding = head_padding(qkv.shape[-1])
     if len(qkv) <= MAX_WINDOWS:
-        return sdpa(qkv, bias, scale, padding)
+        return sdpa.window_attention(qkv, bias, scale, padding)
     parts = qkv.split(MAX_WINDOWS)
     one_for_all = bias is None or len(bias) == 1
     biases = [bias] * len(parts) if one_for_all else bias.split(MAX_WINDOWS)
-    return torch.cat([sdpa(part, b, scale, padding) for part, b in zip(parts, biases)])
+    options = scale, padding
+    return torch.cat([sdpa.window_attention(*pair, *options) for pair in zip(parts, biases)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,17 +22,17 @@ BACKENDS = {
     'kernels': kernels,
 }
 VARIABLE = 'MMHRFORMER_OPS'
-FUNCTIONS = [name for name, value in vars(reference).items() if inspect.isfunction(value)]
-for module in BACKENDS.values():  # the plain form, where there is no other
-    for name in FUNCTIONS:
-        vars(module).setdefault(name, getattr(reference, name))
+# Functions that a form does not have are those of a plainer one.
+for form, plainer in ((compiled, reference), (cpu, reference), (cuda, reference), (kernels, cuda)):
+    for name in reference.__all__:
+        vars(form).setdefault(name, getattr(plainer, name))
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Pick the module whose functions compute with a tensor.
+    """Pick the module whose functions suit a tensor.
 
     Args:
-        x (Tensor): What is computed with.
+        x (Tensor): First input of the function.
 
     Returns:
         ModuleType: ``compiled`` under a compiler, ``reference`` if it was asked for, in tracing,

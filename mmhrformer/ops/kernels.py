@@ -14,26 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import cuda, reference, triton_support
-from .cuda import head_padding, pointwise_conv, window_attention
+from .cuda import head_padding
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, in_same_form, needs_grad
 from .triton_support import DTYPES
-
-__all__ = [
-    'add_path',
-    'attend_on_map',
-    'attends_on_map',
-    'conv_gelu',
-    'depthwise_conv',
-    'folded_block',
-    'has_folded_block',
-    'head_padding',
-    'layer_norm',
-    'map_attention',
-    'norm_gelu_conv',
-    'pointwise_conv',
-    'window_attention',
-]
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
@@ -79,11 +63,22 @@ def attend_on_map(
     window: int,
     pad_mask: bool = False,
 ) -> Tensor:
-    """See :func:`mmhrformer.ops.attend_on_map`.
+    """Project a map to queries, keys and values, attend within its windows, project the result.
 
-    Heads of 39 channels get a zero more, in the weights: else a thread loads 2 bytes at a time
-    instead of 16.
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        qkv (nn.Module): The projection to (B, H, W, 3 * heads * head_dim).
+        proj (nn.Module): The projection of the output of the attention.
+        table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+        pad_mask (bool): Whether padded tokens are hidden. Defaults to False.
+
+    Returns:
+        Tensor: Map of shape (B, H, W, C).
     """
+    # Heads of 39 channels get a zero more, in the weights: else a thread loads 2 bytes at a time
+    # instead of 16.
     head_dim = qkv.out_features // 3 // heads
     missing = head_padding(head_dim)
     scale = head_dim**-0.5
@@ -107,7 +102,20 @@ def map_attention(
     scale: float,
     pad_mask: bool = False,
 ) -> Tensor:
-    """See :func:`mmhrformer.ops.map_attention`."""
+    """Window attention that reads the windows from the map: none is copied.
+
+    Args:
+        qkv (Tensor): Queries, keys and values of shape (B, H, W, 3 * heads * head_dim).
+        pad (Tensor): Those of a padded token, of shape (3 * heads * head_dim,).
+        table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+        scale (float): Factor of the logits, before the bias.
+        pad_mask (bool): Whether padded tokens are hidden. Defaults to False.
+
+    Returns:
+        Tensor: Map of shape (B, H, W, heads * head_dim).
+    """
     from .triton_attention import window_attention as kernel
 
     return kernel(qkv, pad, table, heads, window, scale, pad_mask)
@@ -159,7 +167,15 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
 
 
 def folded_block(x: Tensor, block: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.folded_block`: six kernels."""
+    """Compute a folded block from the weights of its parts, in six kernels.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        block (nn.Module): A :class:`mmhrformer.deploy.fuse.FusedBlock`.
+
+    Returns:
+        Tensor: Map of the same shape.
+    """
     from .triton_conv import depthwise_gelu, norm_linear
 
     attn, ffn = block.attn, block.ffn

@@ -10,29 +10,46 @@ from torch import Tensor, nn
 
 from .state import is_transformed
 
-
-def head_padding(head_dim: int) -> int:
-    """See :func:`mmhrformer.ops.cpu.head_padding`: none."""
-    return 0
-
-
-def attends_on_map(*_) -> bool:
-    """See :func:`mmhrformer.ops.attends_on_map`: never."""
-    return False
+# The functions that every form has, this one's where there is no other.
+__all__ = [
+    'add_path',
+    'attends_on_map',
+    'conv_gelu',
+    'depthwise_conv',
+    'has_folded_block',
+    'head_padding',
+    'layer_norm',
+    'norm_gelu_conv',
+    'pointwise_conv',
+    'window_attention',
+]
 
 
 def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.add_path`."""
+    """Add a residual path, with stochastic depth.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        path (Tensor): The path, of the same shape.
+        drop (nn.Module): Module that drops paths, or an identity.
+
+    Returns:
+        Tensor: ``x + drop(path)``.
+    """
     return x + drop(path)
 
 
-def has_folded_block(*_) -> bool:
-    """See :func:`mmhrformer.ops.has_folded_block`: never."""
-    return False
-
-
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """See :func:`mmhrformer.ops.window_attention`."""
+    """Multi-head attention, softmax(q k^T * scale + bias) v, in many windows at a time.
+
+    Args:
+        qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
+        bias (Tensor, optional): Bias of the logits; broadcasts to (B * nW, heads, N, N).
+        scale (float): Factor of the logits, before the bias.
+
+    Returns:
+        Tensor: Weighted sums of the values, of shape (B * nW, N, heads * head_dim).
+    """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
     if q.dtype == torch.float16 or torch.onnx.is_in_onnx_export():
         # Products that are scaled afterwards can be too large for float16, which ONNX files may
@@ -45,29 +62,111 @@ def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    """See :func:`mmhrformer.ops.depthwise_conv`."""
+    """3x3 depth-wise convolution, padded with one zero on each side.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        weight (Tensor): Weight of shape (C, 1, 3, 3).
+        bias (Tensor, optional): Bias of shape (C,).
+        stride (int): Stride. Defaults to 1.
+
+    Returns:
+        Tensor: Map of shape (B, C, ceil(H / stride), ceil(W / stride)), in the memory format of
+        the input.
+    """
     return F.conv2d(x, weight, bias, stride, padding=1, groups=x.shape[1])
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.layer_norm`."""
+    """Compute ``norm(x)`` for a layer that brings its input to the data type of autocast.
+
+    Args:
+        x (Tensor): Tokens of shape (..., C).
+        norm (nn.Module): The normalization. It is called, whatever it is, unless it is a plain
+            ``nn.LayerNorm``.
+
+    Returns:
+        Tensor: Normalized tokens of shape (..., C).
+    """
     return norm(x)
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
-    """See :func:`mmhrformer.ops.norm_gelu_conv`."""
+    """Compute ``conv(gelu(norm(x)))``.
+
+    Both modules are called, whatever they are. Of plain ones, what lies between ``x`` and the
+    result may be computed again in the backward pass instead of kept.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        norm (nn.Module): The normalization.
+        conv (nn.Module, optional): The convolution. Defaults to None: none.
+
+    Returns:
+        Tensor: Map of shape (B, out_channels, H', W').
+    """
     x = gelu(norm(x))
     return x if conv is None else conv(x)
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See :func:`mmhrformer.ops.pointwise_conv`."""
+    """1x1 convolution, in folded models.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        weight (Tensor): Weight of shape (out_channels, C, 1, 1).
+        bias (Tensor, optional): Bias of shape (out_channels,).
+
+    Returns:
+        Tensor: Map of shape (B, out_channels, H, W).
+    """
     return F.conv2d(x, weight, bias)
 
 
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """See :func:`mmhrformer.ops.conv_gelu`."""
+    """Compute ``gelu(conv(x))`` from the weights of a convolution, for inference.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        conv (nn.Conv2d): Weight, bias, stride, padding, dilation and groups. It is not called.
+
+    Returns:
+        Tensor: Map of shape (B, out_channels, H', W').
+    """
     return gelu(conv._conv_forward(x, conv.weight, conv.bias))
+
+
+def head_padding(head_dim: int) -> int:
+    """Zeros to append to each head for faster kernels: none."""
+    return 0
+
+
+def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
+    """Whether :func:`attend_on_map` and :func:`map_attention` can be used.
+
+    Args:
+        x (Tensor): Input of the projection, of shape (B, H, W, C).
+        qkv (nn.Module): The projection, whose bias must be its output for padding (zeros).
+        heads (int): Attention heads.
+        window (int): Side of the windows, in tokens.
+
+    Returns:
+        bool: Whether there is a kernel for it.
+    """
+    return False
+
+
+def has_folded_block(x: Tensor, block: nn.Module) -> bool:
+    """Whether :func:`folded_block` can compute a folded block.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        block (nn.Module): A :class:`mmhrformer.deploy.fuse.FusedBlock`.
+
+    Returns:
+        bool: Whether there are kernels for it.
+    """
+    return False
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sdpa(qkv: Tensor, bias: Tensor | None, scale: float, padding: int = 0) -> Tensor:
+def window_attention(qkv: Tensor, bias: Tensor | None, scale: float, padding: int = 0) -> Tensor:
     """:func:`mmhrformer.ops.window_attention` by ``scaled_dot_product_attention``.
 
     Args:

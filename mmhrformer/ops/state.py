@@ -1,4 +1,4 @@
-"""What is being done with a computation besides running it."""
+"""The state of a computation: forced form, compiler, transforms, gradients, autocast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling
 def in_same_form(function: Callable) -> Callable:
     """A function that computes with the form of operators that is forced now, whoever calls it.
 
-    What is computed again in a backward pass on a GPU is called by a thread of autograd.
+    On a GPU, autograd computes again in a thread of its own.
     """
     form = forced.get()
 
@@ -48,7 +48,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What convolutions and products compute in on a type of devices, None without autocast."""
+    """Data type of convolutions and products on a type of devices, None without autocast."""
     if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4 and later ask by device
         is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if is_on else None
@@ -73,5 +73,5 @@ def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def modes() -> list[bool]:
-    """The modes of torch that decide about what a module returns."""
+    """The modes of torch on which the result of a module depends."""
     return [torch.is_grad_enabled(), *(autocast_dtype(d) is not None for d in ('cuda', 'cpu'))]

@@ -23,7 +23,7 @@ def is_static(*sizes: int) -> bool:
     """Whether sizes are plain numbers, which they are not while any size is traced at once.
 
     In ``torch.jit.trace`` and ``torch.export`` a decision by the size of the image would hold for
-    all others, too, so what only some sizes need is traced in any case.
+    all others, too, so steps that only some sizes need are traced in any case.
     """
     return all(type(size) is int for size in sizes)
 
@@ -48,7 +48,9 @@ def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) ->
             x = F.pad(x, (0, 0, left, right, top, bottom))
         else:
             inside = x
-            x = pad_value.expand(B, top + H + bottom, left + W + right, C).clone()
+            # vmap over images writes into tensors that have its batch only, which the sum gives.
+            value = inside.new_zeros(B, 1, 1, C) + pad_value
+            x = value.expand(B, top + H + bottom, left + W + right, C).clone()
             x[:, top : top + H, left : left + W] = inside
     rows, cols = window_count(H, window), window_count(W, window)
     x = x.reshape(B, rows, window, cols, window, C).transpose(2, 3)  # (B, rows, cols, w, w, C)

@@ -330,9 +330,12 @@ def test_training(tool, tmp_path, capsys):
 @pytest.mark.parametrize(
     'options',
     [
-        ('--mode', 'train', '--batch-size', '2', '--dtype', 'bf16', '--no-drop'),
+        pytest.param(
+            ('--mode', 'train', '--batch-size', '2', '--dtype', 'bf16', '--no-drop'),
+            marks=pytest.mark.slow,
+        ),
         ('--dtype', 'bf16', '--channels-last'),
-        ('--window', '5', '7', '--threads', '2'),
+        pytest.param(('--window', '5', '7', '--threads', '2'), marks=pytest.mark.slow),
         ('--task', 'cls'),
     ],
 )

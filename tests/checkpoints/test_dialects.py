@@ -11,6 +11,7 @@ import golden
 import pytest
 import torch
 from mmengine.config import Config
+from needs import needs
 from torch import Tensor
 
 from mmhrformer import HRFormer
@@ -67,6 +68,7 @@ def mmpose_keys() -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
+@needs('mmpose')
 def test_backbones_of_mmpose_and_ours_are_told_apart(prefix):
     ours = HRFormer(arch=TINY).state_dict()
     assert detect_dialect(prefix + key for key in mmpose_keys()) == 'mmpose'
@@ -289,6 +291,7 @@ def test_checkpoint_without_blocks_of_the_backbone_is_refused():
 
 
 @pytest.mark.parametrize('with_rpe', [True, False])
+@needs('mmpose')
 def test_backbone_of_mmpose_computes_the_same_here(with_rpe):
     theirs = make_mmpose_backbone(with_rpe)
     ours = HRFormer('small', with_rpe=with_rpe, upsample='bilinear', out_indices=(0,)).eval()

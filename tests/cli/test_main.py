@@ -107,6 +107,7 @@ def test_each_command_has_an_example(capsys, command):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_run_without_mim(tmp_path):
     """Train and test, as ``python -m`` does it, where mim cannot be imported."""
     (tmp_path / 'mim.py').write_text('raise ImportError')

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 import model_zoo as zoo
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from golden import read_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
-from mmpretrain.models.utils.attention import MultiheadAttention, WindowMSA
+from needs import may_need
 from torch import nn
+from training_steps import count_parameters, prepare, shrink, train_and_predict
 
 from mmhrformer import (
-    ARCHS,
     FFN,
     DWConvFFN,
     HRFormer,
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
 )
-from mmhrformer.analysis import complexity
 from mmhrformer.configs import config_root
 
-HERE = Path(__file__).parent
+pytestmark = may_need('mmpose', 'mmseg')
+
 ROOT = config_root()
 CONFIGS = {path.stem: path for path in sorted((ROOT / 'ablations').glob('*.py'))}
 META = yaml.safe_load((ROOT / 'ablations/metafile.yml').read_text())['Models']
 META = {model['Name']: model for model in META}
 
 
-def module(path: Path):
-    """A Python file that is no part of a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-steps = module(HERE / 'test_steps.py')
-
-
 LARGE = [name for name in CONFIGS if re.search('base|large', name)]
 every_config = pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.e2e] if n in LARGE else []) for n in CONFIGS]
+    'name', [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in CONFIGS]
 )
 
 
 def backbone_of(name: str) -> dict:
-    return Config.fromfile(CONFIGS[name]).model.backbone
+    return read_config(CONFIGS[name]).model.backbone
 
 
 def build(cfg: Config) -> nn.Module:
@@ -104,7 +92,7 @@ def test_only_the_compared_part_differs(name):
     kind = re.search(r'hrformer-(?:tiny|base)-(.+?)_8xb', name)[1]
     base = name.replace(f'-{kind}_', '-w15_' if kind.startswith('w15') else '_')
     base = CONFIGS.get(base) or next(ROOT.glob(f'hrformer_*/{base}.py'))
-    ours, theirs = Config.fromfile(CONFIGS[name]).to_dict(), Config.fromfile(base).to_dict()
+    ours, theirs = read_config(CONFIGS[name]).to_dict(), read_config(base).to_dict()
     backbone, other = ours['model'].pop('backbone'), theirs['model'].pop('backbone')
     assert ours == theirs
     backbone.pop('init_cfg', None), other.pop('init_cfg', None)
@@ -116,7 +104,7 @@ def test_only_the_compared_part_differs(name):
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('kind', ['no-dwconv', 'shifted', 'shifted-dwconv'])
 def test_parts_of_the_ablated_models(task, kind):
-    cfg = Config.fromfile(CONFIGS[task.format(f'hrformer-tiny-{kind}')])
+    cfg = read_config(CONFIGS[task.format(f'hrformer-tiny-{kind}')])
     model = build(cfg)
     assert isinstance(model.backbone, HRFormer)
     ffns = {type(m) for m in model.modules() if isinstance(m, (FFN, DWConvFFN))}
@@ -139,7 +127,7 @@ def test_weights_to_start_from(name):
         assert init.prefix == 'backbone.'
         return
     path = CONFIGS.get(source[1]) or ROOT / f'hrformer_cls/{source[1]}.py'
-    trained = Config.fromfile(path)
+    trained = read_config(path)
     assert trained.train_cfg.max_epochs == 300
     own = {key: trained.model.backbone.get(key) for key in ('arch', 'attn_cfg', 'ffn_cfg', 'extra')}
     assert own == {key: backbone_of(name).get(key) for key in own}
@@ -147,12 +135,12 @@ def test_weights_to_start_from(name):
 
 @pytest.mark.parametrize('kind', ['hrformer-tiny-no-dwconv', 'hrnet-tiny'])
 def test_own_weights_are_found_and_fit(kind, tmp_path, monkeypatch):
-    trained = build(Config.fromfile(CONFIGS[TASKS[0].format(kind)]))
+    trained = build(read_config(CONFIGS[TASKS[0].format(kind)]))
     folder = tmp_path / 'work_dirs' / TASKS[0].format(kind)
     folder.mkdir(parents=True)
     torch.save(dict(state_dict=trained.state_dict(), meta={}), folder / 'epoch_300.pth')
     monkeypatch.chdir(tmp_path)
-    model = build(Config.fromfile(CONFIGS[TASKS[1].format(kind)]))
+    model = build(read_config(CONFIGS[TASKS[1].format(kind)]))
     with DefaultScope.overwrite_default_scope('mmpose'):
         model.backbone.init_weights()
     weights = trained.backbone.state_dict()
@@ -161,31 +149,6 @@ def test_own_weights_are_found_and_fit(kind, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ a step of each
-
-
-def shrink(cfg: Config) -> None:
-    """Make a backbone shallow, its channels stay, and the heads of segmentation narrow."""
-    backbone = cfg.model.backbone
-    if 'drop_path_rate' in backbone:
-        backbone.drop_path_rate = 0.0  # it would leave out much of what is left
-    for head in cfg.model.get('decode_head', []):
-        head.channels = 32
-    kind = backbone.type.split('.')[-1]
-    if kind == 'HRFormer':
-        backbone.arch = {**ARCHS[backbone.arch], 'num_modules': (1, 1, 1), 'num_blocks': 1}
-    elif kind == 'HRNet':
-        for stage in list(backbone.extra.values())[1:]:
-            stage.num_modules, stage.num_blocks = 1, (1,) * stage.num_branches
-    elif kind == 'SwinTransformer':
-        width = dict(tiny=96, base=128)[backbone.arch]
-        heads = [width // 32 * 2**i for i in range(4)]
-        backbone.arch = dict(embed_dims=width, depths=[2, 2, 2, 2], num_heads=heads)
-        backbone.pad_small_map = True  # the images are small, too
-    else:
-        width = dict(large=1024).get(backbone.arch, 768)
-        backbone.arch = dict(
-            embed_dims=width, num_layers=2, num_heads=width // 64, feedforward_channels=4 * width
-        )
 
 
 def make_square(batch: dict) -> None:
@@ -197,29 +160,14 @@ def make_square(batch: dict) -> None:
 
 
 @every_config
-def test_training_step_and_prediction(name, tmp_path, monkeypatch):
-    cfg = Config.fromfile(CONFIGS[name])
+def test_training_step_and_prediction(name):
+    cfg = read_config(CONFIGS[name])
     shrink(cfg)
-    cfg.dump(tmp_path / f'{name}.py')
-    monkeypatch.setitem(steps.ALL, name, tmp_path / f'{name}.py')
     torch.manual_seed(0)
-    cfg, model, optimizer, batch = steps.prepare(name)
+    prepared = prepare(cfg)
     if re.match('td-hm_(swin|hrnet)', name):
-        make_square(batch)
-    before = {key: value.clone() for key, value in model.named_parameters()}
-    model.train()
-    losses = model.train_step(batch, optimizer)
-    assert torch.isfinite(losses['loss'])
-    unchanged = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
-    assert len(unchanged) < 0.05 * len(before), unchanged
-    model.train(False)
-    (first, _) = model.test_step(batch)
-    if cfg.default_scope == 'mmpretrain':
-        assert first.pred_score.shape == (1000,)
-    elif cfg.default_scope == 'mmpose':
-        assert first.pred_instances.keypoints.shape == (1, 17, 2)
-    else:
-        assert first.pred_sem_seg.data.shape == (1, 30, 42)
+        make_square(prepared.batch)
+    train_and_predict(prepared)
 
 
 # ------------------------------------------------------------------ numbers
@@ -229,35 +177,12 @@ def test_every_config_has_an_entry():
     assert sorted(META) == sorted(CONFIGS)
 
 
-@every_config
+@pytest.mark.parametrize('name', CONFIGS)
 def test_parameters(name):
-    model = build(Config.fromfile(CONFIGS[name]))
-    assert sum(p.numel() for p in model.parameters()) == META[name]['Metadata']['Parameters']
+    parameters = count_parameters(read_config(CONFIGS[name]))
+    assert parameters == META[name]['Metadata']['Parameters']
 
 
-@pytest.fixture
-def _stock_counters(monkeypatch):
-    """Operations of the frameworks' own modules: deconvolutions and attentions."""
-
-    def attention(layer, x, out):
-        weights = x.shape[0] * layer.num_heads * x.shape[1] ** 2
-        has_bias = hasattr(layer, 'relative_position_bias_table')
-        return dict(
-            macs=2 * x.numel() * x.shape[1],
-            softmax=5 * weights,
-            elementwise=x.numel() + weights * (1 + has_bias),
-        )
-
-    for kind in (WindowMSA, MultiheadAttention):
-        monkeypatch.setitem(complexity.COUNTERS, kind, attention)
-    monkeypatch.setitem(
-        complexity.COUNTERS,
-        nn.ConvTranspose2d,
-        lambda layer, x, out: dict(macs=x.numel() * layer.weight[0].numel()),
-    )
-
-
-@pytest.mark.usefixtures('_stock_counters')
 @pytest.mark.parametrize(
     'name',
     [

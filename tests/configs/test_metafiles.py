@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 
+import golden
 import model_zoo as zoo
 import pytest
 import yaml
-from mmengine.config import Config
+from needs import may_need
 
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ROOT = config_root()
 METAFILES = zoo.metafiles(ROOT)
@@ -38,7 +41,7 @@ def test_entry_belongs_to_its_config(model):
 
 @every_model
 def test_input_size_is_that_of_the_config(model):
-    cfg = Config.fromfile(CONFIGS[model['Name']])
+    cfg = golden.read_config(CONFIGS[model['Name']])
     size = cfg.get('crop_size', (224, 224))
     if 'codec' in cfg:
         size = cfg.codec.input_size[::-1]  # mmpose writes the width first

@@ -11,9 +11,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
+from needs import may_need
 from torch import nn
 
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ALL = {
     path.stem: path
@@ -33,7 +36,7 @@ SEG = SCHEDULE['segmentation']['common']
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(ALL[name])
+    return golden.read_config(ALL[name])
 
 
 def data_of(name: str) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import golden
-import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
+from needs import may_need
+from training_steps import count_parameters, prepare, shrink, train_and_predict
 
 from mmhrformer.configs import config_root
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 PARAMETERS = golden.read_json('params_flops.json')['parameters']
 CLASSES = {'cityscapes': 19, 'pascal-context-59': 59, 'coco-stuff10k': 171, 'ade20k': 150}
@@ -33,117 +31,63 @@ def official_parameters(name: str) -> int:
     return total + 2 * (classes - 19) * (512 + 1)
 
 
-ALL = {path.stem: path for path in sorted(config_root().glob('[!_]*/*.py'))}
-
-
-def cls_sample(cfg: Config, rng: np.random.Generator) -> dict:
-    from mmpretrain.structures import DataSample
-
-    classes = cfg.model.head.num_classes
-    image = torch.from_numpy(rng.integers(0, 256, (3, 64, 64), np.uint8))
-    return dict(inputs=image, data_samples=DataSample().set_gt_label(int(rng.integers(0, classes))))
-
-
-def pose_sample(cfg: Config, rng: np.random.Generator) -> dict:
-    from mmpose.datasets.datasets.utils import parse_pose_metainfo
-    from mmpose.structures import PoseDataSample
-
-    size = np.array([48, 64])  # (width, height): a quarter of the real ones
-    joints = cfg.model.head.out_channels
-    heatmaps = rng.random((joints, size[1] // 4, size[0] // 4), np.float32)
-    sample = PoseDataSample(
-        metainfo=dict(
-            parse_pose_metainfo(dict(from_file='configs/_base_/datasets/coco.py')),
-            input_size=size,
-            input_center=size / 2.0,
-            input_scale=size.astype(float),
-        )
-    )
-    sample.gt_fields = PixelData(heatmaps=torch.from_numpy(heatmaps))
-    sample.gt_instances = InstanceData(
-        bboxes=np.array([[0, 0, *size]], float), bbox_scores=np.ones(1, np.float32)
-    )
-    weights = torch.ones(1, joints)
-    sample.gt_instance_labels = InstanceData(keypoint_weights=weights)
-    image = torch.from_numpy(rng.integers(0, 256, (3, *size[::-1]), np.uint8))
-    return dict(inputs=image, data_samples=sample)
-
-
-def seg_sample(cfg: Config, rng: np.random.Generator) -> dict:
-    from mmseg.structures import SegDataSample
-
-    size = (40, 56)
-    classes = cfg.model.decode_head[-1].num_classes
-    labels = rng.integers(0, classes, (1, *size))
-    labels[:, :4] = 255
-    sample = SegDataSample(
-        metainfo=dict(img_shape=size, ori_shape=(30, 42), pad_shape=size, img_path='')
-    )
-    sample.gt_sem_seg = PixelData(data=torch.from_numpy(labels))
-    image = torch.from_numpy(rng.integers(0, 256, (3, *size), np.uint8))
-    return dict(inputs=image, data_samples=sample)
-
-
-SAMPLES: dict[str, Callable] = {
-    'mmpretrain': cls_sample,
-    'mmpose': pose_sample,
-    'mmseg': seg_sample,
-}
-
-
-def prepare(name: str):
-    """The model of a config for the CPU, its optimizer, and a batch of two samples."""
-    cfg = Config.fromfile(ALL[name])
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (40, 56)
-        cfg.model.decode_head[-1].loss_decode.update(
-            dict(min_kept=100) if 'OHEM' in cfg.model.decode_head[-1].loss_decode.type else {}
-        )
-    if cfg.default_scope == 'mmpose':
-        codec = cfg.model.head.decoder
-        codec.update(input_size=(48, 64), heatmap_size=(12, 16))
-    if cfg.get('data_preprocessor'):  # mmengine's runner puts it into the model
-        cfg.model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    options = dict(cfg.optim_wrapper, type='OptimWrapper')
-    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-        dict(
-            type=options.pop('constructor'),
-            paramwise_cfg=options.pop('paramwise_cfg'),
-            optim_wrapper_cfg=options,
-        )
-    )
-    rng = np.random.default_rng(0)
-    samples = [SAMPLES[cfg.default_scope](cfg, rng) for _ in range(2)]
-    keys = samples[0].keys()
-    batch = {key: [sample[key] for sample in samples] for key in keys}
-    return cfg, model, constructor(model), batch
-
-
 # Those of the ablations: test_ablations.py.
-@pytest.mark.parametrize('name', [n for n, path in ALL.items() if path.parent.name != 'ablations'])
+ALL = {
+    path.stem: path
+    for path in sorted(config_root().glob('[!_]*/*.py'))
+    if path.parent.name != 'ablations'
+}
+SHIPPED = [name for name, path in ALL.items() if path.parent.name != 'demo']
+# Configs that take a step in `make test`: every task, each loss, both sides of what varies.
+STEPPED = [
+    *(name for name in ALL if name not in SHIPPED),
+    'hrformer-tiny_8xb128_in1k',
+    'hrformer-base_32xb32_in1k',
+    'td-hm_hrformer-small_8xb32-210e_coco-256x192',
+    'td-hm_hrformer-base_8xb8-210e_coco-384x288',
+    'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024',
+    'ocrnet_hrformer-base-w15_8xb2-60k_pascal-context-59-520x520',
+    'ocrnet_hrformer-base-w13_8xb2-150k_ade20k-520x520',
+]
+# What may differ between two configs of a task of which one takes a step for both.
+VARYING = {'arch', 'drop_path_rate', 'window_size', 'checkpoint', 'in_channels', 'num_classes',
+           'class_weight', 'size', 'input_size', 'heatmap_size', 'sigma'}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_parameters_are_those_of_the_official_model(name):
+    assert count_parameters(golden.read_config(ALL[name])) == official_parameters(name)
+
+
+@pytest.mark.parametrize('name', STEPPED)
 def test_training_step_and_prediction(name):
+    cfg = golden.read_config(ALL[name])
+    if name in SHIPPED:
+        shrink(cfg)
     torch.manual_seed(0)
-    cfg, model, optimizer, batch = prepare(name)
-    if not ALL[name].match('demo/*'):
-        assert sum(p.numel() for p in model.parameters()) == official_parameters(name)
-    before = {key: value.clone() for key, value in model.named_parameters()}
-    model.train()
-    losses = model.train_step(batch, optimizer)
-    assert torch.isfinite(losses['loss'])
-    unchanged = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
-    # Drop path leaves a block of both samples out now and then.
-    assert len(unchanged) < 0.05 * len(before), unchanged
-    model.train(False)
-    (first, _) = model.test_step(batch)
-    if cfg.default_scope == 'mmpretrain':
-        assert first.pred_score.shape == (cfg.model.head.num_classes,)
-        assert first.pred_score.sum().item() == pytest.approx(1, abs=1e-4)
-    elif cfg.default_scope == 'mmpose':
-        assert first.pred_instances.keypoints.shape == (1, cfg.model.head.out_channels, 2)
-        assert np.isfinite(first.pred_instances.keypoints).all()
-    else:
-        assert first.pred_sem_seg.data.shape == (1, 30, 42)
-        assert first.seg_logits.data.shape == (cfg.model.decode_head[-1].num_classes, 30, 42)
-        assert torch.isfinite(first.seg_logits.data).all()
+    train_and_predict(prepare(cfg))
+
+
+def common(options):
+    """Options without those that may vary."""
+    if isinstance(options, dict):
+        return {key: common(value) for key, value in options.items() if key not in VARYING}
+    return [common(value) for value in options] if isinstance(options, (list, tuple)) else options
+
+
+def parts_of_a_step(name: str) -> list:
+    cfg = golden.read_config(ALL[name]).to_dict()
+    return [common(cfg.get(key)) for key in ('model', 'optim_wrapper', 'data_preprocessor')]
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_config_like_it_takes_a_step(name):
+    alike = [other for other in STEPPED if ALL[other].parent == ALL[name].parent]
+    assert parts_of_a_step(name) in [parts_of_a_step(other) for other in alike]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SHIPPED)
+def test_training_step_and_prediction_in_full_size(name):
+    torch.manual_seed(0)
+    train_and_predict(prepare(golden.read_config(ALL[name])))

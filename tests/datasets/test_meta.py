@@ -1,18 +1,19 @@
-"""What configs tell about the classes or keypoints of a model."""
+"""Names of classes and keypoints, and sizes of images, that configs tell."""
 
 from __future__ import annotations
 
+import golden
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from needs import needs
 
-from mmhrformer.datasets.meta import meta_of_dataset
+from mmhrformer.datasets.meta import default_size, meta_of_dataset, names_of_outputs
 
-pytestmark = needs('mmpretrain')
 DATASET = dict(type='CIFAR10', metainfo=dict(classes=('a', 'b')))
 
 
+@needs('mmpretrain')
 @pytest.mark.parametrize(
     'dataset',
     [
@@ -31,3 +32,57 @@ def test_data_sets_in_wrappers_tell_too(dataset):
 
 def test_without_data_nothing_is_told():
     assert meta_of_dataset(Config(dict(default_scope='mmpretrain'))) == {}
+
+
+@pytest.mark.parametrize(
+    ('config', 'size', 'first'),
+    [
+        ('hrformer_cls/hrformer-tiny_8xb128_in1k.py', (224, 224), 'tench'),
+        ('hrformer_pose/td-hm_hrformer-small_8xb32-210e_coco-384x288.py', (384, 288), 'nose'),
+        ('hrformer_seg/ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024.py', (512, 1024), 'road'),
+        ('demo/hrformer-demo_1xb64-6e_digits.py', (32, 32), None),
+        ('demo/ocrnet_hrformer-demo_1xb16-100_scenes-96x96.py', (96, 96), 'sky'),
+    ],
+)
+def test_configs_tell_sizes_and_names(config, size, first):
+    cfg = Config.fromfile(golden.CONFIGS / config)
+    pytest.importorskip(cfg.default_scope)
+    assert default_size(cfg) == size
+    names = names_of_outputs(cfg)
+    assert names[0].startswith(first) if first else names == []
+    assert names_of_outputs(cfg, dict(classes=('x', 'y'))) == ['x', 'y']
+
+
+STEPS = [
+    (dict(type='TopdownAffine', input_size=(96, 128)), (128, 96)),
+    (dict(type='RandomResizedCrop', scale=160), (160, 160)),
+    (dict(type='RandomResizedCrop', scale=(64, 96)), (64, 96)),
+    (dict(type='mmseg.RandomCrop', crop_size=(64, 96)), (64, 96)),
+    (dict(type='CenterCrop', crop_size=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(64, 96)), (96, 64)),
+    (dict(type='Resize', scale=(1000, 96), keep_ratio=True), (224, 224)),
+]
+
+
+@pytest.mark.parametrize(('step', 'size'), STEPS)
+def test_size_is_that_of_the_pipeline_that_is_used(step, size):
+    """Not that of variables of a base config, which a child cannot change."""
+    steps = [dict(type='Resize', scale=(1, 1)), dict(type='LoadAnnotations')] * (size[0] != 224)
+    dataset = dict(type='A', pipeline=[*steps, step, dict(type='PackInputs')])
+    for nested in (
+        dataset,
+        dict(type='RepeatDataset', dataset=dataset),
+        dict(type='ConcatDataset', datasets=[dataset]),
+    ):
+        cfg = Config(dict(crop_size=(7, 7), train_dataloader=dict(dataset=nested)))
+        assert default_size(cfg) == size
+        assert default_size(Config(dict(test_dataloader=dict(dataset=nested)))) == size
+    assert default_size(Config(dict(train_pipeline=[*steps, step]))) == size
+
+
+def test_size_of_a_config_without_data():
+    pose = dict(model=dict(head=dict(decoder=dict(type='UDPHeatmap', input_size=(96, 128)))))
+    assert default_size(Config(pose)) == (128, 96)
+    segmentor = dict(model=dict(decode_head=[], data_preprocessor=dict(type='A', size=(64, 96))))
+    assert default_size(Config(segmentor)) == (64, 96)
+    assert default_size(Config(dict(model=dict(type='A')))) == (224, 224)

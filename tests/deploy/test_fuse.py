@@ -89,6 +89,14 @@ def test_the_model_itself_is_left_alone():
     assert not any(module.training for module in fused.modules())
 
 
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_images_can_be_mapped_over():
+    """At a size at which windows are padded, with what the normalization makes zero."""
+    fused, x = fuse_for_inference(make_backbone()), golden.image((3, 3, 97, 161))
+    outs = torch.func.vmap(lambda image: fused(image[None])[0][0])(x)
+    torch.testing.assert_close(outs, fused(x)[0], atol=1e-4, rtol=1e-4)
+
+
 def test_training_is_refused():
     fused = fuse_for_inference(make_backbone())
     assert fused.eval() is fused

@@ -206,11 +206,16 @@ def test_torchscript_of_a_whole_model(models):
 
 
 @pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='torch.export without open sizes')
-@pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
-def test_exported_programs_take_any_batch(options):
+@pytest.mark.parametrize(
+    ('fuse', 'options'),
+    [(False, {}), (False, dict(with_rpe=False)), (False, dict(pad_mask=True)), (True, {})],
+    ids=str,
+)
+def test_exported_programs_take_any_batch(fuse, options):
     model = HRFormer(arch=TINY, window_size=5, **options)
     model = nn.Sequential(model, HRFormerFusion(TINY['channels'], (8, 8, 8, 8), 16)).eval()
     golden.recipe.fill_module(model)
+    model = fuse_for_inference(model) if fuse else model
     axes = {0: torch.export.Dim('batch', min=1, max=512)}
     with torch.no_grad():
         example = (torch.rand(2, 3, 97, 160),)
@@ -328,60 +333,6 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=message):
         export_onnx(models['pose'], tmp_path / 'a.onnx')
     export.require_packages(simplify=False, verify=False)
-
-
-@pytest.mark.parametrize(
-    ('config', 'size', 'first'),
-    [
-        ('hrformer_cls/hrformer-tiny_8xb128_in1k.py', (224, 224), 'tench'),
-        ('hrformer_pose/td-hm_hrformer-small_8xb32-210e_coco-384x288.py', (384, 288), 'nose'),
-        ('hrformer_seg/ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024.py', (512, 1024), 'road'),
-        (CONFIGS['classification'], (32, 32), None),
-        (CONFIGS['segmentation'], (96, 96), 'sky'),
-    ],
-)
-def test_configs_tell_sizes_and_names(config, size, first):
-    cfg = Config.fromfile(golden.CONFIGS / config)
-    pytest.importorskip(cfg.default_scope)
-    assert export.default_size(cfg) == size
-    names = export.names_of_outputs(cfg)
-    assert names[0].startswith(first) if first else names == []
-    assert export.names_of_outputs(cfg, dict(classes=('x', 'y'))) == ['x', 'y']
-
-
-STEPS = [
-    (dict(type='TopdownAffine', input_size=(96, 128)), (128, 96)),
-    (dict(type='RandomResizedCrop', scale=160), (160, 160)),
-    (dict(type='RandomResizedCrop', scale=(64, 96)), (64, 96)),
-    (dict(type='mmseg.RandomCrop', crop_size=(64, 96)), (64, 96)),
-    (dict(type='CenterCrop', crop_size=(64, 96)), (96, 64)),
-    (dict(type='Resize', scale=(64, 96)), (96, 64)),
-    (dict(type='Resize', scale=(1000, 96), keep_ratio=True), (224, 224)),
-]
-
-
-@pytest.mark.parametrize(('step', 'size'), STEPS)
-def test_size_is_that_of_the_pipeline_that_is_used(step, size):
-    """Not that of variables of a base config, which a child cannot change."""
-    steps = [dict(type='Resize', scale=(1, 1)), dict(type='LoadAnnotations')] * (size[0] != 224)
-    dataset = dict(type='A', pipeline=[*steps, step, dict(type='PackInputs')])
-    for nested in (
-        dataset,
-        dict(type='RepeatDataset', dataset=dataset),
-        dict(type='ConcatDataset', datasets=[dataset]),
-    ):
-        cfg = Config(dict(crop_size=(7, 7), train_dataloader=dict(dataset=nested)))
-        assert export.default_size(cfg) == size
-        assert export.default_size(Config(dict(test_dataloader=dict(dataset=nested)))) == size
-    assert export.default_size(Config(dict(train_pipeline=[*steps, step]))) == size
-
-
-def test_size_of_a_config_without_data():
-    pose = dict(model=dict(head=dict(decoder=dict(type='UDPHeatmap', input_size=(96, 128)))))
-    assert export.default_size(Config(pose)) == (128, 96)
-    segmentor = dict(model=dict(decode_head=[], data_preprocessor=dict(type='A', size=(64, 96))))
-    assert export.default_size(Config(segmentor)) == (64, 96)
-    assert export.default_size(Config(dict(model=dict(type='A')))) == (224, 224)
 
 
 def test_binary_segmentation_with_one_channel(models, tmp_path):

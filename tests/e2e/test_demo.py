@@ -15,6 +15,7 @@ pytestmark = pytest.mark.e2e
 AT_LEAST = {'top-1 accuracy': 97.0, 'AP': 95.0, 'mIoU': 70.0}
 
 
+@pytest.mark.slow
 def test_demo_learns_all_three_tasks(demo_data, tmp_path):
     out = run([sys.executable, 'demo/run_demo.py', '--out', str(tmp_path)], ROOT)
     print(out)

@@ -8,6 +8,7 @@ from kill_and_resume import TOLERANCE, kill_and_resume
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_killed_runs_equal_one_that_was_left_alone(demo_data, tmp_path):
     """The second kill of three comes while a checkpoint is being written."""
     tally = kill_and_resume(tmp_path / 'runs', kills=3, seed=0)

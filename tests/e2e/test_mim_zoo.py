@@ -147,9 +147,9 @@ def test_by_name(wheel, server):
     'answer',
     [
         Answer(body=b'<!DOCTYPE html><html>please log in</html>'),
-        Answer(status=404, body=b'<html>gone</html>'),
-        Answer(cut=100_000),
-        Answer(body=b'PK but something else'),
+        pytest.param(Answer(status=404, body=b'<html>gone</html>'), marks=pytest.mark.slow),
+        pytest.param(Answer(cut=100_000), marks=pytest.mark.slow),
+        pytest.param(Answer(body=b'PK but something else'), marks=pytest.mark.slow),
     ],
     ids=['page', '404', 'cut off', 'wrong content'],
 )

@@ -236,6 +236,7 @@ def test_a_process_is_killed(pair):
     assert poll(lambda: not pair[0].members())
 
 
+@pytest.mark.slow
 def test_a_process_does_not_answer(pair):
     """The other one waits as long as ``env_cfg.dist_cfg.timeout`` says."""
     pair[1].process.send_signal(signal.SIGSTOP)
@@ -247,6 +248,7 @@ def test_a_process_does_not_answer(pair):
 # ---------------------------------------------------------------- a long run
 
 
+@pytest.mark.slow
 def test_nothing_grows():
     """For long runs: ``python tests/long_run.py --iterations 2000``."""
     figures = long_run.train(120, batch_size=2, arch=MICRO)

@@ -41,11 +41,12 @@ def example() -> list[str]:
 @pytest.mark.parametrize(
     ('config', 'options', 'told', 'names', 'shape', 'returned'),
     [
-        (DIGITS, None, 'RGB, normalized', ['0', '1'], (4, 3, 32, 32), (4, 10)),
+        pytest.param(DIGITS, None, 'RGB, normalized', ['0', '1'], (4, 3, 32, 32), (4, 10),
+                     marks=pytest.mark.slow),
         (FIGURES, ['--with-normalization', '--batch', '2'], 'RGB, pixels of 0 to 255',
          ['nose', 'left_eye'], (2, 3, 128, 96), (2, 17, 32, 24)),
-        (SCENES, ['--opset', '16'], 'BGR, normalized', ['sky', 'mountain'], (1, 3, 61, 90),
-         (1, 8, 61, 90)),
+        pytest.param(SCENES, ['--opset', '16'], 'BGR, normalized', ['sky', 'mountain'],
+                     (1, 3, 61, 90), (1, 8, 61, 90), marks=pytest.mark.slow),
     ],
     ids=['cls', 'pose', 'seg'],
 )  # fmt: skip

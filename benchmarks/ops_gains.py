@@ -1,0 +1,121 @@
+"""What each fast form of the operators brings alone: whole models with it and without it, in turn.
+
+  OMP_NUM_THREADS=1 python benchmarks/ops_gains.py
+  OMP_NUM_THREADS=1 python benchmarks/ops_gains.py --cases 'S, 256x192, batch 1, folded' \
+      --rounds 15
+
+Prints a table of processor time (a busy machine disturbs it least) without a form, in units of that
+with all forms: the median by rounds, the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+
+from mmhrformer import HRFormer, fuse_for_inference, ops
+from mmhrformer.ops import compiled, cpu, reference
+
+# What takes the place of a form: a name in mmhrformer.ops.cpu, and its value without the form.
+FORMS = {
+    'SDPA in inference': ('HAS_MASKED_SDPA', False),
+    'softmax written out': ('window_attention', compiled.window_attention),
+    'zeros appended to heads': ('head_padding', reference.head_padding),
+    'contiguous depth-wise backward': ('depthwise_conv', reference.depthwise_conv),
+    'oneDNN GELU': ('conv_gelu', reference.conv_gelu),
+    'recomputation': ('norm_gelu_conv', reference.norm_gelu_conv),
+}
+# Which of them this torch has, and which can matter.
+ATTENTION = ['SDPA in inference' if cpu.HAS_MASKED_SDPA else 'softmax written out']
+DEPTHWISE = ['contiguous depth-wise backward'] * cpu.DEPTHWISE_BACKWARD_IS_CONTIGUOUS
+TRAINING = ['softmax written out', *DEPTHWISE, 'recomputation']
+# (arch, height, width, batch, how), and the forms to leave out.
+CASES = {
+    f'{arch[0].upper()}, {height}x{width}, batch {batch}, {how}': (
+        (arch, height, width, batch, how),
+        TRAINING * (how == 'training') + ATTENTION * (how != 'training')
+        + ['oneDNN GELU'] * (how == 'folded')
+        if arch == 'small'
+        else ['zeros appended to heads'],
+    )
+    for arch, height, width, batch, how in [
+        ('small', 256, 192, 1, 'unfolded'),
+        ('small', 256, 192, 1, 'folded'),
+        ('base', 256, 192, 1, 'unfolded'),
+        ('base', 256, 192, 1, 'folded'),
+        ('small', 256, 192, 8, 'training'),
+        ('small', 512, 1024, 1, 'folded'),
+        ('small', 256, 192, 8, 'unfolded'),
+        ('small', 256, 192, 8, 'folded'),
+        ('base', 256, 192, 2, 'training'),
+        ('base', 256, 192, 8, 'folded'),
+        ('small', 512, 1024, 1, 'unfolded'),
+    ]
+}  # fmt: skip
+
+
+@contextmanager
+def without(form: str | None):
+    """Compute with the forms for CPUs, except one of them."""
+    with ExitStack() as stack:
+        stack.enter_context(ops.use('cpu'))
+        if form is not None:
+            stack.enter_context(mock.patch.object(cpu, *FORMS[form]))
+        yield
+
+
+def measure(case: tuple, forms: list[str], rounds: int) -> dict[str, list[float]]:
+    """Processor time without each form, in units of that with all, by rounds."""
+    arch, height, width, batch, how = case
+    torch.manual_seed(0)
+    model = HRFormer(arch, upsample='bilinear', out_indices=(0,))
+    model = model.train(how == 'training').to(memory_format=torch.channels_last)
+    x = torch.rand(batch, 3, height, width).to(memory_format=torch.channels_last)
+    models = dict.fromkeys([None, *forms], model)
+    if how == 'folded':
+        for form in models:
+            with without(form):  # it decides about the zeros that are appended
+                fused = fuse_for_inference(model)
+            models[form] = fused.to(memory_format=torch.channels_last)
+
+    def run(form: str | None) -> float:
+        start = time.process_time()
+        with without(form), torch.set_grad_enabled(how == 'training'):
+            out = models[form](x)[0]
+            if how == 'training':
+                out.square().mean().backward()
+        return time.process_time() - start
+
+    ratios = {form: [] for form in forms}
+    for index in range(rounds + 1):  # the first one warms up
+        model.zero_grad()
+        order = list(models) if index % 2 else list(models)[::-1]
+        times = {form: run(form) for form in order}
+        for form in forms if index else ():
+            ratios[form].append(times[form] / times[None])
+    return ratios
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE')
+    parser.add_argument('--rounds', type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f'| torch {torch.__version__} | without | time | smallest | largest |', flush=True)
+    print('| :-- | :-- | --: | --: | --: |')
+    for name in args.cases:
+        for form, ratios in measure(*CASES[name], args.rounds).items():
+            low, high = min(ratios), max(ratios)
+            middle = statistics.median(ratios)
+            print(f'| {name} | {form} | {middle:.2f} | {low:.2f} | {high:.2f} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
