@@ -14,7 +14,7 @@ E2E = e2e and not slow
 # Tests that are skipped on torch 2.1, which is too old for them, and on current torch, where there
 # is no mmpose and mmsegmentation: another number means that a test left out itself.
 SKIPS = --skips 87
-SKIPS_MODERN = --skips 120
+SKIPS_MODERN = --skips 137
 # What depends on torch and is therefore run on current torch, too.
 ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
 	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)

@@ -20,9 +20,12 @@ from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
+from needs import may_need
 from places import ROOT, run
 
 from mmhrformer.engine.config_check import dead_options, late_variables
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 DOCS = ROOT / 'docs'
 PAGES = sorted(DOCS.glob('*.md'))

@@ -9,10 +9,13 @@ from importlib import import_module
 
 import pytest
 from mmengine.logging import MMLogger
+from needs import may_need
 
 import mmhrformer
 from mmhrformer import models
 from mmhrformer.ops.triton_support import why_not
+
+pytestmark = may_need('mmseg')
 
 MODULES = ['mmhrformer'] + [
     module.name for module in pkgutil.walk_packages(mmhrformer.__path__, 'mmhrformer.')
