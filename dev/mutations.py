@@ -391,9 +391,8 @@ DATA = (
         ('boxes without a height accepted', '(sizes > 0)).all()', '(sizes >= 0)).all()'),
     ),
     *of(
-        'mmhrformer/datasets/meta.py',
-        'datasets/test_meta.py inferencers/test_seg.py '
-        'deploy/test_onnx.py::test_configs_tell_sizes_and_names',
+        'mmhrformer/datasets/meta.py', 'datasets/test_meta.py',
+        ('width before height', 'size[::-1] if width_first', 'size if width_first'),
         ('class goes before the config',
          "{**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}",
          "{**(dataset.get('metainfo') or {}), **(getattr(kind, 'METAINFO', None) or {})}"),
@@ -519,8 +518,8 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/recompute.py', 'ops/test_recompute.py models/test_block.py',
-        ('other paths dropped the second time',
-         'preserve_rng_state=is_random', 'preserve_rng_state=False'),
+        ('other paths dropped the second time', 'in_same_form(run), *args, use',
+         'in_same_form(run), *args, preserve_rng_state=False, use'),
         ('running statistics updated twice', '= 0.0, None', '= norm.momentum, None'),
         ('hooks not noticed', '        or module._forward_pre_hooks\n', ''),
         ('momentum not put back',
@@ -536,7 +535,7 @@ OPS = (
 DEPLOY = (
     *of(
         'mmhrformer/deploy/fuse.py', 'deploy/test_fuse.py',
-        ('shift subtracted', 'bias = bias + weight @ shift', 'bias = bias - weight @ shift'),
+        ('shift subtracted', 'plain + weight @ shift', 'plain - weight @ shift'),
         ('padding with the wrong sign', '(-shift / scale)', '(shift / scale)'),
         ('masked padding folded', '            and not attn.pad_mask\n', ''),
         ('queries not scaled', '[head_dim**-0.5, 1, 1]', '[1.0, 1, 1]'),
@@ -547,7 +546,6 @@ DEPLOY = (
         'mmhrformer/deploy/onnx.py',
         'deploy/test_onnx.py::test_deployed_models_predict_what_the_frameworks_do '
         'deploy/test_onnx.py::test_wrong_results_leave_no_file '
-        'deploy/test_onnx.py::test_size_is_that_of_the_pipeline_that_is_used '
         'deploy/test_onnx.py::test_files_say_what_they_take_and_give',
         ('divided before the mean is subtracted',
          '(image - self.mean) / self.std', 'image / self.std - self.mean'),
@@ -555,7 +553,6 @@ DEPLOY = (
         ('logits enlarged with the other alignment',
          'align_corners=align)', 'align_corners=not align)'),
         ('tolerance of the numbers, not of the range', 'TOLERANCE * self.range', '1.0'),
-        ('width before height', 'size[::-1] if width_first', 'size if width_first'),
     ),
 )
 # fmt: on

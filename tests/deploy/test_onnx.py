@@ -108,6 +108,16 @@ def test_deployed_models_predict_what_the_frameworks_do(models):
         torch.testing.assert_close(logits, whole)
 
 
+def test_pixels_are_normalized_as_by_the_data_preprocessor(models):
+    model = models['pose']
+    pixels = 255 * torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    prepared = (pixels - model.data_preprocessor.mean) / model.data_preprocessor.std
+    with torch.no_grad():
+        wanted = DeployedModel(model)(prepared)
+        deployed = DeployedModel(model, with_normalization=True)
+        torch.testing.assert_close(deployed(pixels), wanted)
+
+
 @pytest.mark.parametrize(
     ('task', 'output', 'open_axes'),
     [
