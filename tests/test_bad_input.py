@@ -21,6 +21,7 @@ import pytest
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
+from needs import may_need
 from torch import Tensor, nn
 
 import mmhrformer
@@ -36,6 +37,8 @@ from mmhrformer import (
 )
 from mmhrformer.datasets import transforms
 from mmhrformer.engine.config_check import ConfigCheckVisBackend
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 OURS = 'hrformer-tiny_8xb128_in1k'

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from mmengine.structures import PixelData
+from needs import needs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,7 +245,11 @@ def step(kind: type[nn.Module], labels: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ('kind', 'labels'), [(Classifier, (2,)), (Segmentor, (2, 64, 64))], ids=['neck', 'OCR']
+    ('kind', 'labels'),
+    [
+        pytest.param(Classifier, (2,), id='neck'),
+        pytest.param(Segmentor, (2, 64, 64), id='OCR', marks=needs('mmseg')),
+    ],
 )
 def test_training_step_is_deterministic(kind, labels):
     with deterministic():
@@ -296,6 +301,7 @@ def test_nan_in_a_pixel_shows_in_every_stream(mode, half):
         assert out[1].isnan().any() == (mode == 'train')
 
 
+@needs('mmseg')
 def test_nan_in_a_pixel_shows_in_the_loss():
     model, x = Segmentor(), make_images()
     x[0, 1, 30, 30] = float('nan')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
+from needs import needs
 
 from mmhrformer import load_checkpoint
 
@@ -205,6 +206,7 @@ def test_pose_training(mode, device):
     assert all(name.endswith('bias_table') for name in without_gradient)
 
 
+@needs('mmseg')
 def test_segmentation_training(device):
     """One step through CascadeEncoderDecoder.loss: the auxiliary head runs once."""
     from mmengine.structures import PixelData

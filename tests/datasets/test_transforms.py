@@ -106,6 +106,7 @@ def test_impossible_arguments_are_refused(build, message):
         build()
 
 
+@needs('mmseg')
 def test_pipeline_of_the_cityscapes_config(sample):
     """From the config, in mmseg's scope, up to packed inputs of the crop's size."""
     cfg = Config.fromfile(config_root() / '_base_/datasets/cityscapes_512x1024.py')

@@ -10,8 +10,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from needs import may_need
 
 from mmhrformer.configs import config_root, find_config
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 SIZES = dict(cls=(32, 32), pose=(128, 96), seg=(96, 96))
 SEG = 'ocrnet_hrformer-tiny{}_8xb2-60k_pascal-context-59-520x520'

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from configs.test_steps import prepare
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from needs import needs
 from torch import nn
+from training_steps import prepare
 
 from mmhrformer.configs import find_config
 from mmhrformer.engine import BFloat16PoseHook
@@ -25,7 +25,7 @@ TINY = 'td-hm_hrformer-tiny_8xb32-210e_coco-256x192'
 @pytest.fixture(scope='module')
 def step():
     """A function that computes losses of the tiny model, perhaps in bfloat16, and the model."""
-    _, model, _, batch = prepare(TINY)
+    _, model, _, batch = prepare(Config.fromfile(find_config(TINY)))
     data = model.data_preprocessor(batch, training=True)
 
     def losses(low: bool) -> dict:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmhrformer import HOOKS, HRFormer, graph_backbone
 from mmhrformer.engine import cuda_graph_hook
+from mmhrformer.models import checks
 
 ARCH = dict(channels=(4, 8, 8, 16), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)
 
@@ -144,13 +145,13 @@ def test_odd_layouts_and_idle_weights():
 
 
 @pytest.mark.usefixtures('_on_cpu')
-def test_weights_of_two_data_types():
+def test_weights_of_two_data_types(monkeypatch):
     plain = Squares().train()
     plain.backbone.conv1.double()
     for module in (plain.backbone.conv1, plain.backbone.bn1):
         module.register_forward_hook(lambda m, args, out: out.float())
     plain.backbone.conv1.register_forward_pre_hook(lambda m, args: args[0].double())
-    plain.backbone._check_input = lambda x: None
+    monkeypatch.setattr(checks, 'check_images', lambda *_: None)
     model = graph_backbone(copy.deepcopy(plain), images())
     assert train(model, 2) == train(plain, 2)
     assert model.backbone.forward.replays == 2

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from configs.test_steps import prepare
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.utils import digit_version
 from small_runs import Reading, amp, pointed, train
+from training_steps import prepare
 
+from mmhrformer.configs import find_config
 from mmhrformer.engine import BFloat16PoseHook
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +38,7 @@ DEMOS = {
 def test_200_steps_in_half_precision(task, dtype, device, on_cuda):
     """The models of the demos learn one batch by heart."""
     torch.manual_seed(0)
-    _, model, _, batch = prepare(DEMOS[task])
+    _, model, _, batch = prepare(Config.fromfile(find_config(DEMOS[task])))
     model = model.to(device).train()
     optimizer = build_optim_wrapper(model, amp(dtype, on_cuda))
     if task == 'pose':

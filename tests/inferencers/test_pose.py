@@ -16,6 +16,7 @@ from mmhrformer import inference
 from mmhrformer.inferencers.pose import check_boxes
 
 
+@needs('mmpose')
 def test_weights_of_another_code(tmp_path):
     file = tmp_path / 'official.pth'
     torch.save(golden.official_checkpoint('pose', 'keys_pose_tiny.json'), file)

@@ -14,6 +14,7 @@ from mmhrformer.configs import find_config, read_config
 from mmhrformer.inferencers.media import open_media
 
 
+@needs('mmseg')
 def test_other_numbers_of_classes_are_drawn_too(tmp_path):
     options = {f'model.decode_head.{i}.num_classes': 150 for i in (0, 1)}
     segment = get_inferencer(CONFIGS['seg'], False, cfg_options=options, device='cpu')
