@@ -545,6 +545,7 @@ DEPLOY = (
     *of(
         'mmhrformer/deploy/onnx.py',
         'deploy/test_onnx.py::test_deployed_models_predict_what_the_frameworks_do '
+        'deploy/test_onnx.py::test_pixels_are_normalized_as_by_the_data_preprocessor '
         'deploy/test_onnx.py::test_wrong_results_leave_no_file '
         'deploy/test_onnx.py::test_files_say_what_they_take_and_give',
         ('divided before the mean is subtracted',

@@ -15,7 +15,7 @@ from needs import needs
 
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import DownloadError
-from mmhrformer.cli.launch import resolve_checkpoint, run_stock_tool
+from mmhrformer.cli.launch import resolve_checkpoint, run_stock_tool, stock_tool
 
 
 def test_checkpoints_are_handed_on_behind_the_scheme(tmp_path):
@@ -37,6 +37,19 @@ def test_addresses_are_left_to_the_stock_tool():
     assert resolve_checkpoint('https://example.com/a.pth') == 'https://example.com/a.pth'
 
 
+def test_the_tool_is_the_one_in_the_folder_itself(tmp_path, monkeypatch):
+    package = tmp_path / 'package'
+    spec = SimpleNamespace(origin=str(package / '__init__.py'))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: spec)
+    with pytest.raises(FileNotFoundError, match=r'mmpretrain in .*package has no tool train\.py'):
+        stock_tool('mmpretrain', 'train')
+    for place in ('tools/a/deep/train.py', 'tools/train.py', 'tools/misc/test.py'):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    assert stock_tool('mmpretrain', 'train') == tmp_path / 'tools/train.py'
+    assert stock_tool('mmpretrain', 'test') == tmp_path / 'tools/misc/test.py'
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'error', 'message'),
     [
@@ -51,6 +64,8 @@ def test_what_cannot_be_a_checkpoint_is_refused(name, content, error, message, t
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
         resolve_checkpoint(str(tmp_path / name))
+    with pytest.raises(error, match=message):
+        resolve_checkpoint(f'mmhrformer://{tmp_path / name}')
 
 
 def test_the_tool_ends_with_one_line(tmp_path):

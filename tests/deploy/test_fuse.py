@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import golden
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint, ops
-from mmhrformer.deploy.fuse import FusedBlock, FusedWindowAttention, PointwiseConv
+from mmhrformer.deploy.fuse import FusedBlock, FusedWindowAttention, PointwiseConv, fold_batch_norm
 from mmhrformer.models import HRFormerBlock
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
@@ -192,3 +194,17 @@ def test_pointwise_convolutions_are_linear_layers():
     left = [m for m in fused.modules() if type(m) is nn.Conv2d and m.kernel_size == (1, 1)]
     assert left == [fused.layer1[0].conv1]
     assert any(isinstance(module, PointwiseConv) for module in fused.modules())
+
+
+@pytest.mark.parametrize('shared', ['convolution', 'normalization'])
+def test_what_is_used_in_several_places_is_not_folded(shared):
+    torch.manual_seed(0)
+    pairs = [[nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)] for _ in range(2)]
+    for _, norm in pairs:
+        nn.init.uniform_(norm.running_mean)
+    place = shared == 'normalization'
+    pairs[1][place] = pairs[0][place]
+    model = nn.Sequential(*(nn.Sequential(*pair) for pair in pairs)).eval()
+    x = torch.rand(2, 4, 3, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batch_norm(copy.deepcopy(model))(x), model(x))

@@ -15,6 +15,7 @@ from mmhrformer.checkpoints.reading import find_damage
 from mmhrformer.engine import checkpoint_hook
 from mmhrformer.engine.checkpoint_hook import (
     CheckpointError,
+    DeferredDeleteBackend,
     SafeCheckpointHook,
     find_newest,
 )
@@ -195,6 +196,19 @@ def test_the_best_checkpoint_goes_after_the_better_one_is_noted(tmp_path, monkey
     assert names(tmp_path / 'full', 'best*') == best
     hub = torch.load(tmp_path / 'full/epoch_2.pth')['message_hub']
     assert Path(hub['runtime_info']['best_ckpt']).name == best[0]
+
+
+def test_a_file_written_anew_under_an_outdated_name_stays(tmp_path):
+    """As a best checkpoint whose name is taken over by the next one."""
+    backend, new, old = DeferredDeleteBackend(), tmp_path / 'new.pth', tmp_path / 'old.pth'
+    for path in (new, old):
+        path.write_bytes(b'old')
+        backend.remove(path)
+    backend.put(b'new', new)
+    assert names(tmp_path) == ['new.pth', 'old.pth']
+    backend.remove_outdated()
+    assert names(tmp_path) == ['new.pth']
+    assert new.read_bytes() == b'new'
 
 
 def test_a_full_disk_stops_training_and_says_what_is_left(tmp_path, monkeypatch):

@@ -96,6 +96,15 @@ def test_wrapped_and_remote_datasets(folder):
         assert "there is no 'nowhere'" in line
     remote = dict(type='CocoDataset', ann_file='s3://bucket/ann.json')
     assert missing_data(dict(loader=dict(dataset=remote)), ['loader']) == []
+    for args, lines in (
+        (dict(backend='petrel'), 0),
+        (dict(backend='disk', path_mapping={}), 0),
+        (dict(backend='disk'), 1),
+        (dict(backend='local'), 1),
+    ):
+        step = dict(type='LoadImageFromFile', backend_args=args)
+        for dataset in (dict(inner, backend_args=args), dict(inner, pipeline=[step])):
+            assert len(missing_data(dict(loader=dict(dataset=dataset)), ['loader'])) == lines
 
 
 def missing(scope: str, **dataset) -> list[str]:

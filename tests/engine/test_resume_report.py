@@ -95,6 +95,7 @@ def told(work: Path) -> list[str]:
             ],
         ),
         (dict(param_scheduler=STEPS, **optimizer(**ADAMW)),) * 2 + ([],),
+        (optimizer(**ADAMW), optimizer(**ADAMW, foreach=True), []),  # the results are the same
         (dict(param_scheduler=dict(COSINE)),) * 2 + ([],),
     ],
 )

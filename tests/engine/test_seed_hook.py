@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import golden
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mmengine.registry import HOOKS
 from small_runs import NoisyNumbers, log, train
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
+from mmhrformer.engine import seed_hook
 from mmhrformer.engine.seed_hook import _seed_worker
 
 
@@ -53,6 +56,22 @@ def test_workers_of_a_loader_keep_their_own_start(tmp_path):
     assert np.random.rand() == drawn
     _seed_worker((3, 2, 0), None, 5)
     assert np.random.rand() != drawn
+
+
+def test_workers_are_seeded_by_epoch_and_rank(monkeypatch):
+    """And go on being started as the config says."""
+    started, drawn = [], set()
+    loader = DataLoader(NoisyNumbers(), num_workers=2, worker_init_fn=started.append)
+    loop = SimpleNamespace(dataloader=loader)
+    for rank, epoch in ((0, 0), (0, 1), (1, 1), (1, 2)):
+        monkeypatch.setattr(seed_hook, 'get_rank', lambda rank=rank: rank)
+        runner = SimpleNamespace(train_loop=loop, cfg={}, seed=3, epoch=epoch, iter=0)
+        seed_hook.ResumableSeedHook().before_train_epoch(runner)
+        for worker in range(2):
+            loader.worker_init_fn(worker)
+            drawn.add(np.random.rand())
+    assert started == [0, 1] * 4
+    assert len(drawn) == 8
 
 
 class NotALoader:

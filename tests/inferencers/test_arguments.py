@@ -42,6 +42,7 @@ def test_other_arguments_that_cannot_be(models, tmp_path):
     for options, message in (
         (dict(batch_size=0), 'batch_size=0: expected a positive integer'),
         (dict(batch_size=1.5), 'batch_size=1.5'),
+        (dict(batch_size=True), 'batch_size=True'),
         (dict(min_side=256), 'min_side=256: no such argument. Drawing options of this task are'),
         (dict(out_dir=tmp_path / 'file'), r'out_dir=.*file.*Give a folder to write to'),
     ):

@@ -20,6 +20,7 @@ def test_classes_come_from_the_config_or_the_checkpoint(models, tmp_path):
     torch.save(dict(state_dict=models['cls'].model.state_dict(), meta=meta), file)
     (one,) = inference(CONFIGS['cls'], make_image(), file, device='cpu')['predictions']
     assert one['pred_class'] == names[one['pred_label']]
+    assert one['pred_scores'][one['pred_label']] == one['pred_score'] == max(one['pred_scores'])
     cfg = read_config(find_config('ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'))
     cfg.test_dataloader.dataset.type = 'mmseg.CityscapesDataset'
     classes, palette = find_classes(cfg, 19, {})
