@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 import triton_on_cpu  # noqa: F401
 from mmengine.registry import DefaultScope
 from needs import needed_by
@@ -50,6 +53,14 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Run a test."""
     return (yield from skip_without_framework(item))
+
+
+@pytest.fixture(autouse=True)
+def equal_random_numbers() -> None:
+    """Each test draws the same numbers in each run, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def forget_scopes() -> Iterator[None]:

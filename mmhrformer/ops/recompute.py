@@ -144,7 +144,12 @@ def call_without_input(
     function: Callable[[Tensor], Tensor], x: Tensor, again: Callable[[], Tensor]
 ) -> Tensor:
     """Call a function whose backward pass is to compute the input again instead of keeping it."""
-    address = x.data_ptr()
+    # Not the address: that of all tensors without memory, on the meta device, is 0.
+    storage, shape = x.untyped_storage()._cdata, x.shape
+
+    def pack(kept: Tensor) -> Tensor | None:
+        is_input = kept.untyped_storage()._cdata == storage and kept.shape == shape
+        return None if is_input else kept
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
@@ -152,5 +157,5 @@ def call_without_input(
         with torch.no_grad():
             return again()
 
-    with saved_tensors_hooks(lambda t: None if t.data_ptr() == address else t, unpack):
+    with saved_tensors_hooks(pack, unpack):
         return function(x)

@@ -238,3 +238,13 @@ def test_compiles_to_one_graph_and_only_once_per_size(training):
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(compiled(x)[0], plain(x)[0], atol=1e-4, rtol=1e-4)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize('form', ['cpu', 'cuda'])
+def test_tensors_without_memory(form):
+    """On the meta device all addresses are 0: weights are not taken for the maps."""
+    norm, conv = nn.BatchNorm2d(4).to('meta'), nn.Conv2d(4, 6, 1).to('meta')
+    x = torch.zeros(2, 4, 5, 5, device='meta', requires_grad=True)
+    with ops.use(form):
+        ops.norm_gelu_conv(x, norm, conv).sum().backward()
+    assert all(p.grad.shape == p.shape for p in (x, *norm.parameters(), *conv.parameters()))
