@@ -11,10 +11,9 @@ MODERN_PYTHON = $(firstword $(foreach name,$(PYTHON) python3.11 python3.12 pytho
 # Which tests run where; `make test-all` widens all three.
 FAST = not e2e and not gpu and not slow
 E2E = e2e and not slow
-# Tests that are skipped on torch 2.1, which is too old for them, and on current torch, where there
-# is no mmpose and mmsegmentation: another number means that a test left out itself.
+# Tests that are skipped on torch 2.1, which is too old for them: another number means that a test
+# left out itself.
 SKIPS = --skips 87
-SKIPS_MODERN = --skips 137
 # What depends on torch and is therefore run on current torch, too.
 ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
 	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)
@@ -46,7 +45,7 @@ test: test-fast ## run the tests of every change: fast, those of torch on curren
 
 test-all: ## run everything, before a release: the slow tests, too, and all fast ones on both stacks
 	@$(MAKE) test FAST="not e2e and not gpu" E2E=e2e \
-		ON_TORCH="tests --ignore=tests/e2e" SKIPS_MODERN=
+		ON_TORCH="tests --ignore=tests/e2e"
 
 test-fast: env ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist worksteal -m "$(FAST)" $(SKIPS)
@@ -56,8 +55,7 @@ test-e2e: env ## run the tests that train with the stock tools
 
 test-modern: ## run the fast tests of what depends on torch on current torch and NumPy
 	$(or $(MODERN_PYTHON),$(PYTHON),python3) dev/setup_env.py --stack modern --venv "$(VENV)-modern"
-	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python $(PYTEST) --dist worksteal -m "$(FAST)" $(ON_TORCH) \
-		$(SKIPS_MODERN)
+	OMP_NUM_THREADS=1 $(VENV)-modern/bin/python $(PYTEST) --dist worksteal -m "$(FAST)" $(ON_TORCH)
 
 test-gpu: ## run the tests that need a GPU; PY=python for the current environment
 	$(PY) -m pytest -m gpu tests/gpu
