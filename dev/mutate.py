@@ -179,7 +179,9 @@ def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> list[Outcome]
             outcomes = list(pool.map(attempt, mutations))
         # A test that fails without the mutation, too, proves nothing.
         tests = sorted({outcome.test for outcome in outcomes if outcome.word == CAUGHT})
-        broken = FAILURE.findall(pytest_in(folders.get(), *tests)[1]) if tests else []
+        folder = folders.get()
+        failed = FAILURE.findall(pytest_in(folder, *tests)[1]) if tests else []
+        broken = [test for test in failed if pytest_in(folder, test)[0]]  # alone, too
     return [o._replace(word=NOT_RUN) if o.test in broken else o for o in outcomes]
 
 
@@ -207,7 +209,8 @@ def main(args: Sequence[str] | None = None) -> int:
     outcomes = run(chosen, options.jobs, options.limit)
     left = [outcome for outcome in outcomes if outcome.word != CAUGHT]
     share = 1 - len(left) / len(outcomes)
-    print(*(f'{o.word}: {o.mutation.name}  {o.test}' for o in left), sep='\n')
+    for outcome in left:
+        print(f'{outcome.word}: {outcome.mutation.name}  {outcome.test}')
     print(f'{len(outcomes) - len(left)} of {len(outcomes)} mutations caught, {share:.1%}')
     return int(share < WANTED)
 
