@@ -1,8 +1,6 @@
 """What each fast form of the operators brings alone: whole models with it and without it, in turn.
 
-  OMP_NUM_THREADS=1 python benchmarks/ops_gains.py
-  OMP_NUM_THREADS=1 python benchmarks/ops_gains.py --cases 'S, 256x192, batch 1, folded' \
-      --rounds 15
+  OMP_NUM_THREADS=1 python benchmarks/ops_gains.py [--cases 'S, 256x192, batch 1, folded']
 
 Prints a table of processor time (a busy machine disturbs it least) without a form, in units of that
 with all forms: the median by rounds, the smallest and the largest.
@@ -19,31 +17,21 @@ from unittest import mock
 import torch
 
 from mmhrformer import HRFormer, fuse_for_inference, ops
-from mmhrformer.ops import compiled, cpu, reference
+from mmhrformer.ops import compiled, cpu, recompute, reference
 
-# What takes the place of a form: a name in mmhrformer.ops.cpu, and its value without the form.
+# A name in mmhrformer.ops.cpu, and its value without the form.
 FORMS = {
     'SDPA in inference': ('HAS_MASKED_SDPA', False),
     'softmax written out': ('window_attention', compiled.window_attention),
     'zeros appended to heads': ('head_padding', reference.head_padding),
     'contiguous depth-wise backward': ('depthwise_conv', reference.depthwise_conv),
     'oneDNN GELU': ('conv_gelu', reference.conv_gelu),
+    'GELU in place': ('norm_gelu_conv', recompute.norm_gelu_conv),
     'recomputation': ('norm_gelu_conv', reference.norm_gelu_conv),
 }
-# Which of them this torch has, and which can matter.
-ATTENTION = ['SDPA in inference' if cpu.HAS_MASKED_SDPA else 'softmax written out']
-DEPTHWISE = ['contiguous depth-wise backward'] * cpu.DEPTHWISE_BACKWARD_IS_CONTIGUOUS
-TRAINING = ['softmax written out', *DEPTHWISE, 'recomputation']
-# (arch, height, width, batch, how), and the forms to leave out.
-CASES = {
-    f'{arch[0].upper()}, {height}x{width}, batch {batch}, {how}': (
-        (arch, height, width, batch, how),
-        TRAINING * (how == 'training') + ATTENTION * (how != 'training')
-        + ['oneDNN GELU'] * (how == 'folded')
-        if arch == 'small'
-        else ['zeros appended to heads'],
-    )
-    for arch, height, width, batch, how in [
+CASES = {  # arch, height, width, batch, how
+    f'{case[0][0].upper()}, {case[1]}x{case[2]}, batch {case[3]}, {case[4]}': case
+    for case in [
         ('small', 256, 192, 1, 'unfolded'),
         ('small', 256, 192, 1, 'folded'),
         ('base', 256, 192, 1, 'unfolded'),
@@ -56,7 +44,18 @@ CASES = {
         ('base', 256, 192, 8, 'folded'),
         ('small', 512, 1024, 1, 'unfolded'),
     ]
-}  # fmt: skip
+}
+
+
+def forms_of(arch: str, how: str) -> list[str]:
+    """The forms that this torch has and that can matter in a case."""
+    if arch == 'base':
+        return ['zeros appended to heads']
+    if how == 'training':
+        slow = ['contiguous depth-wise backward'] * cpu.DEPTHWISE_BACKWARD_IS_CONTIGUOUS
+        return ['softmax written out', *slow, 'recomputation']
+    attention = 'SDPA in inference' if cpu.HAS_MASKED_SDPA else 'softmax written out'
+    return [attention, 'oneDNN GELU' if how == 'folded' else 'GELU in place']
 
 
 @contextmanager
@@ -69,9 +68,10 @@ def without(form: str | None):
         yield
 
 
-def measure(case: tuple, forms: list[str], rounds: int) -> dict[str, list[float]]:
+def measure(case: tuple, rounds: int) -> dict[str, list[float]]:
     """Processor time without each form, in units of that with all, by rounds."""
     arch, height, width, batch, how = case
+    forms = forms_of(arch, how)
     torch.manual_seed(0)
     model = HRFormer(arch, upsample='bilinear', out_indices=(0,))
     model = model.train(how == 'training').to(memory_format=torch.channels_last)
@@ -111,10 +111,9 @@ def main() -> None:
     print(f'| torch {torch.__version__} | without | time | smallest | largest |', flush=True)
     print('| :-- | :-- | --: | --: | --: |')
     for name in args.cases:
-        for form, ratios in measure(*CASES[name], args.rounds).items():
-            low, high = min(ratios), max(ratios)
-            middle = statistics.median(ratios)
-            print(f'| {name} | {form} | {middle:.2f} | {low:.2f} | {high:.2f} |', flush=True)
+        for form, ratios in measure(CASES[name], args.rounds).items():
+            figures = [f'{f(ratios):.2f}' for f in (statistics.median, min, max)]
+            print('|', ' | '.join([name, form, *figures]), '|', flush=True)
 
 
 if __name__ == '__main__':

@@ -116,7 +116,12 @@ def test_norm_gelu_conv(form, dtype, memory_format):
             modules = nn.ModuleList(m for m in (norm, conv) if m is not None).to(dtype)
             x = make(2, 6, 3, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
             tensors = x.requires_grad_(), *modules.parameters()
-            check(form, dtype, lambda x, *_, n=norm, c=conv: ops.norm_gelu_conv(x, n, c), *tensors)
+            function = lambda x, *_, n=norm, c=conv: ops.norm_gelu_conv(x, n, c)  # noqa: E731
+            check(form, dtype, function, *tensors)
+            before = x.detach().clone()
+            with torch.no_grad():
+                check(form, dtype, function, *tensors)
+            assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
