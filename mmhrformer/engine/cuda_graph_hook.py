@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import ops
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import HOOKS
 
@@ -124,7 +125,8 @@ class GraphedForward:
         self.parameters = sorted(learned, key=lambda p: str(p.dtype))
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:  # random numbers and statistics of the warm-up shall leave no trace
-            with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            random = torch.random.fork_rng([images.device] if images.is_cuda else [])
+            with random, ops.prefer_kernels(images.device):
                 with self.graphs.warm_up():
                     for _ in range(WARM_UP):
                         self._forward()
@@ -252,8 +254,9 @@ def graph_backbone(
 
     Images of another shape, data type or memory format, other modes or parameters than those of
     the capture, and a pass before the backward pass of the one before go through the ordinary
-    forward function, as do copies of the model. Changes of anything else in the backbone, such as
-    rates or hooks, are not noticed.
+    forward function, as do copies of the model. The graphs launch the Triton kernels where these
+    can run and no form of the operators was asked for. Changes of anything else in the backbone,
+    such as rates or hooks, are not noticed.
 
     Args:
         model (nn.Module): A model with a ``backbone``, or a bare one, in training mode on a GPU;

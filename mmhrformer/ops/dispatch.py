@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -52,7 +52,7 @@ def backend(x: Tensor) -> ModuleType:
     if torch.jit.is_tracing() or is_transformed():
         return reference
     if x.is_cuda:
-        # Measured in inference only, where they halve the time of HRFormer-S: docs/kernels.md.
+        # In training only within CUDA graphs, see prefer_kernels.
         return cuda if needs_grad(x) or why_not(x.device) else kernels
     return cpu if x.device.type == 'cpu' else reference
 
@@ -106,6 +106,22 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         forced.reset(token)
+
+
+@contextmanager
+def prefer_kernels(device: torch.device) -> Iterator[None]:
+    """Take the kernels in training, too, where they can run and no form was asked for.
+
+    In a CUDA graph a training step of HRFormer-S takes 0.58 times as long with them, of -B 0.57;
+    launched one by one it may take longer: docs/speed.md.
+
+    Args:
+        device (torch.device): Where the training runs.
+    """
+    asked = forced.get() or os.environ.get(VARIABLE)
+    plain = asked or device.type != 'cuda' or why_not(device)
+    with nullcontext() if plain else use('kernels'):
+        yield
 
 
 def _check(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from mmengine.runner import Runner
 from smooth import smooth
 from torch import Tensor, nn
 
-from mmhrformer import HRFormer, graph_backbone
+from mmhrformer import HRFormer, graph_backbone, ops
+from mmhrformer.ops import state
+from mmhrformer.ops.kernels import why_not
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +26,14 @@ pytestmark = [
 # additions, as in gradients of bias tables, and their effects over five steps differ.
 LIMITS = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 every_dtype = pytest.mark.parametrize('dtype', LIMITS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def form() -> Iterator[str]:
+    """The form that graphs prefer, without graphs, too."""
+    form = 'cuda' if why_not(torch.device('cuda')) else 'kernels'
+    with ops.use(form):
+        yield form
 
 
 class Squares(BaseModel):
@@ -113,6 +124,19 @@ def test_dropped_paths_differ_from_step_to_step(dtype):
     assert losses[0] == pytest.approx(losses[1], rel=LIMITS[dtype])
     assert train(model, dtype).isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_graphs_prefer_kernels(form):
+    model, seen = Squares().cuda().train(), []
+    model.backbone.conv1.register_forward_hook(lambda m, x, out: seen.append(ops.backend(out)))
+    token = state.forced.set(None)
+    try:
+        graph_backbone(model, images())
+        model.backbone.forward.ordinary(images())
+    finally:
+        state.forced.reset(token)
+    assert {backend.__name__ for backend in seen[:-1]} == {f'mmhrformer.ops.{form}'}
+    assert seen[-1].__name__ == 'mmhrformer.ops.cuda'
 
 
 def test_gradients_outlive_the_next_pass():

@@ -244,6 +244,24 @@ def test_gpus_get_kernels_where_nothing_is_differentiated(monkeypatch):
     assert ops.backend(Elsewhere('mps')) is reference
 
 
+def test_kernels_are_preferred_in_training_unless_another_form_was_asked_for(monkeypatch):
+    x, reasons = Elsewhere('cuda:1'), {torch.device('cuda:1'): ''}
+    monkeypatch.setattr(dispatch, 'why_not', reasons.__getitem__)
+    x.requires_grad = True
+    with ops.prefer_kernels(x.device):
+        assert ops.backend(x) is kernels
+    assert ops.backend(x) is cuda
+    with ops.use('reference'), ops.prefer_kernels(x.device):
+        assert ops.backend(x) is reference
+    reasons[x.device] = 'Triton is not installed'
+    with ops.prefer_kernels(x.device):
+        assert ops.backend(x) is cuda
+    reasons[x.device] = ''
+    monkeypatch.setenv('MMHRFORMER_OPS', 'cuda')
+    with ops.prefer_kernels(x.device):
+        assert ops.backend(x) is cuda
+
+
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
     reason = 'Triton kernels run on GPUs, not on meta'
     monkeypatch.setattr(dispatch, 'why_not', lambda device: reason if device.type == 'meta' else '')
