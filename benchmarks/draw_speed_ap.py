@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 # Label, base, arch and backend of a row, and the AP that mmpose 1.3.2 reports for its config at
 # 256x192 (its hrformer_coco.yml, hrnet_coco.yml and vitpose_coco.yml). Ours has the same weights.
-KERNELS = 'Triton attention and all convolutions'
+KERNELS = 'kernels'
 MODELS = [
     ('HRFormer-S, ours', 'ours-fused', 'small', KERNELS, 73.8),
     ('HRFormer-B, ours', 'ours-fused', 'base', KERNELS, 75.4),
