@@ -326,6 +326,19 @@ def test_training(tool, tmp_path, capsys):
 
 
 @needs('mmpose')
+def test_bytes_kept_for_the_backward_pass(tool):
+    """Of HRFormer-S at the size of the paper, against mmpose's."""
+    kept, images = {}, torch.rand(1, 3, 256, 192).to(memory_format=torch.channels_last)
+    for name in ('ours', 'ours-with-cp', 'mmpose'):
+        spec = tool.peers.parse_spec(name)
+        network = tool.peers.build_network(spec, 'pose', 'small', (256, 192), None, True).train()
+        weights = [*network.parameters(), *network.buffers()]
+        kept[name] = tool.measure.saved_bytes(lambda: network(images), weights)  # noqa: B023
+    assert kept['ours'] < 0.60 * kept['mmpose']
+    assert kept['ours-with-cp'] < 0.15 * kept['mmpose']
+
+
+@needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize(
     'options',
