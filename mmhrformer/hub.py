@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoints import list_models, load_checkpoint, read_zoo
 from .checkpoints.contents import meta_of_checkpoint
-from .checkpoints.loading import naming, read
+from .checkpoints.loading import name_file_in_errors, read
 from .configs import name_of, open_config
 
 __all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
@@ -55,7 +55,7 @@ def get_model(
     cfg.merge_from_dict(cfg_options or {})
     model = _build(cfg)
     if pretrained:
-        with naming(path):
+        with name_file_in_errors(path):
             load_checkpoint(model, content, strict=True)
     model.to(device).train(False)  # mmpose's eval() returns nothing
     model.cfg, model.dataset_meta = cfg, meta_of_checkpoint(content)

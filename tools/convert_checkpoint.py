@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from mmhrformer.checkpoints.contents import find_weights, told_of_others
+from mmhrformer.checkpoints.contents import describe_other_weights, find_weights
 from mmhrformer.checkpoints.dialects import BIAS_TABLE, convert, detect_dialect
-from mmhrformer.checkpoints.loading import naming, read
+from mmhrformer.checkpoints.loading import name_file_in_errors, read
 from mmhrformer.checkpoints.writing import (
     TARGETS,
     check_destination,
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     check_destination(args.dst, args.overwrite)
     path, content = read(args.src)
-    with naming(path):
+    with name_file_in_errors(path):
         contents = find_weights(content, args.key)
         ours, report = convert(contents.tensors)
     theirs = to_dialect(ours, args.to, args.backbone_only)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     )
     for name in contents.outside:
         print(f'left out {name}: outside of the model')
-    for line in told_of_others(contents.key, contents.others):
+    for line in describe_other_weights(contents.key, contents.others):
         print(line.strip())
     if dialect == 'official-pose' != report.dialect:
         print(OFFICIAL_POSE_NOTE)

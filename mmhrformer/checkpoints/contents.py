@@ -144,7 +144,7 @@ def _choose(key: str) -> str:
     return f'load_checkpoint(model, FILE, key={key!r}), or convert_checkpoint.py --key {key}'
 
 
-def told_of_others(taken: str, others: Mapping[str, str]) -> Iterator[str]:
+def describe_other_weights(taken: str, others: Mapping[str, str]) -> Iterator[str]:
     """Tell which weights of a file were not taken, and how to take them: a line for each.
 
     Args:

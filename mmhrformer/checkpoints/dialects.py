@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .contents import find_weights, plain_name, refuse_doubles, told_of_others
+from .contents import describe_other_weights, find_weights, plain_name, refuse_doubles
 
 BIAS_TABLE = 'relative_position_bias_table'
 # Depends on the window alone. The official codes and mmpose save it; here it is computed.
@@ -159,7 +159,7 @@ class Report:
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]
         lines += [f'  outside of the model: {key}' for key in self.outside]
-        return '\n'.join([*lines, *told_of_others(self.taken, self.others)])
+        return '\n'.join([*lines, *describe_other_weights(self.taken, self.others)])
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -18,10 +18,10 @@ from ..utils.suggest import did_you_mean
 from .contents import (
     SWAPPED,
     Contents,
+    describe_other_weights,
     find_weights,
     meta_of_checkpoint,
     plain_name,
-    told_of_others,
 )
 from .dialects import BIAS_TABLE, Report, check_finite, convert
 from .reading import read_checkpoint
@@ -69,7 +69,7 @@ def load_checkpoint(
     if isinstance(checkpoint, Mapping):
         return _load(model, checkpoint, strict, new_classes, key)
     path, content = read(checkpoint)
-    with naming(path):
+    with name_file_in_errors(path):
         return _load(model, content, strict, new_classes, key)
 
 
@@ -127,7 +127,7 @@ def _locate(name: str | Path, whole: bool) -> tuple[Path, str]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Put the name of a file before the messages of errors."""
     try:
         yield
@@ -161,10 +161,10 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
             finite.
     """
     path, saved = read(filename)
-    with naming(path):
+    with name_file_in_errors(path):
         contents, state_dict, report = _translate(saved)
     lines = [f'{path}: {report.dialect} checkpoint of {len(state_dict)} tensors']
-    print_log('\n'.join([*lines, *told_of_others(contents.key, contents.others)]), logger)
+    print_log('\n'.join([*lines, *describe_other_weights(contents.key, contents.others)]), logger)
     dataset_meta = meta_of_checkpoint(saved)
     has_meta = dataset_meta and _is_plain(dataset_meta)
     meta = dict(dataset_meta=dataset_meta) if has_meta else {}

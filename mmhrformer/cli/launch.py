@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from ..checkpoints import detect_dialect, unwrap
-from ..checkpoints.loading import SCHEME, naming, read
+from ..checkpoints.loading import SCHEME, name_file_in_errors, read
 from ..configs import PACKAGES, config_root, find_config, read_config
 from ..engine.cpu_ddp import prepare_cpu_launch
 from ..utils.install_hints import explain, how_to_install
@@ -118,6 +118,6 @@ def resolve_checkpoint(checkpoint: str) -> str:
     if '://' in checkpoint and not checkpoint.startswith(SCHEME):
         return checkpoint
     path, content = read(checkpoint)
-    with naming(path):
+    with name_file_in_errors(path):
         detect_dialect(unwrap(content))
     return f'{SCHEME}{path}'

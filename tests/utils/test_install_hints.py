@@ -76,13 +76,6 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder that is searched before all others."""
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize('name', BROKEN)
 def test_a_broken_package_is_recognized(site, name):
     module, error, words = BROKEN[name]
