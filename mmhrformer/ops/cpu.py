@@ -1,4 +1,4 @@
-"""Forms for CPUs. Each has its gain beside it; more of them in docs/speed.md."""
+"""Forms for CPUs. Each has its gain beside it; more of them in docs/measurements.md."""
 
 from __future__ import annotations
 
