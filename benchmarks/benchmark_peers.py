@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from mmhrformer import ops
 from mmhrformer.apis import fuse_for_inference
 from mmhrformer.checkpoints import to_dialect
 from mmhrformer.configs import PACKAGES, find_config
@@ -53,6 +57,7 @@ SAME_WEIGHTS = ('ours', 'mmpose')
 BASES = (*SAME_WEIGHTS, 'hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
 SUFFIXES = {
     'fused': 'ours only: mmhrformer.apis.fuse_for_inference',
+    'padded': 'fused only: zero channels for Triton kernels, see fuse_for_inference',
     'with-cp': 'ours only, training: recompute blocks in the backward pass',
     'compiled': 'torch.compile, see --compile-mode',
     'cudagraph': 'CUDA inference: one captured CUDA graph',
@@ -103,6 +108,8 @@ def parse_spec(name: str) -> Spec:
     for suffix in ('fused', 'with-cp'):
         if spec.has(suffix) and spec.base != 'ours':
             raise BenchmarkError(f'candidate {name!r}: only ours can be {suffix}')
+    if spec.has('padded') and not spec.has('fused'):
+        raise BenchmarkError(f'candidate {name!r}: only fused models can be padded')
     return spec
 
 
@@ -168,6 +175,19 @@ class Network(nn.Module):
         for head in others:
             outs.append(head(streams, outs[-1]))
         return tuple(outs)
+
+
+@contextmanager
+def use(form: str) -> Iterator[None]:
+    """Force a form of the operators, also ``'kernels'`` where Triton cannot run."""
+    with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
+        yield
+
+
+def fold(model: nn.Module, padded: bool) -> nn.Module:
+    """Fold a model; a padded one for Triton's kernels, as a CPU alone would pad nothing."""
+    with use('kernels') if padded else nullcontext():
+        return fuse_for_inference(model, pad_channels=padded)
 
 
 def stock_path(scope: str, name: str) -> Path:
@@ -293,5 +313,5 @@ def build_network(
                 module.p = 0.0
     model.train(False)  # the eval() of mmpose's HRFormer returns nothing
     if spec.has('fused'):
-        model = fuse_for_inference(model)
+        model = fold(model, spec.has('padded'))
     return Network(model)

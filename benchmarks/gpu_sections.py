@@ -366,15 +366,17 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
     plain = [Candidate('ours', arch, 'cuda') for arch in archs]
     folded = [Candidate('ours-fused', arch, 'cuda') for arch in archs]
     kernels = [Candidate('ours-fused', arch, 'kernels') for arch in archs]
+    padded = [Candidate('ours-fused-padded', arch, 'kernels') for arch in archs if arch == 'base']
     mmpose = [Candidate('mmpose-nchw', arch) for arch in archs]  # as it is shipped
     peers = [Candidate(name) for name in (PEERS[2:3] if dry else PEERS)]
-    models = [*plain, *folded, *kernels, *mmpose, *peers]
+    models = [*plain, *folded, *kernels, *padded, *mmpose, *peers]
     for number in (batch, 1):
         name = f'infer batch {number}'
         yield 'infer', Table(name, 'pose', 'infer', size, number, ways(models, 'eager', 'graph'))
     name, arch = 'seg', 'small' if dry else 'base'
     models = [Candidate('ours-fused', arch, form) for form in ('cuda', 'kernels')]
-    models = ways([*models, Candidate('hrnet-w48')][:few], 'eager', 'graph')
+    models += [Candidate('ours-fused-padded', arch, 'kernels'), Candidate('hrnet-w48')]
+    models = ways(models[:few], 'eager', 'graph')
     wide = ((64, 64), 1) if dry else ((512, 1024), 4)
     yield 'seg', Table(name, 'seg', 'infer', *wide, models)
     ours = [one._replace(backend=form) for form in ('cuda', 'kernels') for one in plain]

@@ -31,7 +31,8 @@ def title(row: dict) -> str:
     if row['base'].startswith('mmpose'):
         return f'{model}, mmpose' + ', channels-last' * (row['base'] == 'mmpose')
     form = FORMS.get(row['backend'], row['backend'])
-    return f'{model}, {form}' + ', folded' * ('fused' in row['base'])
+    folded, padded = 'fused' in row['base'], 'padded' in row['base']
+    return f'{model}, {form}' + ', folded' * folded + ', padded' * padded
 
 
 def markdown(head: list[str], lines: Iterable[list]) -> str:

@@ -21,9 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
 
 import benchmark_peers as peers
 import torch
@@ -35,12 +32,11 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from mmhrformer import ops
 from mmhrformer.ops.dispatch import BACKENDS
 
 FIRST_TORCH = '2.5'  # whose recomputation knows the meta device
 MODELS = ('ours', 'ours-fused', 'mmpose', 'hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
-COUNTED = {'fused', 'with-cp'}
+COUNTED = {'fused', 'padded', 'with-cp'}
 BATCH_SIZES = {'infer': 64, 'train': 32}
 aten = torch.ops.aten
 # Views that torch does not call so, and operators that only allocate.
@@ -131,13 +127,6 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
     return kernel(q, k, v, mask, keeps, dropout_p, is_causal, scale=scale)[0]
 
 
-@contextmanager
-def use(form: str) -> Iterator[None]:
-    """Force a form of the operators, Triton's too, whose launches are fake on the meta device."""
-    with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
-        yield
-
-
 def count(
     network: nn.Module, size: tuple[int, ...], mode: str = 'infer', form: str = 'cuda'
 ) -> Count:
@@ -162,7 +151,8 @@ def count(
     network.train(mode == 'train')
     images = torch.empty(size, dtype=torch.bfloat16, device='meta')
     images = images.to(memory_format=torch.channels_last)
-    with use(form), FusedAttention(), Count() as counted:
+    # Launches of Triton's kernels are fake on the meta device.
+    with peers.use(form), FusedAttention(), Count() as counted:
         with torch.set_grad_enabled(mode == 'train'):
             outs = network(images)
         if mode == 'train':
@@ -220,7 +210,7 @@ def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
         for form in args.forms if ours else args.forms[:1]:
-            with use(form):  # which says how wide heads are when a model is folded
+            with peers.use(form):  # which says how wide heads are when a model is folded
                 network = peers.build_network(spec, args.task, arch, args.size)
             name = f'{spec.name} {arch}' if spec.base in peers.SAME_WEIGHTS else spec.name
             name += f' {form}' if len(args.forms) > 1 and ours else ''

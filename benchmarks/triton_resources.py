@@ -30,6 +30,10 @@ HIDDEN = [(64, 48, 128), (64, 48, 312), (16, 12, 512)]
 STREAMS = [(64, 48, 32), (32, 24, 64), (64, 48, 78)]
 # Inputs and outputs of folded linear layers, and whether they normalize their input.
 LINEAR = [(32, 96, True), (32, 128, True), (128, 32, False), (78, 312, True), (312, 78, False)]
+# The same with 78 and 156 channels padded, as fuse_for_inference can.
+LINEAR += [(80, 240, True), (80, 80, False), (80, 312, True), (312, 80, False)]
+LINEAR += [(160, 480, True), (160, 160, False), (160, 624, True), (624, 160, False)]
+CHANNELS = {80: 78, 160: 156}
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 
@@ -70,7 +74,8 @@ def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
         )
     for K, N, norm in LINEAR:
         args = new(64, 3072, K), new(N, K), new(N), True, None if norm else new(64, 3072, N)
-        calls[f'linear {K} to {N}'] = partial(conv._linear, *args, eps=1e-6 if norm else None)
+        options = dict(eps=1e-6 if norm else None, channels=CHANNELS.get(K))
+        calls[f'linear {K} to {N}'] = partial(conv._linear, *args, **options)
     for name, call in calls.items():
         with mock.patch.object(conv, '_launch') as launch:
             call()

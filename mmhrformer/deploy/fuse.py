@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.model import ModuleList, Sequential
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -16,6 +17,8 @@ from .. import ops
 from ..models.attention import LocalWindowSelfAttention, split_heads
 from ..models.block import HRFormerBlock
 from ..models.ffn import DepthwiseConv2d, DWConvFFN
+from ..models.hr_module import HRModule
+from ..models.hrformer import HRFormer
 from ..ops.recompute import is_plain
 
 # Below this a scale of layer normalization cannot be undone for the padding.
@@ -32,14 +35,28 @@ def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear
 
 
-def without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+class PaddedLayerNorm(nn.LayerNorm):
+    """A layer normalization of the first channels; zeros behind them stay zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize C channels of tokens (..., C + padding)."""
+        (channels,) = self.normalized_shape
+        return F.pad(super().forward(x[..., :channels]), (0, x.shape[-1] - channels))
+
+
+def without_affine(norm: nn.LayerNorm, kind: type = nn.LayerNorm) -> nn.LayerNorm:
     """A layer normalization like another one, without scale and shift."""
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    return kind(norm.normalized_shape, norm.eps, elementwise_affine=False)
 
 
 def is_plain_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution and nothing else."""
-    return is_plain(module, nn.Conv2d) and type(module)._conv_forward in CONV_FORWARDS
+    """Whether a module is a convolution, padded by a number of zeros, and nothing else."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and type(module)._conv_forward in CONV_FORWARDS
+        and module.padding_mode == 'zeros'
+        and not isinstance(module.padding, str)
+    )
 
 
 class InferenceOnly(nn.Module):
@@ -208,7 +225,7 @@ class FusedBlock(InferenceOnly):
             is_plain(attn, FusedWindowAttention)
             and is_plain(ffn, FusedDWConvFFN)
             and all(is_plain(m, nn.Linear) for m in (attn.qkv, attn.proj))
-            and all(is_plain(m, nn.LayerNorm) for m in (self.norm1, self.norm2))
+            and all(is_plain(m, nn.LayerNorm, PaddedLayerNorm) for m in (self.norm1, self.norm2))
             and all(is_plain(m, ConvGELU) for m in (ffn.fc1, ffn.dw3x3, ffn.fc2))
         )
 
@@ -245,6 +262,11 @@ def fold_block(block: HRFormerBlock) -> nn.Module:
     return FusedBlock(block) if FusedBlock.fits(block) else block
 
 
+def count_uses(model: nn.Module) -> Counter:
+    """The number of places of each module, by its id."""
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold batch normalization into the convolution in front of it, where it directly follows.
 
@@ -257,7 +279,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: The model.
     """
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses = count_uses(model)
     for parent in list(model.modules()):
         before = None
         for name, child in list(parent.named_children()):
@@ -272,7 +294,92 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_for_inference(model: nn.Module) -> nn.Module:
+class CroppedStreams(InferenceOnly):
+    """The end of a padded backbone: streams without the zeros."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+
+    def forward(self, xs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Crop streams (B, C_i + padding, H_i, W_i) to (B, C_i, H_i, W_i), dense in memory."""
+        return [
+            None if x is None else x[:, :c].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            for x, c in zip(xs, self.channels)
+        ]
+
+
+# The modules around the blocks of a backbone that can be padded.
+PADDABLE = (ModuleList, Sequential, HRModule, nn.Identity, nn.ReLU)
+PADDABLE += (nn.Conv2d, DepthwiseConv2d, PointwiseConv)
+
+
+def is_paddable(module: nn.Module) -> bool:
+    """Whether zero channels can pass a part of a backbone and make no difference."""
+    if type(module) is FusedBlock:
+        return is_plain(module, FusedBlock) and module.is_intact()
+    known = type(module) in PADDABLE and is_plain(module, type(module))
+    return known and all(map(is_paddable, module.children()))
+
+
+def append_zeros(layer: nn.Linear | nn.Conv2d, inputs: int, outputs: int) -> None:
+    """Let a layer ignore more inputs, and append zeros to its outputs."""
+    kind = 'features' if isinstance(layer, nn.Linear) else 'channels'
+    setattr(layer, f'in_{kind}', getattr(layer, f'in_{kind}') + inputs)
+    setattr(layer, f'out_{kind}', getattr(layer, f'out_{kind}') + outputs)
+    if getattr(layer, 'groups', 1) > 1:  # depth-wise
+        layer.groups, inputs = layer.groups + outputs, 0
+    taps = (0, 0) * (layer.weight.dim() - 2)
+    layer.weight = nn.Parameter(F.pad(layer.weight, (*taps, 0, inputs, 0, outputs)))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(F.pad(layer.bias, (0, outputs)))
+
+
+def pad_block(block: FusedBlock, padding: Callable[[int], int]) -> None:
+    """Let the attention and the normalizations of a block ignore zeros that are appended."""
+    attn, missing = block.attn, padding(*block.norm1.normalized_shape)
+    if missing:
+        append_zeros(attn.qkv, missing, 0)
+        append_zeros(attn.proj, 0, missing)
+        attn.padding = F.pad(attn.padding, (0, missing))
+        block.norm1 = without_affine(block.norm1, PaddedLayerNorm)
+        block.norm2 = without_affine(block.norm2, PaddedLayerNorm)
+
+
+def pad_layers(modules: Iterable[nn.Module], padding: Callable[[int], int]) -> None:
+    """Let layers of folded parts take and make zero channels, as many as a function says."""
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            append_zeros(module, padding(module.in_channels), padding(module.out_channels))
+        elif type(module) is FusedBlock:
+            pad_block(module, padding)
+
+
+def pad_streams(backbone: HRFormer, uses: Counter) -> None:
+    """Append zero channels to the maps of a folded backbone, as many as the kernels like.
+
+    Filters and biases are zero there, normalizations do not count them, and they are cut off at
+    the end. Nothing changes if a part is not the stock one.
+    """
+    padding = ops.backend(next(backbone.parameters())).channel_padding
+    # From the first transition on; before it all maps have 64 or 256 channels.
+    names = ('transition1', 'stage2', 'transition2', 'stage3', 'transition3', 'stage4')
+    parts = [getattr(backbone, name) for name in names]
+    modules = [module for part in parts for module in part.modules()]
+    convs = [module for module in modules if isinstance(module, nn.Conv2d)]
+    if not (
+        any(map(padding, backbone.arch['channels']))
+        and is_plain(backbone, HRFormer)
+        and all(map(is_paddable, parts))
+        and all(uses[id(module)] == 1 for module in modules)
+        and all(c.groups == 1 or c.groups == c.in_channels == c.out_channels for c in convs)
+    ):
+        return
+    pad_layers(modules, padding)
+    backbone.stage4.append(CroppedStreams(backbone.arch['channels']))
+
+
+def fuse_for_inference(model: nn.Module, pad_channels: bool = False) -> nn.Module:
     """Fold what is constant in a trained model, for faster inference with equal results.
 
     Batch normalization goes into the convolutions, layer normalization and the scale of the
@@ -281,6 +388,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
             a bare :class:`HRFormer`. It is left as it is.
+        pad_channels (bool): Whether to append zero channels to the maps of the backbone, where
+            Triton's kernels will run: of HRFormer-B, 78 become 80 and 156 become 160. Outputs
+            stay as they are. Not measured on a GPU yet. Defaults to False.
 
     Returns:
         nn.Module: A folded copy, in evaluation mode, without gradients. Calling its ``train()``
@@ -301,6 +411,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         fold_batch_norm(fused)
         fused = replace(fused, HRFormerBlock, fold_block)
         replace(fused, nn.Conv2d, lambda c: PointwiseConv(c) if PointwiseConv.fits(c) else c)
+        backbones = [m for m in fused.modules() if isinstance(m, HRFormer)]
+        for backbone in backbones if pad_channels else ():
+            pad_streams(backbone, count_uses(fused))
     fused.requires_grad_(False)
     fused.train(False)  # mmpose's eval() returns nothing
     return fused

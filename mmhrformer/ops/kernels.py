@@ -43,6 +43,15 @@ def try_kernel(device: torch.device) -> str:
     return ''
 
 
+def channel_padding(channels: int) -> int:
+    """Zeros to append to the streams of a folded backbone, so that rows are whole 16 bytes.
+
+    None where they would be more than an eighth, as for 18 channels.
+    """
+    missing = -channels % 8
+    return missing if missing * 8 <= channels else 0
+
+
 def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
     """See :func:`mmhrformer.ops.attends_on_map`."""
     return (
@@ -179,11 +188,12 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
     from .triton_conv import depthwise_gelu, norm_linear
 
     attn, ffn = block.attn, block.ffn
-    qkv = norm_linear(x, attn.qkv.weight, attn.qkv.bias, False, None, block.norm1.eps)
+    (channels,) = block.norm1.normalized_shape  # of which padded maps have more
+    qkv = norm_linear(x, attn.qkv.weight, attn.qkv.bias, False, None, block.norm1.eps, channels)
     y = map_attention(qkv, attn.pad, attn.table, attn.num_heads, attn.window_size, 1.0)
     x = norm_linear(y, attn.proj.weight, attn.proj.bias, False, x, None)  # (B, H, W, C)
     hidden, out = ffn.fc1.weight.flatten(1), ffn.fc2.weight.flatten(1)
-    y = norm_linear(x, hidden, ffn.fc1.bias, True, None, block.norm2.eps)  # (B, H, W, 4 C)
+    y = norm_linear(x, hidden, ffn.fc1.bias, True, None, block.norm2.eps, channels)  # (..., 4 C)
     y = depthwise_gelu(y.permute(0, 3, 1, 2), ffn.dw3x3.weight, ffn.dw3x3.bias)
     return norm_linear(y.permute(0, 2, 3, 1), out, ffn.fc2.bias, True, x, None)
 

@@ -14,6 +14,7 @@ from .state import is_transformed
 __all__ = [
     'add_path',
     'attends_on_map',
+    'channel_padding',
     'conv_gelu',
     'depthwise_conv',
     'has_folded_block',
@@ -138,6 +139,11 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def head_padding(head_dim: int) -> int:
     """Zeros to append to each head for faster kernels: none."""
+    return 0
+
+
+def channel_padding(channels: int) -> int:
+    """Zeros to append to the streams of a folded backbone for faster kernels: none."""
     return 0
 
 

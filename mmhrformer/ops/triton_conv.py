@@ -273,7 +273,9 @@ def _depthwise_weight_kernel(
 
 
 @triton.jit
-def _row_statistics(x, m, in_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _row_statistics(
+    x, m, in_m, eps, K: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Mean and reciprocal standard deviation of rows; read twice, the second time from a cache."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros_like(m).to(tl.float32)
@@ -281,27 +283,29 @@ def _row_statistics(x, m, in_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
         mask = in_m[:, None] & (begin + k < K)[None, :]
         a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
         total += tl.sum(a.to(tl.float32), 1)
-    mean = total / K
+    mean = total / CHANNELS
     total = tl.zeros_like(mean)
     for begin in range(0, K, BLOCK_K):
         mask = in_m[:, None] & (begin + k < K)[None, :]
         a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
-        a = tl.where(mask, a.to(tl.float32) - mean[:, None], 0.0)
+        # Aligned loads of whole rows; only then the padding is left out.
+        real = in_m[:, None] & (begin + k < CHANNELS)[None, :]
+        a = tl.where(real, a.to(tl.float32) - mean[:, None], 0.0)
         total += tl.sum(a * a, 1)
-    return mean, tl.rsqrt(total / K + eps)
+    return mean, tl.rsqrt(total / CHANNELS + eps)
 
 
 @triton.jit(do_not_specialize=['M', 'eps'])
 def _linear_kernel(
     x, weight, bias, extra, out, M, eps,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GRAD: tl.constexpr,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K).
 
-    With NORM, the rows of x are normalized first.
+    With NORM, the first CHANNELS numbers of the rows of x are normalized first; the rest is zeros.
     """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * BLOCKS) * GROUP
@@ -315,7 +319,7 @@ def _linear_kernel(
     extra += start.to(tl.int64) * N
     in_m, in_n = m < M - start, n < N
     if NORM:
-        mean, scale = _row_statistics(x, m, in_m, eps, K, BLOCK_K)
+        mean, scale = _row_statistics(x, m, in_m, eps, K, CHANNELS, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, K, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -326,7 +330,11 @@ def _linear_kernel(
         a = tl.load(x + m[:, None] * K + k[None, :], mask=mask_a, other=0.0)
         b = tl.load(weight + n[None, :] * K + k[:, None], mask=mask_b, other=0.0)
         if NORM:
-            a = ((a.to(tl.float32) - mean[:, None]) * scale[:, None]).to(b.dtype)
+            a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
+            if b.dtype == tl.float16:
+                # Behind the channels -mean * scale may be infinite, and times a weight of 0 NaN.
+                a = tl.where((k < CHANNELS)[None, :], a, 0.0)
+            a = a.to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -405,10 +413,11 @@ def _linear(
     residual: Tensor | None = None,
     grad: Tensor | None = None,
     eps: float | None = None,
+    channels: int | None = None,
 ) -> Tensor:
     """Launch the linear kernel; x (..., K), residual and grad (..., N).
 
-    With ``eps`` the rows of x are normalized first.
+    With ``eps`` the rows of x are normalized first, all of them or ``channels`` before zeros.
     """
     x, weight = x.contiguous(), weight.contiguous()
     N, K = weight.shape
@@ -420,7 +429,7 @@ def _linear(
     _launch(
         _linear_kernel, triton.cdiv(M, tile.m) * triton.cdiv(N, min(tile.n, block_n)),
         x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out, M,
-        eps or 0.0, N=N, K=K, NORM=eps is not None,
+        eps or 0.0, N=N, K=K, NORM=eps is not None, CHANNELS=channels or K,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_GRAD=grad is not None, GELU=gelu,
         PRECISION='tf32x3' if x.dtype == torch.float32 else 'tf32',
@@ -518,8 +527,8 @@ def _(grad, x, weight, bias):
 
 
 @thin_operator(
-    'norm_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, float? eps)'
-    ' -> Tensor',
+    'norm_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, float? eps, '
+    'int? channels=None) -> Tensor',
     lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)),
 )
 def norm_linear(
@@ -529,12 +538,14 @@ def norm_linear(
     gelu: bool,
     residual: Tensor | None,
     eps: float | None,
+    channels: int | None = None,
 ) -> Tensor:
     """:func:`linear_gelu` of rows (..., K) that are normalized first, without gradients.
 
     If ``eps`` is None they are not. The scale and shift of the normalization are in the weight.
+    Rows of fewer ``channels`` than K must end with zeros, which stay zeros and do not count.
     """
-    return _linear(x, weight, bias, gelu, residual, eps=eps)
+    return _linear(x, weight, bias, gelu, residual, eps=eps, channels=channels)
 
 
 # ---------------------------------------------------------------------------- gradients

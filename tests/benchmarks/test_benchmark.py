@@ -213,6 +213,7 @@ def test_names_of_candidates(tool):
         ('--candidates theirs', "no candidate 'theirs': choose one of ours, mmpose"),
         ('--candidates ours-fast', "no candidate 'ours-fast'"),
         ('--candidates mmpose-fused', 'only ours can be fused'),
+        ('--candidates ours-padded', "'ours-padded': only fused models can be padded"),
         ('--candidates ours-cudagraph', 'ours-cudagraph: CUDA graphs need --device cuda'),
         ('--candidates ours-fused --mode train', 'ours-fused: fused models cannot be trained'),
         ('--candidates ours --baseline mmpose', '--baseline mmpose is not measured'),

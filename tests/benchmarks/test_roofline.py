@@ -102,7 +102,7 @@ def test_backbone(tool):
 def test_kernels_of_folded_blocks(tool):
     """Six a block, though no GPU is there to run them."""
     torch.manual_seed(0)
-    with tool.use('kernels'):
+    with tool.peers.use('kernels'):
         folded = fuse_for_inference(HRFormer(arch=MICRO))
     counted = tool.count(folded, (1, 3, 64, 64), 'infer', 'kernels')
     plain = tool.count(folded, (1, 3, 64, 64), 'infer', 'cuda')
@@ -110,6 +110,17 @@ def test_kernels_of_folded_blocks(tool):
     assert counted.kernels['window_attention'] == BLOCKS
     assert counted.kernels['depthwise_gelu'] >= BLOCKS
     assert counted.bytes.total() < plain.bytes.total()
+
+
+@can_count
+def test_padded_models_are_folded_for_kernels(tool):
+    """Also where none can run; the zeros are a small part of the work."""
+    torch.manual_seed(0)
+    arch = dict(MICRO, channels=(30, 62, 64, 64), num_heads=(2, 2, 2, 2))
+    folded, padded = (tool.peers.fold(HRFormer(arch=arch), pad) for pad in (False, True))
+    assert padded.stage4[0].branches[0][0].attn.qkv.in_features == 32
+    plain, more = (tool.count(model, (1, 3, 64, 64)).flops for model in (folded, padded))
+    assert plain < more < 1.1 * plain
 
 
 def test_table(tool, capsys):
@@ -130,6 +141,6 @@ def test_what_cannot_be_counted_is_told(tool, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['roofline.py', *options])
     tool.main()
     _, compiled, theirs = capsys.readouterr().out.splitlines()
-    assert compiled.endswith("left out: of the suffixes only ['fused', 'with-cp'] change what is "
-                             'counted')  # fmt: skip
+    assert compiled.endswith("left out: of the suffixes only ['fused', 'padded', 'with-cp'] change "
+                             'what is counted')  # fmt: skip
     assert "left out: there is no candidate 'theirs'" in theirs

@@ -150,6 +150,15 @@ def test_blocks_that_are_more_than_that_are_kept(part):
     torch.testing.assert_close(folded(x), block(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'options', [dict(padding=1, padding_mode='reflect'), dict(padding='same')], ids=str
+)
+def test_convolutions_with_another_padding_are_kept(options):
+    block, x = make_block(), torch.randn(2, 5, 4, 8)
+    block.ffn.dw3x3 = nn.Conv2d(32, 32, 3, groups=32, **options)
+    torch.testing.assert_close(fuse_for_inference(block)(x), block(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('part', ['norm1', 'attn', 'attn.proj', 'norm2', 'ffn', 'ffn.dw3x3'])
 def test_what_is_done_to_a_folded_block_is_noticed(part):
     block, folded = make_block(), fuse_for_inference(make_block())

@@ -169,6 +169,13 @@ def test_zeros_that_are_appended_to_a_head(form, padding):
     assert tuple(map(backend.head_padding, (18, 32, 39, 4))) == padding
 
 
+@pytest.mark.parametrize(
+    ('form', 'padding'), [('kernels', (0, 4, 2, 4, 0)), ('cuda', 5 * (0,)), ('cpu', 5 * (0,))]
+)
+def test_zeros_that_are_appended_to_maps(form, padding):
+    assert tuple(map(dispatch.BACKENDS[form].channel_padding, (18, 36, 78, 156, 312))) == padding
+
+
 def test_gelu_is_right_whatever_the_memory_formats():
     """torch 2.1's is not, on CPUs: contiguous input, gradient of another format."""
     x = make(2, 6, 9, 7, dtype=torch.float32, grad=True)

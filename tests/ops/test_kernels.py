@@ -10,13 +10,14 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from triton_on_cpu import make_tiles_small
 
 from mmhrformer import HRFormerBlock, fuse_for_inference, ops
-from mmhrformer.deploy.fuse import FusedBlock
+from mmhrformer.deploy.fuse import FusedBlock, pad_layers
 from mmhrformer.models.attention import LocalWindowSelfAttention
 from mmhrformer.models.ffn import DepthwiseConv2d
 from mmhrformer.ops import kernels
@@ -367,6 +368,25 @@ def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, plain, atol=bound * plain.abs().max().item(), rtol=bound)
     assert calls == SIX
+
+
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
+def test_padded_block(calls, linear_kernel, dtype, bound):
+    """Of 22 channels, which are made 24, and 44 in the FFN, which are made 48."""
+    block, x = fold(22, 1, dtype), make(1, 3, 8, 22, dtype=dtype, grad=False)
+    with ops.use('reference'), torch.no_grad():
+        plain = block(x)
+        pad_layers(list(block.modules()), kernels.channel_padding)
+        padded = block(F.pad(x, (0, 2)))
+    with ops.use('kernels'), torch.no_grad():
+        ours = block(F.pad(x, (0, 2)))
+    assert calls == SIX
+    for out in (ours, padded):
+        assert out.shape == (1, 3, 8, 24)
+        assert not out[..., 22:].any()
+        torch.testing.assert_close(
+            out[..., :22], plain, atol=bound * plain.abs().max().item(), rtol=bound
+        )
 
 
 def hook(module: nn.Module) -> nn.Module:

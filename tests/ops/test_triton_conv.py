@@ -15,7 +15,7 @@ if not hasattr(torch.library, 'triton_op'):
     pytest.skip('needs torch 2.6 and its Triton', allow_module_level=True)
 pytest.importorskip('triton')
 
-from mmhrformer.ops.triton_conv import depthwise_gelu, linear_gelu
+from mmhrformer.ops.triton_conv import depthwise_gelu, linear_gelu, norm_linear
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
 if DEVICE == 'cuda':
@@ -112,6 +112,19 @@ def test_linear(rows, sizes, dtype, gelu):
             [x, weight, bias, residual],
             BOUNDS[dtype],
         )
+
+
+@pytest.mark.parametrize('dtype', BOUNDS)
+@pytest.mark.parametrize(('channels', 'zeros'), [(80, 0), (78, 0), (78, 2), (64, 16), (22, 2)])
+def test_linear_layer_of_normalized_rows(channels, zeros, dtype):
+    """What is behind the channels does not count, not even where it would be infinite."""
+    x, weight = (make(n, channels, dtype=dtype, grad=False) for n in (70, 16))
+    x[3] = 1000.0
+    padded = (F.pad(tensor, (0, zeros)) for tensor in (x, weight))
+    ours = norm_linear(*padded, None, False, None, 1e-6, channels)
+    double = F.layer_norm(x.double(), (channels,), eps=1e-6)
+    exact = F.linear(double, weight.double())
+    assert (ours - exact).norm() <= BOUNDS[dtype] * exact.norm()
 
 
 def test_gelu_is_exact():
