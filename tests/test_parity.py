@@ -5,9 +5,11 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
-from needs import needs
+from needs import may_need, needs
 
 from mmhrformer import load_checkpoint
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 TRAIN_TOLERANCE = 3e-4
 GRADIENT_TOLERANCE = 1e-6  # relative, float64

@@ -6,11 +6,14 @@ import golden
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
+from needs import may_need
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmhrformer import HRFormer, HRFormerFusion, ops
 from mmhrformer.analysis.complexity import FORMULAS, complexity
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 ARCH = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1))
 TABLE = golden.read_json('params_flops.json')

@@ -11,7 +11,7 @@ import golden
 import pytest
 import torch
 from mmengine.config import Config
-from needs import needs
+from needs import may_need, needs
 from torch import Tensor
 
 from mmhrformer import HRFormer
@@ -25,7 +25,10 @@ MMPOSE_CONFIG = (
     '/td-hm_hrformer-small_8xb32-210e_coco-256x192.py'
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:``build_loss`` would')
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:``build_loss`` would'),
+    may_need('mmpose', 'mmseg'),
+]
 
 
 def keys_of(table: str) -> list[str]:

@@ -11,10 +11,13 @@ import golden
 import mmengine.runner
 import pytest
 import torch
+from needs import may_need
 from torch import nn
 
 from mmhrformer import HRFormer, load_checkpoint
 from mmhrformer.checkpoints import loading
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 

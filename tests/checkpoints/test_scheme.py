@@ -8,10 +8,13 @@ import pytest
 import torch
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import load_checkpoint as mmengine_load
+from needs import may_need
 
 import mmhrformer
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import dialects
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 CASES = {
     'cls': ('keys_cls_tiny.json', golden.CLS_CONFIGS['tiny']),

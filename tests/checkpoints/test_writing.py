@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from needs import may_need
 from torch import Tensor
 
 from mmhrformer import HRFormer
@@ -38,7 +39,10 @@ WHOLE_MODELS = {
     'seg': golden.SEG_CONFIGS['small'],
 }
 
-pytestmark = pytest.mark.filterwarnings('ignore:``build_loss`` would')
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:``build_loss`` would'),
+    may_need('mmpose', 'mmseg'),
+]
 
 
 def swin_index(window: int) -> Tensor:

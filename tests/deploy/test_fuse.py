@@ -7,12 +7,15 @@ import copy
 import golden
 import pytest
 import torch
+from needs import may_need
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmhrformer import HRFormer, fuse_for_inference, load_checkpoint, ops
 from mmhrformer.deploy.fuse import FusedBlock, FusedWindowAttention, PointwiseConv, fold_batch_norm
 from mmhrformer.models import HRFormerBlock
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 SIZES = [(64, 64), (97, 161), (224, 224)]

@@ -16,7 +16,7 @@ import onnxslim
 import pytest
 import torch
 from mmengine.config import Config
-from needs import Made
+from needs import Made, may_need
 from torch import nn
 
 import mmhrformer
@@ -24,6 +24,8 @@ from mmhrformer import HRFormer, fuse_for_inference
 from mmhrformer.deploy import onnx as export
 from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
 from mmhrformer.models import HRFormerFusion, LocalWindowSelfAttention
+
+pytestmark = may_need('mmpose', 'mmseg')
 
 CONFIGS = {
     'classification': 'demo/hrformer-demo_1xb64-6e_digits.py',
