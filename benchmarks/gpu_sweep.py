@@ -85,7 +85,7 @@ def attention(kind: str, name: str, B: int, H: int, W: int, heads: int, dim: int
     args = qkv, pad, torch.randn(169, heads), heads, 7, dim**-0.5
     run = lambda: attention.window_attention(*args)  # noqa: E731
     if kind == 'queries':
-        run = lambda: attention._window_attention_backward(grad, *args, False)  # noqa: E731
+        run = lambda: attention.attention_backward(grad, *args, False)  # noqa: E731
     passes = 4 if kind == 'forward' else 7
     options = ATTENTION_OPTIONS[kind]
     return Sweep(f'attention {kind}', name, passes * grad.numel(), options, apply, run)
@@ -146,7 +146,6 @@ def layer_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
 
     def apply(option: tuple) -> None:
         norm.LAUNCH[stage], (norm.PROGRAMS,) = option[:2], option[2:] or (norm.PROGRAMS,)
-        norm._tiling.cache_clear()
 
     x, grad, (weight, bias) = random(B, H, W, C), random(B, H, W, C), torch.rand(2, C)
     half = weight.to(DTYPE), bias.to(DTYPE)
@@ -187,8 +186,11 @@ def sweeps(device: str) -> Iterator[Sweep]:
 def entries(sweep: Sweep) -> dict[str, Callable]:
     """The timed steps of a sweep."""
 
+    from mmhrformer.ops.triton_launch import planned
+
     def step(option: tuple) -> object:
         sweep.apply(option)
+        planned.cache_clear()
         return sweep.run()
 
     steps = {str(option): partial(step, option) for option in sweep.options}

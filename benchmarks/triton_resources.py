@@ -7,9 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
@@ -20,6 +18,7 @@ from mmhrformer.ops import triton_attention as attention
 from mmhrformer.ops import triton_conv as conv
 from mmhrformer.ops import triton_layer_norm as layer_norm
 from mmhrformer.ops import triton_norm as batch_norm
+from mmhrformer.ops.triton_launch import Launch
 
 TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 # Heads, numbers of a head and windows of HRFormer-T, -S and -B; 40 is 39 made a multiple of 8.
@@ -38,49 +37,37 @@ TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 
 def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
-    """Window attention in the shapes of the models: name, kernel, types, constants, options."""
+    """Window attention in the shapes of the models: name, launch, types of tensors."""
     x = TYPES[dtype]
     types = dict(
         qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
         part_pad='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
     )  # fmt: skip
     for heads, head_dim, window in ATTENTION:
-        qkv = torch.empty(1, 1, 1, 3 * heads * head_dim, dtype=dtype, device='meta')
-        arguments = (qkv, qkv, heads, window, False)
-        grid, queries = attention._plan('queries', *arguments)
-        kernels = dict(
-            forward=(attention._forward, attention._plan('forward', *arguments)[1]),
-            queries=(attention._grad_queries, queries | dict(WHOLE=grid[1] == 1)),
-            reduce=(attention._reduce, attention._plan_reduce(queries)[1]),
-        )
-        if grid[1] > 1:
-            kernels['keys'] = (attention._grad_keys, attention._plan('keys', *arguments)[1])
-        for kind, (kernel, keywords) in kernels.items():
-            yield f'{kind} {heads} x {head_dim}, window {window}', kernel, types, keywords
+        shape = 1, 1, 1, 3 * heads * head_dim
+        arguments = 1.0, shape, dtype, heads, window, True, False
+        queries, keys, reduce = attention._plan_backward(*arguments)
+        launches = dict(forward=attention._plan_forward(*arguments), queries=queries, reduce=reduce)
+        if keys:
+            launches['keys'] = keys
+        for kind, launch in launches.items():
+            yield f'{kind} {heads} x {head_dim}, window {window}', launch, types
 
 
 def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     """Depth-wise convolutions with GELU and their gradients, linear layers of folded blocks."""
     x = TYPES[dtype]
     types = dict(x=x, weight=x, bias=x, grad=x, extra=x, out=x, eps='fp32')
-    new = partial(torch.empty, dtype=dtype, device='meta')
-    calls = {}
     for H, W, C in HIDDEN:
-        image, weight, bias = new(64, H, W, C).permute(0, 3, 1, 2), new(C, 1, 3, 3), new(C)
-        name = f'{H} x {W} x {C}'
-        calls[f'depthwise {name}'] = partial(conv._depthwise, image, weight, bias, gelu=True)
-        calls[f'depthwise weight {name}'] = partial(
-            conv._depthwise_weight_grad._init_fn, image, image
-        )
+        shape, name = (64, C, H, W), f'{H} x {W} x {C}'
+        launch = conv._plan_depthwise(shape, (9, 9, 3, 1), 1, False, True, False, True)
+        yield f'depthwise {name}', launch, types
+        launch = conv._plan_depthwise_weight(shape)
+        yield f'depthwise weight {name}', launch, types | dict(out='*fp32')
     for K, N, norm in LINEAR:
-        args = new(64, 3072, K), new(N, K), new(N), True, None if norm else new(64, 3072, N)
-        options = dict(eps=1e-6 if norm else None, channels=CHANNELS.get(K))
-        calls[f'linear {K} to {N}'] = partial(conv._linear, *args, **options)
-    for name, call in calls.items():
-        with mock.patch.object(conv, '_launch') as launch:
-            call()
-        out = dict(out='*fp32') if 'weight' in name else {}
-        yield name, launch.call_args.args[0], types | out, launch.call_args.kwargs
+        flags = CHANNELS.get(K), True, True, not norm, False
+        launch = conv._plan_linear(64 * 3072, N, K, dtype, 1e-6 if norm else None, *flags)
+        yield f'linear {K} to {N}', launch, types
 
 
 def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
@@ -90,17 +77,13 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     types |= dict(x=x, grad=x, out=x, eps='fp32')
     for H, W, C in STREAMS:
         for stage in layer_norm.LAUNCH:
-            keywords = layer_norm._tiling(stage, 64 * H * W, C)[1]
-            kernel = getattr(layer_norm, f'_{stage}')
-            yield f'layer norm {stage} {H} x {W} x {C}', kernel, types, keywords
+            launch = layer_norm._plan(stage, 64 * H * W, C, 1e-6)
+            yield f'layer norm {stage} {H} x {W} x {C}', launch, types
     for H, W, C in HIDDEN:
-        image = torch.empty(64, C, H, W, dtype=dtype, device='meta')
         for stage in batch_norm.LAUNCH:
-            keywords = batch_norm._tiling(stage, image)[2]
-            if stage != 'moments':
-                keywords = keywords | dict(TRAINING=True, GELU=True)
-            kernel = getattr(batch_norm, f'_{stage}')
-            yield f'batch norm {stage} {H} x {W} x {C}', kernel, types, keywords
+            options = () if stage == 'moments' else (1e-5, True, True)
+            launch = batch_norm._plan(stage, 64 * H * W, C, dtype.itemsize, *options)
+            yield f'batch norm {stage} {H} x {W} x {C}', launch, types
 
 
 def dump(file: str, option: str) -> str:
@@ -108,8 +91,9 @@ def dump(file: str, option: str) -> str:
     return subprocess.run([TOOL, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def resources(kernel, types: dict, keywords: dict, capability: int) -> dict:
+def resources(launch: Launch, types: dict, capability: int) -> dict:
     """Compile a kernel, and count the resources of its machine code."""
+    kernel, keywords = launch.kernel, launch.constants
     names = kernel.arg_names
     constants = {name: value for name, value in keywords.items() if name in names}
     options = {name: value for name, value in keywords.items() if name not in names}

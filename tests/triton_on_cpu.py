@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ def let_range_take_numbers() -> None:
     interpreter._patch_lang_tensor = patch_index
 
 
+def plan_anew(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    """Let modules of kernels forget launches: their tables are others now, and in other tests."""
+    for module in modules:
+        monkeypatch.setattr(module, 'planned', cache(module.planned.__wrapped__))
+
+
 def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles on small maps, of few numbers each: the interpreter looks at all of them."""
     from mmhrformer.ops import triton_attention, triton_conv
@@ -40,3 +47,4 @@ def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ('forward', 'queries', 'keys'):
         monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
     monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))
+    plan_anew(monkeypatch, triton_attention, triton_conv)

@@ -224,9 +224,13 @@ class FusedBlock(InferenceOnly):
         return (
             is_plain(attn, FusedWindowAttention)
             and is_plain(ffn, FusedDWConvFFN)
-            and all(is_plain(m, nn.Linear) for m in (attn.qkv, attn.proj))
-            and all(is_plain(m, nn.LayerNorm, PaddedLayerNorm) for m in (self.norm1, self.norm2))
-            and all(is_plain(m, ConvGELU) for m in (ffn.fc1, ffn.dw3x3, ffn.fc2))
+            and is_plain(attn.qkv, nn.Linear)
+            and is_plain(attn.proj, nn.Linear)
+            and is_plain(self.norm1, nn.LayerNorm, PaddedLayerNorm)
+            and is_plain(self.norm2, nn.LayerNorm, PaddedLayerNorm)
+            and is_plain(ffn.fc1, ConvGELU)
+            and is_plain(ffn.dw3x3, ConvGELU)
+            and is_plain(ffn.fc2, ConvGELU)
         )
 
     def forward(self, x: Tensor) -> Tensor:

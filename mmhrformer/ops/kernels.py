@@ -17,7 +17,7 @@ from . import cuda, reference, triton_support
 from .cuda import head_padding
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, in_same_form, needs_grad
-from .triton_support import DTYPES
+from .triton_support import DTYPES, direct
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
@@ -166,10 +166,11 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
     if x.dtype not in LINEAR_DTYPES or not block.is_intact():
         return False
     attn = block.attn
+    weight = attn.qkv.weight
     return (
-        x.dtype == attn.qkv.weight.dtype
+        x.dtype == weight.dtype
         and autocast_dtype(x.device.type) is None
-        and not needs_grad(x, attn.qkv.weight)
+        and not needs_grad(x, weight)
         and attn.window_size <= MAX_WINDOW
         and attn.head_dim <= MAX_HEAD_DIM
     )
@@ -185,17 +186,20 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
     Returns:
         Tensor: Map of the same shape.
     """
-    from .triton_conv import depthwise_gelu, norm_linear
+    from .triton_attention import attention_forward
+    from .triton_conv import depthwise_forward, linear_forward
 
+    # Looking up parts and whether calls are recorded takes as long as launching: once each.
+    attend, linear, depthwise = direct(x, attention_forward, linear_forward, depthwise_forward)
     attn, ffn = block.attn, block.ffn
+    qkv, proj, fc1, dw3x3, fc2 = attn.qkv, attn.proj, ffn.fc1, ffn.dw3x3, ffn.fc2
     (channels,) = block.norm1.normalized_shape  # of which padded maps have more
-    qkv = norm_linear(x, attn.qkv.weight, attn.qkv.bias, False, None, block.norm1.eps, channels)
-    y = map_attention(qkv, attn.pad, attn.table, attn.num_heads, attn.window_size, 1.0)
-    x = norm_linear(y, attn.proj.weight, attn.proj.bias, False, x, None)  # (B, H, W, C)
-    hidden, out = ffn.fc1.weight.flatten(1), ffn.fc2.weight.flatten(1)
-    y = norm_linear(x, hidden, ffn.fc1.bias, True, None, block.norm2.eps, channels)  # (..., 4 C)
-    y = depthwise_gelu(y.permute(0, 3, 1, 2), ffn.dw3x3.weight, ffn.dw3x3.bias)
-    return norm_linear(y.permute(0, 2, 3, 1), out, ffn.fc2.bias, True, x, None)
+    y = linear(x, qkv.weight, qkv.bias, False, None, block.norm1.eps, channels)
+    y = attend(y, attn.pad, attn.table, attn.num_heads, attn.window_size, 1.0, False)
+    x = linear(y, proj.weight, proj.bias, False, x, None)  # (B, H, W, C)
+    y = linear(x, fc1.weight, fc1.bias, True, None, block.norm2.eps, channels)  # (..., 4 C)
+    y = depthwise(y.permute(0, 3, 1, 2), dw3x3.weight, dw3x3.bias, 1, True)
+    return linear(y.permute(0, 2, 3, 1), fc2.weight, fc2.bias, True, x, None)
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -255,7 +259,7 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    with torch.cuda.device_of(x), torch.no_grad():
+    with torch.no_grad():
         statistics = batch_statistics(x, *running, momentum or 0.0, group)
     return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
                    eps=norm.eps, training=True, process_group=group)  # fmt: skip

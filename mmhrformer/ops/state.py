@@ -43,8 +43,7 @@ def is_transformed() -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether there will be a backward pass to one of some tensors."""
-    learned = (tensor is not None and tensor.requires_grad for tensor in tensors)
-    return torch.is_grad_enabled() and any(learned)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -6,14 +6,16 @@ pass but the arguments. Import this only where :func:`mmhrformer.ops.triton_supp
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
-from triton.runtime.interpreter import InterpretedFunction
 
-from .triton_support import refuse_second_derivatives
+from .state import needs_grad
+from .triton_launch import Launch, planned
+from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 from .windows import window_count
 
 # What is set here wins over what launch_options() chooses for a kernel, for measurements.
@@ -333,29 +335,30 @@ def _block(size: int, least: int) -> int:
 
 
 def _plan(
-    kernel: str, qkv: Tensor, table: Tensor | None, heads: int, window: int, pad_mask: bool
-) -> tuple[tuple[int, int], dict]:
-    """The grid of a kernel on maps, and the keywords that it is launched with."""
-    B, H, W, C3 = qkv.shape
+    kernel: str, shape: tuple[int, ...], dtype: torch.dtype, heads: int, window: int,
+    has_bias: bool, pad_mask: bool,
+) -> tuple[tuple[int, int], dict]:  # fmt: skip
+    """The grid of a kernel on maps (B, H, W, 3C), and the keywords that it is launched with."""
+    B, H, W, C3 = shape
     head_dim = C3 // 3 // heads
     block_n, block_d = _block(window**2, least=16), _block(head_dim, least=32)
-    options = launch_options(kernel, block_n, block_d, qkv.dtype)
+    options = launch_options(kernel, block_n, block_d, dtype)
     block, programs = options.pop('block'), options.pop('programs')
     blocks = triton.cdiv(window**2, block)
     windows = B * window_count(H, window) * window_count(W, window)
-    per = torch.sym_max(1, (windows * heads * blocks + programs - 1) // programs)
+    per = max(1, triton.cdiv(windows * heads * blocks, programs))
     keywords = dict(
         HEADS=heads,
         HD=head_dim,
         WIN=window,
-        HAS_BIAS=table is not None,
+        HAS_BIAS=has_bias,
         PAD_MASK=pad_mask,
         BLOCK=block,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        PRECISION='tf32x3' if qkv.dtype == torch.float32 else 'tf32',
+        PRECISION='tf32x3' if dtype == torch.float32 else 'tf32',
     )
-    return ((windows + per - 1) // per * heads, blocks), keywords | options
+    return (triton.cdiv(windows, per) * heads, blocks), keywords | options
 
 
 def _plan_reduce(plan: dict) -> tuple[int, dict]:
@@ -370,109 +373,103 @@ def _plan_reduce(plan: dict) -> tuple[int, dict]:
     return triton.cdiv(numbers, block) + triton.cdiv(sums, block_n), keywords | options
 
 
-def _operator(name: str):
-    """Registration as an operator; the interpreter's kernels cannot be traced into."""
-    interpreted = isinstance(_forward, InterpretedFunction)
-    register = torch.library.custom_op if interpreted else torch.library.triton_op
-    return register(f'mmhrformer::{name}', mutates_args=())
+def _plan_forward(scale: float, shape: tuple[int, ...], *options) -> Launch:
+    """The launch of the forward pass; the options are those of :func:`_plan`."""
+    grid, keywords = _plan('forward', shape, *options)
+    return Launch(_forward, grid, *shape[:3], scale, **keywords)
 
 
-@_operator('window_attention')
-def _window_attention(
-    qkv: Tensor,
-    pad: Tensor,
-    table: Tensor | None,
-    heads: int,
-    window: int,
-    scale: float,
+def _plan_backward(
+    scale: float, shape: tuple[int, ...], *options
+) -> tuple[Launch, Launch | None, Launch | None]:
+    """The launches for queries, for keys where it is another one, and for the sums if any."""
+    grid, keywords = _plan('queries', shape, *options)
+    sizes, whole, keys = (*shape[:3], scale), grid[1] == 1, None
+    queries = Launch(_grad_queries, grid, *sizes, WHOLE=whole, **keywords)
+    chunks = rows = grid[0] // keywords['HEADS']
+    if not whole:
+        grid, keywords_keys = _plan('keys', shape, *options)
+        keys = Launch(_grad_keys, grid, *sizes, **keywords_keys)
+        rows = grid[0] // keywords['HEADS'] * grid[1]
+    programs, keywords = _plan_reduce(keywords)
+    reduce = Launch(_reduce, (programs,), chunks, rows, **keywords) if programs else None
+    return queries, keys, reduce
+
+
+ARGUMENTS = (
+    'Tensor qkv, Tensor pad, Tensor? table, int heads, int window, float scale, bool pad_mask'
+)
+
+
+@thin_operator(
+    f'window_attention({ARGUMENTS}) -> Tensor',
+    lambda qkv, *_: qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3),
+)
+def attention_forward(
+    qkv: Tensor, pad: Tensor, table: Tensor | None, heads: int, window: int, scale: float,
     pad_mask: bool,
-) -> Tensor:
-    qkv, pad = qkv.contiguous(), pad.to(qkv.dtype).contiguous()
-    B, H, W, C3 = qkv.shape
-    out = qkv.new_empty(B, H, W, C3 // 3)
-    grid, keywords = _plan('forward', qkv, table, heads, window, pad_mask)
-    table = pad if table is None else table.contiguous()
-    with torch.cuda.device_of(qkv):
-        wrap_triton(_forward)[grid](qkv, pad, table, out, B, H, W, scale, **keywords)
+) -> Tensor:  # fmt: skip
+    """Attention without gradients, see :func:`window_attention`."""
+    qkv, pad, shape = qkv.contiguous(), pad.to(qkv.dtype).contiguous(), qkv.shape
+    out = qkv.new_empty((*shape[:3], shape[3] // 3))
+    options = qkv.dtype, heads, window, table is not None, pad_mask
+    launch = planned(_plan_forward, scale, shape, *options)
+    launch(qkv, pad, pad if table is None else table.contiguous(), out)
     return out
-
-
-@_window_attention.register_fake
-def _(qkv, pad, table, heads, window, scale, pad_mask):
-    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
-
-
-@_operator('window_attention_backward')
-def _window_attention_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    pad: Tensor,
-    table: Tensor | None,
-    heads: int,
-    window: int,
-    scale: float,
-    pad_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad, qkv = grad.contiguous(), qkv.contiguous()
-    B, H, W, C3 = qkv.shape
-    arguments = (qkv, table, heads, window, pad_mask)
-    grid, keywords = _plan('queries', *arguments)
-    grid_keys, keywords_keys = _plan('keys', *arguments)
-    whole = grid[1] == 1
-    chunks = grid[0] // heads
-    rows = chunks if whole else grid_keys[0] // heads * grid_keys[1]
-    empty = lambda *size: qkv.new_empty(size, dtype=torch.float32)  # noqa: E731
-    part_bias = empty(1) if table is None else empty(chunks, heads, window**2, window**2)
-    part_pad = empty(1) if pad_mask else empty(rows, 2, C3 // 3)
-    stats = empty(1) if whole else empty(heads, 2, B, H, W)
-    grads = grad_qkv, grad_pad, grad_table = _empty_grads(qkv, pad, table)
-    pad = pad.to(qkv.dtype).contiguous()
-    sources = (qkv, pad, pad if table is None else table.contiguous())
-    sizes = (B, H, W, scale)
-    with torch.cuda.device_of(qkv):
-        wrap_triton(_grad_queries)[grid](
-            *sources, grad, grad_qkv, part_bias, part_pad, stats, *sizes, WHOLE=whole, **keywords
-        )
-        if not whole:
-            wrap_triton(_grad_keys)[grid_keys](
-                *sources, grad, grad_qkv, part_pad, stats, *sizes, **keywords_keys
-            )
-        programs, keywords = _plan_reduce(keywords)
-        if programs:
-            wrap_triton(_reduce)[(programs,)](
-                part_bias, part_pad, grad_table, grad_pad, chunks, rows, **keywords
-            )
-    return grads
 
 
 def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for gradients; zeros for pad, as queries of padded tokens are of no use."""
     table = pad.new_empty(0) if table is None else table
-    return (
-        qkv.new_empty(qkv.shape),
-        pad.new_zeros(pad.shape),
-        table.new_empty(table.shape),
-    )
+    return qkv.new_empty(qkv.shape), pad.new_zeros(pad.shape), table.new_empty(table.shape)
 
 
-@_window_attention_backward.register_fake
-def _(grad, qkv, pad, table, heads, window, scale, pad_mask):
-    return _empty_grads(qkv, pad, table)
+@thin_operator(
+    f'window_attention_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)',
+    lambda grad, qkv, pad, table, *_: _empty_grads(qkv, pad, table),
+)
+def attention_backward(
+    grad: Tensor, qkv: Tensor, pad: Tensor, table: Tensor | None, heads: int, window: int,
+    scale: float, pad_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, pad and table; the last one is empty without a table."""
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    options = qkv.dtype, heads, window, table is not None, pad_mask
+    queries, keys, reduce = planned(_plan_backward, scale, qkv.shape, *options)
+    chunks, rows = reduce.numbers if reduce else (1, 1)
+    B, H, W, C3 = qkv.shape
+    empty = partial(qkv.new_empty, dtype=torch.float32)
+    part_bias = empty(1) if table is None else empty(chunks, heads, window**2, window**2)
+    part_pad = empty(1) if pad_mask else empty(rows, 2, C3 // 3)
+    stats = empty(heads, 2, B, H, W) if keys else empty(1)
+    grads = grad_qkv, grad_pad, grad_table = _empty_grads(qkv, pad, table)
+    pad = pad.to(qkv.dtype).contiguous()
+    sources = (qkv, pad, pad if table is None else table.contiguous())
+    queries(*sources, grad, grad_qkv, part_bias, part_pad, stats)
+    if keys:
+        keys(*sources, grad, grad_qkv, part_pad, stats)
+    if reduce:
+        reduce(part_bias, part_pad, grad_table, grad_pad)
+    return grads
 
 
-def _save(ctx, inputs, output):
-    qkv, pad, table, *ctx.options = inputs
-    ctx.save_for_backward(qkv, pad, table)
+class WindowAttention(torch.autograd.Function):
+    """See :func:`window_attention`."""
 
+    @staticmethod
+    def forward(ctx, qkv: Tensor, pad: Tensor, table: Tensor | None, *options) -> Tensor:
+        """Keep the tensors alone."""
+        ctx.save_for_backward(qkv, pad, table)
+        ctx.options = options
+        return attention_forward(qkv, pad, table, *options)
 
-def _differentiate(ctx, grad):
-    refuse_second_derivatives('window_attention')
-    qkv, pad, table = ctx.saved_tensors
-    grads = _window_attention_backward(grad, qkv, pad, table, *ctx.options)
-    return *grads[:2], None if table is None else grads[2], None, None, None, None
-
-
-_window_attention.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors."""
+        refuse_second_derivatives('window_attention')
+        qkv, pad, table = ctx.saved_tensors
+        grads = attention_backward(grad, qkv, pad, table, *ctx.options)
+        return *grads[:2], None if table is None else grads[2], None, None, None, None
 
 
 def window_attention(
@@ -519,7 +516,8 @@ def window_attention(
         torch.Size([2, 8, 6, 32])
     """
     _check(qkv, pad, table, num_heads, window)
-    return _window_attention(qkv, pad, table, num_heads, window, scale, pad_mask)
+    run = WindowAttention.apply if needs_grad(qkv, pad, table) else attention_forward
+    return run(qkv, pad, table, num_heads, window, scale, pad_mask)
 
 
 def _check(qkv: Tensor, pad: Tensor, table: Tensor | None, num_heads: int, window: int) -> None:
@@ -528,7 +526,7 @@ def _check(qkv: Tensor, pad: Tensor, table: Tensor | None, num_heads: int, windo
         raise ValueError(
             f'qkv has shape {tuple(qkv.shape)}: give a map (B, H, W, 3 * {num_heads} * head_dim)'
         )
-    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if qkv.dtype not in DTYPES:
         raise ValueError(f'qkv is {qkv.dtype}: give float32, float16 or bfloat16')
     if pad.shape != (C3,):
         raise ValueError(f'pad has shape {tuple(pad.shape)}: give one number a channel, ({C3},)')

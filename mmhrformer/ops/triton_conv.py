@@ -7,16 +7,15 @@ this only where Triton can run: it registers the operators ``mmhrformer::depthwi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
-from triton.runtime.interpreter import InterpretedFunction
 
+from .state import needs_grad
+from .triton_launch import Launch, planned
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 
@@ -352,30 +351,68 @@ def _linear_kernel(
 # ---------------------------------------------------------------------------- launches
 
 
-def _launch(kernel, programs: int, x: Tensor, *args, **options) -> None:
-    """Run a kernel on the device of its first argument."""
-    if programs:
-        with torch.cuda.device_of(x):
-            wrap_triton(kernel)[(programs,)](x, *args, **options)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """A map (B, C, H, W) as contiguous (B, H, W, C); nothing is copied if it is channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _empty_map(x: Tensor, stride: int) -> Tensor:
-    """Memory (B, H', W', C) for the result of a convolution of x (B, C, H, W)."""
-    B, C, H, W = x.shape
-    return x.new_empty(B, -(-H // stride), -(-W // stride), C)
-
-
 def _tiling(B: int, H: int, W: int, C: int) -> tuple[DepthwiseTile, int, int, int]:
     """Find the tile for a map, the channels of a block, and the numbers of tiles and blocks."""
     tile = next(tile for width, tile in DEPTHWISE_TILES.items() if width >= W)
     block = min(tile.channels, triton.next_power_of_2(C))
     tiles = B * triton.cdiv(H, tile.rows) * triton.cdiv(W, tile.cols)
     return tile, block, tiles, triton.cdiv(C, block)
+
+
+def _plan_depthwise(
+    shape: tuple[int, ...], strides: tuple[int, ...], stride: int, flip: bool,
+    has_bias: bool, has_grad: bool, gelu: bool,
+) -> Launch:  # fmt: skip
+    """The launch for a map (B, C, H, W) and a weight of given strides."""
+    B, C, H, W = shape
+    OH, OW = triton.cdiv(H, stride), triton.cdiv(W, stride)
+    tile, block, tiles, blocks = _tiling(B, OH, OW, C)
+    return Launch(
+        _depthwise_kernel, (tiles * blocks,), H, W, OH, OW,
+        C=C, W_C=strides[0], W_TAP=strides[3], STRIDE=stride, FLIP=flip,
+        HAS_BIAS=has_bias, HAS_GRAD=has_grad, GELU=gelu,
+        ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, AHEAD=tile.ahead,
+        STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _plan_depthwise_weight(shape: tuple[int, ...]) -> Launch:
+    """The launch for the gradients of a weight by those of a map (B, C, H, W)."""
+    B, C, H, W = shape
+    tile, block, tiles, blocks = _tiling(B, H, W, C)
+    return Launch(
+        _depthwise_weight_kernel, (tiles * blocks,), H, W,
+        C=C, ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _plan_linear(
+    M: int, N: int, K: int, dtype: torch.dtype, eps: float | None, channels: int | None,
+    gelu: bool, has_bias: bool, has_residual: bool, has_grad: bool,
+) -> Launch:  # fmt: skip
+    """The launch for M rows of K numbers and a weight (N, K)."""
+    tile = linear_tile(N, K)
+    block_n, block_k = (max(16, triton.next_power_of_2(n)) for n in (N, K))
+    block_n = min(tile.n, block_n)
+    return Launch(
+        _linear_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, block_n),), M, eps or 0.0,
+        N=N, K=K, NORM=eps is not None, CHANNELS=channels or K,
+        HAS_BIAS=has_bias, HAS_RESIDUAL=has_residual, HAS_GRAD=has_grad, GELU=gelu,
+        PRECISION='tf32x3' if dtype == torch.float32 else 'tf32',
+        BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=min(tile.k * 2 // dtype.itemsize, block_k),
+        GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A map that is channels-last in memory; nothing is copied if it is already."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_map(x: Tensor, stride: int) -> Tensor:
+    """Memory for the result of a convolution of x (B, C, H, W), channels-last."""
+    B, C, H, W = x.shape
+    return x.new_empty(B, -(-H // stride), -(-W // stride), C).permute(0, 3, 1, 2)
 
 
 def _depthwise(
@@ -388,21 +425,17 @@ def _depthwise(
     flip: bool = False,
 ) -> Tensor:
     """Launch the depth-wise kernel; maps (B, C, H, W), channels-last in memory."""
-    out = _empty_map(x, stride)
-    (_, C, H, W), (B, OH, OW, _) = x.shape, out.shape
     x = _channels_last(x)
-    if weight.stride(2) != 3 * weight.stride(3):
+    out = torch.empty_like(x) if stride == 1 else _empty_map(x, stride)
+    strides = weight.stride()
+    if strides[2] != 3 * strides[3]:
         weight = weight.contiguous()
-    tile, block, tiles, blocks = _tiling(B, OH, OW, C)
-    _launch(
-        _depthwise_kernel, tiles * blocks, x, weight, x if bias is None else bias,
-        x if grad is None else _channels_last(grad), out, H, W, OH, OW,
-        C=C, W_C=weight.stride(0), W_TAP=weight.stride(3), STRIDE=stride, FLIP=flip,
-        HAS_BIAS=bias is not None, HAS_GRAD=grad is not None, GELU=gelu,
-        ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, AHEAD=tile.ahead,
-        STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
+        strides = weight.stride()
+    flags = flip, bias is not None, grad is not None, gelu
+    planned(_plan_depthwise, x.shape, strides, stride, *flags)(
+        x, weight, x if bias is None else bias, x if grad is None else _channels_last(grad), out
+    )
+    return out
 
 
 def _linear(
@@ -415,54 +448,40 @@ def _linear(
     eps: float | None = None,
     channels: int | None = None,
 ) -> Tensor:
-    """Launch the linear kernel; x (..., K), residual and grad (..., N).
+    """Launch the linear kernel; x (..., K), weight (N, K, ...), residual and grad (..., N).
 
     With ``eps`` the rows of x are normalized first, all of them or ``channels`` before zeros.
     """
     x, weight = x.contiguous(), weight.contiguous()
-    N, K = weight.shape
-    M = x.numel() // K
-    out = x.new_empty(*x.shape[:-1], N)
+    N = weight.shape[0]
+    *rows, K = x.shape
+    out = x.new_empty((*rows, N))
     extra = grad if residual is None else residual
-    tile = linear_tile(N, K)
-    block_n, block_k = (max(16, triton.next_power_of_2(n)) for n in (N, K))
-    _launch(
-        _linear_kernel, triton.cdiv(M, tile.m) * triton.cdiv(N, min(tile.n, block_n)),
-        x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out, M,
-        eps or 0.0, N=N, K=K, NORM=eps is not None, CHANNELS=channels or K,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        HAS_GRAD=grad is not None, GELU=gelu,
-        PRECISION='tf32x3' if x.dtype == torch.float32 else 'tf32',
-        BLOCK_M=tile.m, BLOCK_N=min(tile.n, block_n),
-        BLOCK_K=min(tile.k * 2 // x.element_size(), block_k), GROUP=tile.group,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    flags = gelu, bias is not None, residual is not None, grad is not None
+    planned(_plan_linear, x.numel() // K, N, K, x.dtype, eps, channels, *flags)(
+        x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out
+    )
     return out
 
 
 # ---------------------------------------------------------------------------- operators
 
 
-def _operator(name: str) -> Callable[[Callable], Callable]:
-    """Registration as an operator; the interpreter's kernels cannot be traced into."""
-    interpreted = isinstance(_depthwise_kernel, InterpretedFunction)
-    register = torch.library.custom_op if interpreted else torch.library.triton_op
-    return register(f'mmhrformer::{name}', mutates_args=())
-
-
-@_operator('depthwise_gelu')
-def _depthwise_gelu(
+@thin_operator(
+    'depthwise_gelu(Tensor x, Tensor weight, Tensor? bias, int stride, bool gelu) -> Tensor',
+    lambda x, weight, bias, stride, gelu: _empty_map(x, stride),
+)
+def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
 ) -> Tensor:
+    """:func:`depthwise_gelu` without gradients and checks."""
     return _depthwise(x, weight, bias, stride=stride, gelu=gelu)
 
 
-@_depthwise_gelu.register_fake
-def _(x, weight, bias, stride, gelu):
-    return _empty_map(x, stride).permute(0, 3, 1, 2)
-
-
-@_operator('depthwise_gelu_grad')
+@thin_operator(
+    'depthwise_gelu_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int stride) -> Tensor',
+    lambda grad, x, weight, bias, stride: _empty_map(x, stride),
+)
 def _depthwise_gelu_grad(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 ) -> Tensor:
@@ -470,68 +489,34 @@ def _depthwise_gelu_grad(
     return _depthwise(x, weight, bias, grad, stride=stride)
 
 
-@_depthwise_gelu_grad.register_fake
-def _(grad, x, weight, bias, stride):
-    return _empty_map(x, stride).permute(0, 3, 1, 2)
-
-
-@_operator('depthwise_input_grad')
+@thin_operator(
+    'depthwise_input_grad(Tensor grad, Tensor weight) -> Tensor',
+    lambda grad, weight: _empty_map(grad, 1),
+)
 def _depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return _depthwise(grad, weight, flip=True)
 
 
-@_depthwise_input_grad.register_fake
-def _(grad, weight):
-    return _empty_map(grad, 1).permute(0, 3, 1, 2)
-
-
-@_operator('depthwise_weight_grad')
+@thin_operator(
+    'depthwise_weight_grad(Tensor grad, Tensor x) -> Tensor',
+    lambda grad, x: x.new_empty(10, x.shape[1], dtype=torch.float32),
+)
 def _depthwise_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradients (10, C) of the nine taps and the bias, in float32."""
-    B, C, H, W = x.shape
-    tile, block, tiles, blocks = _tiling(B, H, W, C)
+    launch = planned(_plan_depthwise_weight, x.shape)
+    C, tile = x.shape[1], launch.constants
+    tiles = launch.grid[0] // triton.cdiv(C, tile['BLOCK_C'])
     sums = x.new_empty(tiles, 10, C, dtype=torch.float32)
-    _launch(
-        _depthwise_weight_kernel, tiles * blocks, _channels_last(x), _channels_last(grad), sums,
-        H, W, C=C, ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, num_warps=tile.warps,
-    )  # fmt: skip
+    launch(_channels_last(x), _channels_last(grad), sums)
     return sums.sum(0)
 
 
-@_depthwise_weight_grad.register_fake
-def _(grad, x):
-    return x.new_empty(10, x.shape[1], dtype=torch.float32)
-
-
-@_operator('linear_gelu')
-def _linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
-) -> Tensor:
-    return _linear(x, weight, bias, gelu, residual)
-
-
-@_linear_gelu.register_fake
-def _(x, weight, bias, gelu, residual):
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-@_operator('linear_gelu_grad')
-def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Gradient of what the GELU gets, which is computed again."""
-    return _linear(x, weight, bias, gelu=True, grad=grad)
-
-
-@_linear_gelu_grad.register_fake
-def _(grad, x, weight, bias):
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
 @thin_operator(
-    'norm_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, float? eps, '
+    'linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, float? eps, '
     'int? channels=None) -> Tensor',
     lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)),
 )
-def norm_linear(
+def linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -540,66 +525,90 @@ def norm_linear(
     eps: float | None,
     channels: int | None = None,
 ) -> Tensor:
-    """:func:`linear_gelu` of rows (..., K) that are normalized first, without gradients.
+    """:func:`linear_gelu` without gradients and checks, of rows that are normalized first.
 
-    If ``eps`` is None they are not. The scale and shift of the normalization are in the weight.
+    If ``eps`` is None they are not. The scale and shift of the normalization are in the weight,
+    which may be that of a 1x1 convolution.
     Rows of fewer ``channels`` than K must end with zeros, which stay zeros and do not count.
     """
     return _linear(x, weight, bias, gelu, residual, eps=eps, channels=channels)
 
 
+@thin_operator(
+    'linear_gelu_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> Tensor',
+    lambda grad, x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
+)
+def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Gradient of what the GELU gets, which is computed again."""
+    return _linear(x, weight, bias, gelu=True, grad=grad)
+
+
 # ---------------------------------------------------------------------------- gradients
 
 
-def _keep_depthwise(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.stride, ctx.gelu = inputs
-    ctx.save_for_backward(x, weight, bias)
+class DepthwiseGELU(torch.autograd.Function):
+    """See :func:`depthwise_gelu`."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
+    ) -> Tensor:
+        """Keep the tensors alone."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.stride, ctx.gelu = stride, gelu
+        return depthwise_forward(x, weight, bias, stride, gelu)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors."""
+        x, weight, bias = ctx.saved_tensors
+        if ctx.gelu or ctx.stride == 1:
+            refuse_second_derivatives('depthwise_gelu')
+        if ctx.gelu:
+            grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
+        wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+        if ctx.stride == 2:  # only between branches
+            C, weight = len(weight), weight.to(x.dtype)
+            options = ([2, 2], [1, 1], [1, 1], False, [0, 0], C)
+            grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
+            return *grads, None, None
+        grad_x = grad_weight = grad_bias = None
+        if wanted[0]:
+            grad_x = _depthwise_input_grad(grad, weight)
+        if wanted[1] or wanted[2]:
+            sums = _depthwise_weight_grad(grad, x)
+            grad_weight = sums[:9].T.reshape(weight.shape).to(weight.dtype)
+            grad_bias = sums[9].to(bias.dtype) if wanted[2] else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def _depthwise_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    if ctx.gelu or ctx.stride == 1:
-        refuse_second_derivatives('depthwise_gelu')
-    if ctx.gelu:
-        grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
-    wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
-    if ctx.stride == 2:  # only between branches
-        C, weight = len(weight), weight.to(x.dtype)
-        options = ([2, 2], [1, 1], [1, 1], False, [0, 0], C)
-        grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
-        return *grads, None, None
-    grad_x = grad_weight = grad_bias = None
-    if wanted[0]:
-        grad_x = _depthwise_input_grad(grad, weight)
-    if wanted[1] or wanted[2]:
-        sums = _depthwise_weight_grad(grad, x)
-        grad_weight = sums[:9].T.reshape(weight.shape).to(weight.dtype)
-        grad_bias = sums[9].to(bias.dtype) if wanted[2] else None
-    return grad_x, grad_weight, grad_bias, None, None
+class LinearGELU(torch.autograd.Function):
+    """See :func:`linear_gelu`."""
 
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
+    ) -> Tensor:
+        """Keep the rows and the parameters."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.gelu = gelu
+        return linear_forward(x, weight, bias, gelu, residual, None)
 
-def _keep_linear(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.gelu, _ = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    if ctx.gelu:
-        refuse_second_derivatives('linear_gelu')
-    inner = _linear_gelu_grad(grad, x, weight, bias) if ctx.gelu else grad
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = inner @ weight
-    if ctx.needs_input_grad[1]:
-        grad_weight = inner.reshape(-1, len(weight)).T @ x.reshape(-1, x.shape[-1])
-    if ctx.needs_input_grad[2]:
-        grad_bias = inner.reshape(-1, len(weight)).sum(0)
-    return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
-
-
-_depthwise_gelu.register_autograd(_depthwise_backward, setup_context=_keep_depthwise)
-_linear_gelu.register_autograd(_linear_backward, setup_context=_keep_linear)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors."""
+        x, weight, bias = ctx.saved_tensors
+        if ctx.gelu:
+            refuse_second_derivatives('linear_gelu')
+        inner = _linear_gelu_grad(grad, x, weight, bias) if ctx.gelu else grad
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = inner @ weight
+        if ctx.needs_input_grad[1]:
+            grad_weight = inner.reshape(-1, len(weight)).T @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = inner.reshape(-1, len(weight)).sum(0)
+        return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
 
 
 # ---------------------------------------------------------------------------- functions
@@ -641,7 +650,8 @@ def depthwise_gelu(
     _check(x, weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
     if stride not in (1, 2):
         raise ValueError(f'stride is {stride}: the kernel knows 1 and 2')
-    return _depthwise_gelu(x, weight, bias, stride, gelu)
+    run = DepthwiseGELU.apply if needs_grad(x, weight, bias) else depthwise_forward
+    return run(x, weight, bias, stride, gelu)
 
 
 def linear_gelu(
@@ -672,4 +682,6 @@ def linear_gelu(
     _check(x, weight=(weight, (N, x.shape[-1])), bias=(bias, (N,)), residual=(residual, (*rows, N)))
     if weight.dtype != x.dtype:
         raise ValueError(f'weight has data type {weight.dtype}: convert it to {x.dtype} as x')
-    return _linear_gelu(x, weight, bias, gelu, residual)
+    if needs_grad(x, weight, bias, residual):
+        return LinearGELU.apply(x, weight, bias, gelu, residual)
+    return linear_forward(x, weight, bias, gelu, residual, None)

@@ -9,14 +9,13 @@ same bits each time.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
+from .triton_launch import Launch, planned
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 __all__ = ['MAX_CHANNELS', 'layer_norm']
@@ -161,7 +160,6 @@ def _backward(
             tl.store(parts + C + i * WIDTH, tl.sum(sum_b[i], 0), mask=in_c)
 
 
-@cache  # it takes a CPU as long as the launch
 def _tiling(name: str, rows: int, C: int) -> tuple[int, dict[str, int]]:
     """Programs and constants of a kernel over a matrix."""
     elements, warps = LAUNCH[name]
@@ -177,6 +175,13 @@ def _tiling(name: str, rows: int, C: int) -> tuple[int, dict[str, int]]:
     return programs, constants
 
 
+def _plan(name: str, rows: int, C: int, eps: float) -> Launch:
+    """The launch of a kernel over a matrix."""
+    programs, constants = _tiling(name, rows, C)
+    kernel = dict(forward=_forward, backward=_backward)[name]
+    return Launch(kernel, (programs,), eps, rows, **constants)
+
+
 @thin_operator(
     'layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor',
     lambda x, weight, bias, eps, dtype: torch.empty_like(x, dtype=dtype),
@@ -185,10 +190,8 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """The normalized rows of a contiguous tensor."""
-    out = torch.empty_like(x, dtype=dtype)
-    rows = x.numel() // x.shape[-1]
-    programs, constants = _tiling('forward', rows, x.shape[-1])
-    _forward[(programs,)](x, weight, bias, out, eps, rows, **constants)
+    out, C = torch.empty_like(x, dtype=dtype), x.shape[-1]
+    planned(_plan, 'forward', x.numel() // C, C, eps)(x, weight, bias, out)
     return out
 
 
@@ -205,11 +208,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the rows, and those of weight and bias, (2, C), or (0, C) if not asked for."""
     out, C = torch.empty_like(x), x.shape[-1]
-    programs, constants = _tiling('backward', x.numel() // C, C)
-    parts = x.new_empty((programs, 2 * of_parameters, C), dtype=torch.float32)
-    _backward[(programs,)](
-        grad, x, weight, out, parts if of_parameters else None, eps, x.numel() // C, **constants
-    )
+    launch = planned(_plan, 'backward', x.numel() // C, C, eps)
+    parts = x.new_empty((launch.grid[0], 2 * of_parameters, C), dtype=torch.float32)
+    launch(grad, x, weight, out, parts if of_parameters else None)
     return out, parts.sum(0)
 
 
@@ -277,7 +278,5 @@ def layer_norm(
             'torch.nn.functional.layer_norm, which is fast on long rows'
         )
     x = x.contiguous()
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if needs_grad(x, weight, bias):
-            return LayerNorm.apply(x, weight, bias, eps, dtype)
-        return forward(x, weight, bias, eps, dtype)
+    run = LayerNorm.apply if needs_grad(x, weight, bias) else forward
+    return run(x, weight, bias, eps, dtype)

@@ -13,7 +13,6 @@ can be combined without loss, as those of programs and of processes are.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_launch import Launch, planned
 from .triton_support import refuse_second_derivatives, thin_operator
 
 __all__ = ['batch_statistics', 'normalize_gelu']
@@ -243,20 +243,15 @@ def _input_gradient(
         tl.store(out + here, g.to(out.dtype.element_ty), mask=mask)
 
 
-def _tiling(name: str, x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, rows and constants of a kernel over a map."""
-    return _tile(x.numel() // x.shape[1], x.shape[1], x.element_size(), *LAUNCH[name])
-
-
-@cache  # it takes a CPU as long as the launch
-def _tile(rows: int, C: int, size: int, elements: int, programs: int, num_warps: int) -> tuple:
-    """Lay tiles over a matrix of elements of a size.
+def _tiling(name: str, rows: int, C: int, size: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Grid, rows and constants of a kernel over a matrix of elements of a size.
 
     Rows that are no multiple of 16 bytes, of 78 channels for example, are joined to such that are,
     if the map has a multiple of as many: a thread then loads 16 bytes instead of 4 at once.
     """
     fold = math.gcd(16 // math.gcd(C * size, 16), rows)
     rows, cols = rows // fold, fold * C
+    elements, programs, num_warps = LAUNCH[name]
     block_c = min(COLUMNS, key=lambda block: max(-cols % block, cols // 16))
     block_r = elements // block_c
     blocks = triton.cdiv(cols, block_c)
@@ -264,6 +259,38 @@ def _tile(rows: int, C: int, size: int, elements: int, programs: int, num_warps:
     tiles = triton.next_power_of_2(triton.cdiv(chunks * blocks, programs))
     constants = dict(C=C, COLS=cols, BLOCK_R=block_r, BLOCK_C=block_c, TILES=tiles)
     return (blocks, triton.cdiv(chunks, tiles)), rows, dict(constants, num_warps=num_warps)
+
+
+KERNELS = dict(normalize=_normalize, gradient_sums=_gradient_sums, input_gradient=_input_gradient)
+
+
+def _plan(name: str, rows: int, C: int, size: int, *options) -> Launch:
+    """The launch of a kernel over a matrix of elements of a size."""
+    grid, rows, constants = _tiling(name, rows, C, size)
+    if not options:
+        return Launch(_moments, grid, rows, **constants)
+    eps, training, gelu = options
+    return Launch(KERNELS[name], grid, eps, rows, TRAINING=training, GELU=gelu, **constants)
+
+
+def _launch(name: str, x: Tensor, *options) -> Launch:
+    """The launch of a kernel over a map; the options are eps, training and gelu."""
+    return planned(_plan, name, x.numel() // x.shape[1], x.shape[1], x.element_size(), *options)
+
+
+def _empty_parts(launch: Launch, x: Tensor, numbers: int) -> Tensor:
+    """Memory (parts, numbers, C) for sums over the rows of each program."""
+    C = x.shape[1]
+    parts = launch.grid[1] * launch.constants['COLS'] // C
+    return x.new_empty((parts, numbers, C), dtype=torch.float32)
+
+
+def _plan_combine(parts: int, C: int, momentum: float, update: bool) -> Launch:
+    """The launch that combines moments."""
+    block_p, block_c, warps = COMBINE
+    tiles = triton.next_power_of_2(triton.cdiv(parts, block_p))  # else a kernel for each number
+    constants = dict(BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles, UPDATE=update, num_warps=warps)
+    return Launch(_combine, (triton.cdiv(C, block_c),), momentum, parts, C, **constants)
 
 
 def combine_moments(
@@ -280,15 +307,10 @@ def combine_moments(
     Returns:
         Tensor: Moments of shape (3, C).
     """
-    block_p, block_c, warps = COMBINE
     P, _, C = parts.shape
     out = parts.new_empty(3, C)
-    tiles = 1 << (-(-P // block_p) - 1).bit_length()  # a power of 2: else a kernel for each number
-    _combine[(-(-C // block_c),)](
-        parts, out, running_mean, running_var, momentum, P, C,
-        BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles, UPDATE=running_mean is not None,
-        num_warps=warps,
-    )  # fmt: skip
+    launch = planned(_plan_combine, P, C, momentum, running_mean is not None)
+    launch(parts, out, running_mean, running_var)
     return out
 
 
@@ -301,10 +323,9 @@ def moments(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> Tensor:
     """Moments (3, C) of a channels-last map, see :func:`combine_moments`."""
-    grid, rows, constants = _tiling('moments', x)
-    C = x.shape[1]
-    parts = x.new_empty((grid[1] * constants['COLS'] // C, 3, C), dtype=torch.float32)
-    _moments[grid](x, parts, rows, **constants)
+    launch = _launch('moments', x)
+    parts = _empty_parts(launch, x, 3)
+    launch(x, parts)
     return combine_moments(parts, running_mean, running_var, momentum)
 
 
@@ -320,9 +341,8 @@ OPTIONS = 'float eps, bool training, bool gelu'
 def normalize(x: Tensor, *args) -> Tensor:
     """The normalized map, with GELU."""
     *statistics, eps, training, gelu = args
-    grid, rows, constants = _tiling('normalize', x)
     out = torch.empty_like(x)
-    _normalize[grid](x, *statistics, out, eps, rows, TRAINING=training, GELU=gelu, **constants)
+    _launch('normalize', x, eps, training, gelu)(x, *statistics, out)
     return out
 
 
@@ -333,12 +353,9 @@ def normalize(x: Tensor, *args) -> Tensor:
 def gradient_sums(grad: Tensor, x: Tensor, *args) -> Tensor:
     """Gradients of bias and weight, of shape (2, C)."""
     *statistics, eps, training, gelu = args
-    grid, rows, constants = _tiling('gradient_sums', x)
-    C = x.shape[1]
-    parts = x.new_empty((grid[1] * constants['COLS'] // C, 2, C), dtype=torch.float32)
-    _gradient_sums[grid](
-        grad, x, *statistics, parts, eps, rows, TRAINING=training, GELU=gelu, **constants
-    )
+    launch = _launch('gradient_sums', x, eps, training, gelu)
+    parts = _empty_parts(launch, x, 2)
+    launch(grad, x, *statistics, parts)
     return parts.sum(0)
 
 
@@ -350,11 +367,8 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> Tensor:
 def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
     """Gradient of the map; the sums are those of :func:`gradient_sums` over all processes."""
     *statistics, sums, eps, training, gelu = args
-    grid, rows, constants = _tiling('input_gradient', x)
     out = torch.empty_like(x)
-    _input_gradient[grid](
-        grad, x, *statistics, sums, out, eps, rows, TRAINING=training, GELU=gelu, **constants
-    )
+    _launch('input_gradient', x, eps, training, gelu)(grad, x, *statistics, sums, out)
     return out
 
 

@@ -106,7 +106,7 @@ def test_kernels_of_folded_blocks(tool):
         folded = fuse_for_inference(HRFormer(arch=MICRO))
     counted = tool.count(folded, (1, 3, 64, 64), 'infer', 'kernels')
     plain = tool.count(folded, (1, 3, 64, 64), 'infer', 'cuda')
-    assert counted.kernels['norm_linear'] == 4 * BLOCKS
+    assert counted.kernels['linear_gelu'] == 4 * BLOCKS
     assert counted.kernels['window_attention'] == BLOCKS
     assert counted.kernels['depthwise_gelu'] >= BLOCKS
     assert counted.bytes.total() < plain.bytes.total()

@@ -130,12 +130,11 @@ def test_memory_formats_do_not_matter(triton_attention):
 
 
 def test_it_is_an_ordinary_operator(triton_attention):
-    tensors, options = inputs(CASES[1])
-    torch.library.opcheck(torch.ops.mmhrformer.window_attention, (*tensors, *options))
-    tensors, options = inputs(CASES[2])
-    torch.library.opcheck(torch.ops.mmhrformer.window_attention, (*tensors, *options))
+    for case in CASES[1:3]:
+        tensors, options = inputs(case)
+        values = [None if tensor is None else tensor.detach() for tensor in tensors]
+        torch.library.opcheck(torch.ops.mmhrformer.window_attention, (*values, *options))
     grad = torch.randn(1, 9, 5, 16, device=DEVICE)
-    values = [tensor.detach() for tensor in tensors]
     backward = torch.ops.mmhrformer.window_attention_backward
     torch.library.opcheck(backward, (grad, *values, *options))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 if not hasattr(torch.library, 'register_fake'):
     pytest.skip('needs torch 2.4 and its Triton', allow_module_level=True)
-from triton_on_cpu import DEVICE
+from triton_on_cpu import DEVICE, plan_anew
 
 pytest.importorskip('triton')
 
@@ -71,13 +71,7 @@ def check(tensors: list[Tensor | None], bound: float, dtype: torch.dtype | None 
 
 def use_launch(monkeypatch, **launch: tuple[int, int]) -> None:
     monkeypatch.setattr(triton_layer_norm, 'LAUNCH', launch)
-    triton_layer_norm._tiling.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def tilings_are_forgotten():
-    yield
-    triton_layer_norm._tiling.cache_clear()
+    plan_anew(monkeypatch, triton_layer_norm)
 
 
 @pytest.mark.parametrize('dtype', BOUNDS)
@@ -197,10 +191,10 @@ def test_second_derivatives_are_refused():
 def test_operators_know_shapes():
     x, weight, bias, grad = make(9, 36)
     for dtype in BOUNDS:
-        torch.library.opcheck(triton_layer_norm.forward, (x, weight, bias, EPS, dtype))
+        torch.library.opcheck(torch.ops.mmhrformer.layer_norm, (x, weight, bias, EPS, dtype))
     for of_parameters in (True, False):
         args = (grad, x, weight, EPS, of_parameters)
-        torch.library.opcheck(triton_layer_norm.backward, args)
+        torch.library.opcheck(torch.ops.mmhrformer.layer_norm_backward, args)
 
 
 # ------------------------------------------------------------------------------- ops.layer_norm
