@@ -105,3 +105,10 @@ class Launch:
 def planned(plan: Callable, *args):
     """What a function returns, for which it is called once: numbers decide about launches."""
     return plan(*args)
+
+
+def use_own_launch_only() -> None:
+    """Leave all launches to Triton from now on, since others do not work here."""
+    global HAS_KNOWN_LAUNCHER
+    HAS_KNOWN_LAUNCHER = False
+    planned.cache_clear()  # and with it what was compiled

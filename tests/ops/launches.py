@@ -236,3 +236,15 @@ def test_plans_are_made_once():
     for number in (1, 2, 1):
         triton_launch.planned(made.append, number)
     assert made == [1, 2]
+
+
+def test_own_launches_only(driver, kernel, monkeypatch):
+    monkeypatch.setattr(triton_launch, 'HAS_KNOWN_LAUNCHER', True)
+    launch = triton_launch.planned(Launch, kernel, (3,), *NUMBERS)
+    assert triton_launch.planned(Launch, kernel, (3,), *NUMBERS) is launch
+    triton_launch.use_own_launch_only()
+    assert triton_launch.planned(Launch, kernel, (3,), *NUMBERS) is not launch
+    launch = Launch(kernel, (3,), *NUMBERS, BLOCK=16, num_warps=1)
+    for _ in range(3):
+        launch(*tensors().values())
+    assert len(kernel.runs) == 3

@@ -24,7 +24,7 @@ def test_launches_where_no_kernel_is_interpreted():
         capture_output=True,
         text=True,
     )
-    assert '7 passed' in result.stdout, result.stdout
+    assert '8 passed' in result.stdout, result.stdout
 
 
 def test_calls_that_somebody_records_are_those_of_operators():

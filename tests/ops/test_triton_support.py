@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmhrformer import ops
 from mmhrformer.ops import kernels, triton_support
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -62,15 +63,43 @@ def test_other_gpus(everything, monkeypatch):
     assert 'is not built for CUDA: the kernels know NVIDIA GPUs only' in why_not(CUDA)
 
 
+def stand_in_for_kernel(monkeypatch) -> SimpleNamespace:
+    """What is tried, and how often Triton's own launch was decided for."""
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, 'linspace', lambda *args, device: linspace(*args))
+    launch = SimpleNamespace(given_up=0)
+    launch.use_own_launch_only = lambda: vars(launch).update(given_up=launch.given_up + 1)
+    kernel = SimpleNamespace(layer_norm=lambda x, *args: x, launch=launch)
+    for name, module in dict(triton_layer_norm=kernel, triton_launch=launch).items():
+        monkeypatch.setitem(sys.modules, f'mmhrformer.ops.{name}', module)
+        monkeypatch.setattr(ops, name, module, raising=False)
+    return kernel
+
+
 def test_no_compiler(monkeypatch):
     def fail(*args):
         raise RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')
 
     monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
-    monkeypatch.setattr(torch, 'ones', lambda *size, device: None)
-    kernel = SimpleNamespace(layer_norm=lambda x, *args: x)
-    monkeypatch.setitem(sys.modules, 'mmhrformer.ops.triton_layer_norm', kernel)
+    kernel = stand_in_for_kernel(monkeypatch)
     assert kernels.why_not.__wrapped__(CUDA) == ''
     kernel.layer_norm = fail
     reason = kernels.why_not.__wrapped__(CUDA)
     assert reason.startswith('Triton fails on cuda, RuntimeError: Failed to find C compiler')
+
+
+@pytest.mark.parametrize('second', ['equal', 'other numbers', 'an error'])
+def test_launches_around_triton_are_tried(monkeypatch, second):
+    """Where they do not what Triton's own launch does, that one is used."""
+    kernel, calls = stand_in_for_kernel(monkeypatch), []
+    monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
+
+    def run(x: torch.Tensor, *args) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) == 2 and second == 'an error':
+            raise TypeError('function takes exactly 9 arguments (8 given)')
+        return x + (len(calls) == 2 and second == 'other numbers')
+
+    kernel.layer_norm = run
+    assert kernels.why_not.__wrapped__(CUDA) == ''
+    assert kernel.launch.given_up == (second != 'equal')
