@@ -20,11 +20,11 @@ ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
 PYTEST = -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo docs test test-all test-e2e test-fast test-gpu test-modern lint format clean \
+.PHONY: help env demo dist docs test test-all test-e2e test-fast test-gpu test-modern lint format clean \
 	distclean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
 		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 # A name on the PATH may be a stand-in that runs nothing: take the first Python that really is a
@@ -62,6 +62,11 @@ test-gpu: ## run the tests that need a GPU; PY=python for the current environmen
 
 docs: env ## build the documentation, warnings are errors
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+dist: ## build wheel and source archive in dist; TAG=v0.1.0 has to be the version
+	@test -z "$(TAG)" || grep -qx "__version__ = '$(TAG:v%=%)'" mmhrformer/version.py || \
+		{ echo "TAG=$(TAG) is not the version in mmhrformer/version.py"; exit 1; }
+	$(PY) -m hatchling build -t sdist -t wheel
 
 lint: env ## check style and formatting
 	$(PY) -m ruff check .

@@ -17,9 +17,9 @@ cast), or that, a mean-square loss against fixed random targets, backward and an
 train; below float32 with autocast); images are random.
 
 Examples:
-  python tools/benchmark.py --candidates ours mmpose --batch-size 1 8
-  python tools/benchmark.py --mode train --candidates ours ours-with-cp mmpose --memory
-  python tools/benchmark.py --startup
+  python -m mmhrformer benchmark --candidates ours mmpose --batch-size 1 8
+  python -m mmhrformer benchmark --mode train --candidates ours ours-with-cp mmpose --memory
+  python -m mmhrformer benchmark --startup
 """
 
 from __future__ import annotations

@@ -9,7 +9,12 @@ from mmengine.config import Config
 from .utils.suggest import did_you_mean
 
 # default_scope of a config -> the package whose tools run it.
-PACKAGES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmsegmentation'}
+PACKAGES = {
+    'mmpretrain': 'mmpretrain',
+    'mmpose': 'mmpose',
+    'mmseg': 'mmsegmentation',
+    'mmdet': 'mmdet',
+}
 
 
 def config_root() -> Path:

@@ -19,6 +19,7 @@ FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'SwinTransformer': ('mmhrformer.models.ablations.swin', 'mmpretrain', 'cls'),
+    'PoseVisualizer': ('mmhrformer.engine.pose_visualizer', 'mmpose', 'pose'),
     'SumLogitsTTAModel': ('mmhrformer.models.seg_tta', 'mmsegmentation', 'seg'),
 }
 
@@ -47,7 +48,7 @@ def import_framework_class(name: str) -> type:
         ) from err
 
 
-class ModelRegistry(Registry):
+class FrameworkRegistry(Registry):
     """A registry that imports the classes of :data:`FRAMEWORK_CLASSES` on demand."""
 
     def get(self, key: str) -> type | None:
@@ -58,7 +59,7 @@ class ModelRegistry(Registry):
         return super().get(key)
 
 
-MODELS = ModelRegistry(
+MODELS = FrameworkRegistry(
     'model', parent=registry.MODELS, scope='mmhrformer', locations=['mmhrformer.models']
 )
 TRANSFORMS = Registry(
@@ -72,3 +73,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 )
 PARAM_SCHEDULERS = Registry('parameter scheduler', parent=registry.PARAM_SCHEDULERS, **_ENGINE)
 VISBACKENDS = Registry('vis_backend', parent=registry.VISBACKENDS, **_ENGINE)
+VISUALIZERS = FrameworkRegistry('visualizer', parent=registry.VISUALIZERS, **_ENGINE)

@@ -20,6 +20,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.runner import load_checkpoint
 from needs import may_need
 from places import ROOT, run
 
@@ -192,7 +193,11 @@ def test_backbone_in_a_stock_config(name, tmp_path):
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
         on_cpu = dict(cfg.optim_wrapper, type='OptimWrapper')  # AMP needs a GPU
         wrapper = build_optim_wrapper(model, on_cpu)
-        for schedule in np.atleast_1d(cfg.param_scheduler):
+        schedules = list(np.atleast_1d(cfg.param_scheduler))
+        length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
+        assert schedules[0]['type'].endswith(('LinearLR', 'WarmupCosineLR'))  # a warm-up
+        assert schedules[-1]['end'] == length
+        for schedule in schedules:
             schedule = dict(schedule)
             schedule.pop('convert_to_iter_based', None)
             PARAM_SCHEDULERS.build(dict(schedule, optimizer=wrapper.optimizer))
@@ -265,6 +270,43 @@ def own_config(name: str, folder: Path) -> Config:
     base = SIZES[name][0] if name in SIZES else name
     OWN_DATA[base](np.random.default_rng(0), folder / cfg.data_root)
     return cfg
+
+
+@pytest.mark.parametrize('name', OWN_DATA)
+def test_own_data_without_a_clone(name, tmp_path, monkeypatch):
+    """The same config comes of a base that print_config wrote beside it."""
+    monkeypatch.chdir(tmp_path)
+    text = FOR_OWN_DATA[f'configs/my/{name}.py']
+    base = re.search(r"_base_ = \['\.\./\w+/(.*)\.py'\]", text)
+    run([sys.executable, '-m', 'mmhrformer', 'print_config', base[1], '--out', f'{base[1]}.py'],
+        tmp_path)  # fmt: skip
+    (tmp_path / f'{name}.py').write_text(text.replace(base[0], f"_base_ = ['{base[1]}.py']"))
+    flat, cfg = Config.fromfile(f'{name}.py'), own_config(name, tmp_path / 'clone')
+    assert flat.to_dict() == cfg.to_dict()
+    assert dead_options(flat) == late_variables(flat) == {}
+
+
+def test_own_classes_keep_backbone_and_neck(tmp_path, monkeypatch):
+    """Of the published classifier, all but the last layer."""
+    pytest.importorskip('mmpretrain')
+    cfg = own_config('my_flowers', tmp_path)
+    assert cfg.load_from == 'mmhrformer://hrformer-small_8xb128_in1k'
+    published = ROOT / 'configs/hrformer_cls/hrformer-small_8xb128_in1k.py'
+    few = dict(num_modules=(1, 1, 1), num_blocks=1, channels=(32, 64, 128, 256))
+    models = []
+    for one in (Config.fromfile(published), cfg):
+        one.model.backbone.arch = dict(few, num_heads=(1, 2, 4, 8))
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            models.append(MODELS.build(one.model))
+    theirs, mine = models
+    torch.save(dict(state_dict=theirs.state_dict(), meta={}), tmp_path / 'published.pth')
+    mine.init_weights()
+    load_checkpoint(mine, f'mmhrformer://{tmp_path}/published.pth')  # as the runner does
+    weights, expected = mine.state_dict(), theirs.state_dict()
+    for name in expected:
+        if not name.startswith('head.'):
+            assert torch.equal(weights[name], expected[name]), name
+    assert mine.head.fc.out_features == 3
 
 
 @pytest.mark.parametrize('name', [*OWN_DATA, *SIZES])

@@ -1,9 +1,9 @@
 """Draw the curves of training runs, or tell how long their iterations took.
 
 Examples:
-  python tools/analyze_logs.py plot_curve work_dirs/RUN --keys loss --out loss.png
-  python tools/analyze_logs.py plot_curve work_dirs/A work_dirs/B --keys coco/AP --out ap.png
-  python tools/analyze_logs.py cal_train_time work_dirs/RUN
+  python -m mmhrformer analyze_logs plot_curve work_dirs/RUN --keys loss --out loss.png
+  python -m mmhrformer analyze_logs plot_curve work_dirs/A work_dirs/B --keys coco/AP --out ap.png
+  python -m mmhrformer analyze_logs cal_train_time work_dirs/RUN
 
 RUN is the folder of a run of any of the three frameworks, or a scalars.json in it. The drawing is
 done by a stock analyze_logs.py, which gets all other arguments: mmpretrain's, as it reads the logs

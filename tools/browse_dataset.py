@@ -1,7 +1,7 @@
 """Draw what a data set gives to the model: images and labels behind all of the augmentation.
 
 Example:
-  python tools/browse_dataset.py hrformer-demo_1xb64-6e_digits --number 4 --out digits
+  python -m mmhrformer browse_dataset hrformer-demo_1xb64-6e_digits --number 4 --out digits
 
 It builds the data set of any of the three frameworks as a training run does, and draws with the
 framework's own visualizer. The images are taken at even distances from the whole data set. It

@@ -1,9 +1,9 @@
 """Convert a checkpoint of any dialect and format to another.
 
-    python tools/convert_checkpoint.py hrt_small.pth hrformer-small.pth
-    python tools/convert_checkpoint.py epoch_210.pth hrt_small_coco.pth --to official
-    python tools/convert_checkpoint.py epoch_300.pth backbone.pth --to mmpose --backbone-only
-    python tools/convert_checkpoint.py trained.pth averaged.pth --key state_dict_ema
+    python -m mmhrformer convert_checkpoint hrt_small.pth hrformer-small.pth
+    python -m mmhrformer convert_checkpoint epoch_210.pth hrt_small_coco.pth --to official
+    python -m mmhrformer convert_checkpoint epoch_300.pth backbone.pth --to mmpose --backbone-only
+    python -m mmhrformer convert_checkpoint trained.pth averaged.pth --key state_dict_ema
 
 Only the weights are converted; what a training run saves beside them, such as the optimizer, is
 left out. A DST that ends in .safetensors is written in that format. The file is read without

@@ -1,11 +1,13 @@
 """Find people, scenes or classes in images and videos, and draw them.
 
-    python tools/demo.py data/demo/digits/val/3/0003.png --task cls
-    python tools/demo.py street.mp4 --model ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024
-    python tools/demo.py people.jpg --task pose --boxes 10,20,110,320 130,15,240,310 --show-features
+    python -m mmhrformer demo data/demo/digits/val/3/0003.png --task cls
+    python -m mmhrformer demo street.mp4 --model ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024
+    python -m mmhrformer demo people.jpg --task pose --boxes 10,20,110,320 130,15,240,310
 
-INPUT is an image, a video, a folder of images, or the address of an image or video. Without
---model, the small model of the task that "make demo" has trained is used, which needs no network.
+INPUT is an image, a video, a folder of images, the address of an image or video, or a stream
+(rtsp://...); --webcam 0 is a camera. Without --model, the small model of the task that "make demo"
+has trained is used, which needs no network.
+--show-features and --show-attention draw what goes on inside the model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from mmhrformer.analysis.feature_maps import draw_attention, draw_features, find
 from mmhrformer.inferencers import Inferencer, get_inferencer
 from mmhrformer.inferencers.arguments import DTYPES
 from mmhrformer.inferencers.media import Picture, open_media
+from mmhrformer.utils.addresses import repository
 
 # The configs of the demos by task.
 DEMOS = {
@@ -39,7 +42,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('inputs', metavar='INPUT', help='image, video, folder or address')
+    parser.add_argument(
+        'inputs',
+        metavar='INPUT',
+        nargs='?',
+        help='image, video, folder, address or stream',
+    )
+    parser.add_argument(
+        '--webcam', type=int, metavar='N', help='a camera instead of INPUT, until Ctrl-C'
+    )
     parser.add_argument('--task', choices=DEMOS, help='what to find; else what --model is for')
     parser.add_argument('--model', help='name of a model of the zoo, or path of a config')
     parser.add_argument(
@@ -120,9 +131,9 @@ def choose_model(args: argparse.Namespace) -> tuple[str, str | bool]:
     folder = DEMO_OUTPUT / args.task / 'train'
     if not (folder / 'last_checkpoint').is_file():
         raise FileNotFoundError(
-            f'there is no checkpoint in {folder.resolve()}: in a clone run "make demo", or '
-            f'"python demo/run_demo.py --tasks {args.task}", which trains one; or give '
-            '--checkpoint, or --model with a name of the zoo'
+            f'there is no checkpoint in {folder.resolve()}: give --checkpoint, or --model with a '
+            f'name of the zoo; or train one in a clone of {repository() or "the repository"}: '
+            f'"make demo", or "python demo/run_demo.py --tasks {args.task}"'
         )
     noted = Path(find_latest_checkpoint(folder))
     return model, str(noted if noted.is_file() else folder / noted.name)  # the folder was moved
@@ -172,7 +183,10 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args (argparse.Namespace): The command line.
     """
-    media = open_media(args.inputs)  # before a model is built
+    if (args.inputs is None) == (args.webcam is None):
+        raise ValueError('give either INPUT or --webcam N')
+    # Before a model is built.
+    media = open_media(f'webcam:{args.webcam}' if args.inputs is None else args.inputs)
     boxes = None
     if args.boxes:
         boxes = np.array([numbers(text, 4, '--boxes') for text in args.boxes])
@@ -210,6 +224,8 @@ def main() -> None:
         run(parse_args())
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as err:
         sys.exit(f'demo.py: {err}')
+    except KeyboardInterrupt:  # how a camera ends; every frame was written when it was done
+        sys.exit('demo.py: stopped')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 """Write a trained model to an ONNX file, and compare it with torch.
 
-    python tools/export_onnx.py hrformer-demo_1xb64-6e_digits epoch_6.pth --out digits.onnx
-    python tools/export_onnx.py td-hm_hrformer-small_8xb32-210e_coco-256x192 hrt_small_coco.pth
-    python tools/export_onnx.py ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024 iter_80000.pth
+    python -m mmhrformer export_onnx hrformer-demo_1xb64-6e_digits epoch_6.pth --out digits.onnx
+    python -m mmhrformer export_onnx td-hm_hrformer-small_8xb32-210e_coco-256x192 hrt_small_coco.pth
+    python -m mmhrformer export_onnx ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024 seg.pth
 
 The files take any number of images, those for segmentation of any size from 32x32 pixels on. The
-checkpoint may be of any dialect. See docs/export.md.
+checkpoint may be of any dialect.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from mmengine.config import DictAction
+from mmengine.logging import print_log
 from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
@@ -32,6 +33,9 @@ from mmhrformer.deploy.onnx import (
     require_packages,
     task_of,
 )
+from mmhrformer.utils.addresses import find_page
+
+HELP = f'{__doc__}\nSee {find_page("docs/export.md")}.'
 
 
 def batch_size(text: str) -> int | None:
@@ -42,7 +46,7 @@ def batch_size(text: str) -> int | None:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', metavar='CONFIG', help='path, or name of a config of ours')
     parser.add_argument(
@@ -91,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
     require_packages(not args.no_simplify, not args.no_verify)
     path = find_config(args.config)
     refuse_tta(read_config(path))
+    print_log(f'Building {path.stem} ...', 'current')
     model = get_model(str(path), args.checkpoint, cfg_options=args.cfg_options)
     size = args.size or default_size(model.cfg)
     size = size * 2 if len(size) == 1 else size

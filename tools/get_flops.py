@@ -1,7 +1,7 @@
 """Count parameters and operations of a config's model, at the size that it trains with or another.
 
 Example:
-  python tools/get_flops.py hrformer-tiny_8xb128_in1k --shape 256 192
+  python -m mmhrformer get_flops hrformer-tiny_8xb128_in1k --shape 256 192
 
 Operations are counted by two rules, since publications use both. Multiply-accumulates (MACs) are
 those of convolutions, linear layers and matrix products, nothing else. The rule of the official
@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mmengine.config import DictAction
 from mmengine.registry import MODELS, DefaultScope
 
 from mmhrformer.analysis.complexity import complexity, input_shape
@@ -22,13 +23,16 @@ from mmhrformer.configs import find_config, read_config
 from mmhrformer.datasets.meta import default_size
 
 
-def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
+def count(
+    config: str, shape: Sequence[int] | None = None, cfg_options: dict | None = None
+) -> dict[str, int]:
     """Build the model of a config and count.
 
     Args:
         config (str): Path of a config, or name of one of ours.
         shape (Sequence[int], optional): Height and width of the image in pixels, or the side of a
             square. Defaults to None: as the config trains with.
+        cfg_options (dict, optional): Options of the config to change, by dotted name.
 
     Returns:
         dict[str, int]: As :func:`mmhrformer.analysis.complexity.complexity` returns it, and the
@@ -41,6 +45,7 @@ def count(config: str, shape: Sequence[int] | None = None) -> dict[str, int]:
         told = ' '.join(map(str, shape))
         raise ValueError(f'--shape {told}: give height and width in pixels, or one number for both')
     cfg = read_config(find_config(config))
+    cfg.merge_from_dict(cfg_options or {})
     if 'model' not in cfg:
         raise ValueError(f'the config {config!r} has no model: give a config that can be trained')
     height, width = (shape[0], shape[-1]) if shape else default_size(cfg)
@@ -64,9 +69,10 @@ def main() -> None:
         nargs='+',
         help="height and width, or one number for both (the config's)",
     )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
     args = parser.parse_args()
     try:
-        counts = count(args.config, args.shape)
+        counts = count(args.config, args.shape, args.cfg_options)
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as err:
         sys.exit(f'get_flops.py: {err}')
     print(f'\n{args.config} at {counts["height"]}x{counts["width"]}')

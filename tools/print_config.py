@@ -1,7 +1,7 @@
 """Print a config with everything that it inherits.
 
 Example:
-  python tools/print_config.py hrformer-tiny_8xb128_in1k --cfg-options train_cfg.max_epochs=100
+  python -m mmhrformer print_config hrformer-tiny_8xb128_in1k --cfg-options train_cfg.max_epochs=100
 """
 
 from __future__ import annotations

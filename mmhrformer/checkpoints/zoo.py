@@ -57,6 +57,11 @@ class ZooModel:
     results: list
     sources: tuple[Source, ...]
 
+    @property
+    def is_ablation(self) -> bool:
+        """Whether it is one side of a comparison of the paper, rather than a model to use."""
+        return self.config.parent.name == 'ablations'
+
 
 @cache
 def read_zoo() -> dict[str, ZooModel]:

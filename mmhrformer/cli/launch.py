@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import runpy
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from ..checkpoints import detect_dialect, unwrap
 from ..checkpoints.loading import SCHEME, name_file_in_errors, read
 from ..configs import PACKAGES, config_root, find_config, read_config
+from ..engine.config_check import ConfigCheckError
 from ..engine.cpu_ddp import prepare_cpu_launch
 from ..utils.install_hints import explain, how_to_install
 
@@ -53,13 +55,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
     # torch.distributed.launch, which mim starts, puts `--local-rank=0` before the config.
     args = sorted(args, key=lambda arg: arg.startswith(('--local-rank=', '--local_rank=')))
     if not args or args[0] in ('-h', '--help'):
-        print(
-            f'usage: {tool}.py CONFIG [arguments]\n\n'
-            f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
-            'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
-            f'Example: python tools/{tool}.py hrformer-tiny_8xb128_in1k --help'
-        )
-        return
+        return print_help(tool)
     try:
         config = find_config(args[0])
         script = stock_tool(read_config(config).get('default_scope'), tool)
@@ -69,7 +65,32 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
     prepare_cpu_launch(rest)
-    run_script(script, [str(config), *rest])
+    try:
+        run_script(script, [str(config), *rest])
+    except ConfigCheckError as err:  # the message says all that its traceback does
+        sys.exit(f'{tool}.py: {err}')
+
+
+def print_help(tool: str) -> None:
+    """Print what our tool does, and the options of a stock one.
+
+    Args:
+        tool (str): Name of the script, such as ``'train'``.
+    """
+    checkpoint = ' CHECKPOINT' * (tool == 'test')
+    print(
+        f'usage: {tool}.py CONFIG{checkpoint} [arguments]\n\n'
+        f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
+        'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
+        f'Example: python -m mmhrformer {tool} hrformer-tiny_8xb128_in1k{checkpoint}\n'
+    )
+    here = [scope for scope in PACKAGES if importlib.util.find_spec(scope)]
+    if not here:
+        print('No framework is installed: python -m mmhrformer env')
+        return
+    print(f'The options of {PACKAGES[here[0]]}; those of another framework: {tool}.py CONFIG -h\n')
+    with contextlib.suppress(SystemExit):
+        run_script(stock_tool(here[0], tool), ['--help'])
 
 
 def run_script(script: Path, args: list[str]) -> None:
@@ -83,6 +104,8 @@ def run_script(script: Path, args: list[str]) -> None:
     sys.path.insert(0, str(script.parent))
     try:
         runpy.run_path(str(script), run_name='__main__')
+    except ConfigCheckError:
+        raise
     except Exception as err:  # not only ImportError: a package built for another NumPy or torch
         if not (fix := explain(err)):
             raise

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..checkpoints import fetch, list_models, read_zoo
 from ..utils.files import whole_file
 from ..utils.install_hints import explain
-from . import environment
-from .launch import run_stock_tool, run_tool
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..checkpoints import ZooModel
 
 PROGRAM = 'python -m mmhrformer'
 
 # Main metric of a task -> factor that makes it per cent.
 METRICS = {'Top 1 Accuracy': 1, 'AP': 100, 'mIoU': 1}
+# Start of a config's name -> its task, as metafiles with results call it.
+TASKS = {'td-hm': 'Body 2D Keypoint', 'ocrnet': 'Semantic Segmentation'}
+OTHER_TASK = 'Image Classification'
 
 TOOLS = {
     'demo': 'draw what a model finds in images and videos',
@@ -46,6 +50,8 @@ def download(args: list[str]) -> None:
         '--dest', type=Path, metavar='DIR', help='copy them here; else they stay in the cache'
     )
     options = parser.parse_args(args)
+    from ..checkpoints import fetch
+
     for name in options.names:
         path = fetch(name)
         if options.dest:
@@ -79,34 +85,48 @@ def print_models(args: list[str]) -> None:
         'pattern', nargs='?', default='*', help='what the names have to match (%(default)s)'
     )
     options = parser.parse_args(args)
+    from ..checkpoints import list_models, read_zoo
+
     names, zoo = list_models(options.pattern), read_zoo()
     if not names:
         raise ValueError(f'no model of the zoo matches {options.pattern!r}: try `list` alone')
     rows = [('model', 'task', 'parameters', 'weights', 'reported, not measured here')]
-    for name in names:
-        model = zoo[name]
-        tasks = [result['Task'] for result in model.results]
-        folder = model.config.parent.name.removeprefix('hrformer_')
-        parameters = f'{model.metadata["Parameters"] / 1e6:.1f} M'
-        weights = ', '.join(source.origin for source in model.sources) or 'none'
-        task = tasks[0] if tasks else folder
-        rows.append((name, task, parameters, weights, reported_results(model.results)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
+    rows += [row_of(zoo[name]) for name in names if not zoo[name].is_ablation]
+    ablations = [row_of(zoo[name]) for name in names if zoo[name].is_ablation]
+    widths = [max(map(len, column)) for column in zip(*rows, *ablations)]
+    if ablations:
+        ablations.insert(0, ('\nablations',))
+    for row in rows + ablations:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
-    'train': (
-        'train a config: CONFIG [arguments of the framework]',
-        partial(run_stock_tool, 'train'),
-    ),
-    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', partial(run_stock_tool, 'test')),
-    'list': ('list the models of the zoo: [PATTERN]', print_models),
-    'download': ('fetch published checkpoints: NAME ... [--dest DIR]', download),
-    'env': ('print what is installed, what works, and what to install', environment.main),
-    **{name: (text, partial(run_tool, name)) for name, text in TOOLS.items()},
+def row_of(model: ZooModel) -> tuple[str, ...]:
+    """The row of a model in the table of the zoo."""
+    starts = (task for start, task in TASKS.items() if model.name.startswith(start))
+    parameters = f'{model.metadata["Parameters"] / 1e6:.1f} M'
+    weights = ', '.join(source.origin for source in model.sources) or 'none'
+    results = reported_results(model.results)
+    return model.name, next(starts, OTHER_TASK), parameters, weights, results
+
+
+# Command -> what it does, and the function that does it, which is imported when it is called.
+COMMANDS = {
+    'train': ('train a config: CONFIG [arguments of the framework]', '.launch:run_stock_tool'),
+    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', '.launch:run_stock_tool'),
+    'list': ('list the models of the zoo: [PATTERN]', '.main:print_models'),
+    'download': ('fetch published checkpoints: NAME ... [--dest DIR]', '.main:download'),
+    'env': ('print what is installed, what works, and what to install', '.environment:main'),
+    **{name: (text, '.launch:run_tool') for name, text in TOOLS.items()},
 }
+
+
+def run_command(name: str, args: list[str]) -> int | None:
+    """Import what a command needs, and run it."""
+    module, _, function = COMMANDS[name][1].partition(':')
+    if name != 'env':  # which tells what is wrong with the rest
+        importlib.import_module('mmhrformer').models  # noqa: B018 - completes the package
+    command = getattr(importlib.import_module(module, __package__), function)
+    return command(name, args) if module == '.launch' else command(args)
 
 
 def usage() -> str:
@@ -115,7 +135,8 @@ def usage() -> str:
     return (
         f'usage: {PROGRAM} COMMAND [arguments]\n\ncommands:\n'
         + '\n'.join(lines)
-        + f'\n\nHelp for one: {PROGRAM} COMMAND --help\nExample: {PROGRAM} list "hrformer-*"'
+        + f'\n\nHelp for one: {PROGRAM} COMMAND --help; the version: {PROGRAM} --version\n'
+        f'Example: {PROGRAM} list "hrformer-*"'
     )
 
 
@@ -132,15 +153,17 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ('-h', '--help'):
         print(usage())
         return 0 if args else 2
+    if args[0] in ('-V', '--version'):
+        print(f'mmhrformer {__version__}')
+        return 0
     if args[0] not in COMMANDS:
         names = ', '.join(COMMANDS)
         print(f'mmhrformer: unknown command {args[0]!r}; choose one of {names}', file=sys.stderr)
         return 2
-    command = COMMANDS[args[0]][1]
     try:
-        return command(args[1:]) or 0
+        return run_command(args[0], args[1:]) or 0
     except ImportError as err:
-        fix = explain(err)
+        fix = '' if 'Fix: ' in str(err) else explain(err)
         print(f'mmhrformer {args[0]}: {err}' + f'. Fix: {fix}' * bool(fix), file=sys.stderr)
     except (OSError, RuntimeError, ValueError) as err:
         if args[0] not in ('list', 'download'):  # the traceback of a tool tells more

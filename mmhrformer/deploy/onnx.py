@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..checkpoints.writing import check_destination
@@ -277,6 +278,7 @@ def _make_graph(model: nn.Module, options: ExportOptions):
     with torch.no_grad():
         folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
     deployed = DeployedModel(folded, options.with_normalization).eval()
+    _tell(f'Tracing the {task} model')
     graph = trace(deployed, options)
     _add_metadata(graph, deployed, options.names)
     return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
@@ -382,10 +384,13 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
     """Simplify, check and compare; the graph as traced is kept if the simplified one is wrong."""
     import onnx
 
+    if cases:
+        _tell(f'Running torch on {len(cases)} batches of noise')
     expected = [(batch, size, *_run_torch(reference, batch, size)) for batch, size in cases]
     if simplify:
         import onnxslim
 
+        _tell(f'Simplifying a graph of {len(graph.graph.node)} nodes')
         try:
             simplified = onnxslim.slim(copy.deepcopy(graph))
             onnx.checker.check_model(simplified, full_check=True)
@@ -408,6 +413,11 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
     return graph, comparisons
 
 
+def _tell(step: str) -> None:
+    """Log what begins: the steps take seconds to minutes each."""
+    print_log(f'{step} ...', 'current')
+
+
 def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A batch of noise, and the output of torch for it."""
     generator = torch.Generator().manual_seed(0)
@@ -425,6 +435,7 @@ def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> lis
         return []
     import onnxruntime
 
+    _tell('Comparing onnxruntime with torch')
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -58,10 +58,44 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
     return ''
 
 
+def sliding_window_fault(cfg: Mapping) -> str:
+    """What mmsegmentation's sliding window lacks in ``model.test_cfg``, or an empty string."""
+    test_cfg = _mapping(_mapping(cfg, 'model'), 'test_cfg')
+    if test_cfg.get('mode') != 'slide':
+        return ''
+    for key in ('crop_size', 'stride'):
+        pair = test_cfg.get(key)
+        if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 1:
+            return (
+                f"model.test_cfg.{key}={pair!r}: mode='slide' needs height and width of the window "
+                "and its steps, such as test_cfg=dict(mode='slide', crop_size=(512, 512), "
+                'stride=(341, 341))'
+            )
+    if any(step > side for step, side in zip(test_cfg['stride'], test_cfg['crop_size'])):
+        return (
+            f'model.test_cfg.stride={test_cfg["stride"]!r} is larger than '
+            f'crop_size={test_cfg["crop_size"]!r}, which leaves pixels without a result: '
+            'about two thirds of crop_size are usual'
+        )
+    return ''
+
+
 def _mapping(cfg: Mapping, key: str) -> Mapping:
     """An option that is a config, or an empty one: it may have been built already."""
     value = cfg.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+class ConfigCheckError(Exception):
+    """A run cannot work with its config; the message is all that its user needs."""
+
+
+class MissingDataError(ConfigCheckError, FileNotFoundError):
+    """Data of a config are missing."""
+
+
+class ConfigOptionError(ConfigCheckError, ValueError):
+    """An option of a config has no effect, or cannot work here."""
 
 
 @VISBACKENDS.register_module(name=['ConfigCheckVisBackend', 'PreflightChecks'])
@@ -73,8 +107,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
 
     - Missing data and a missing GPU are errors in ``train.py`` and ``test.py``, and warnings
       elsewhere, where it is not known what will be used.
-    - An option of an old framework, or a variable that was set after it had been copied, is an
-      error; an unknown option that nothing reads is a warning.
+    - An option of an old framework, a variable that was set after it had been copied, or a sliding
+      window without its sizes is an error; an unknown option that nothing reads is a warning.
     - A batch size that the learning rate is not for is a warning.
 
     Its former name in configs, ``PreflightChecks``, works, too.
@@ -103,8 +137,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
             config (Config): The config of the run.
 
         Raises:
-            FileNotFoundError: If data are missing.
-            ValueError: If an option has no effect, or needs a GPU.
+            MissingDataError: If data are missing; it is a FileNotFoundError.
+            ConfigOptionError: If an option has no effect, or needs a GPU; it is a ValueError.
         """
         tool = Path(sys.argv[0]).stem
         _check_options(config)
@@ -112,9 +146,9 @@ class ConfigCheckVisBackend(BaseVisBackend):
         missing = '\n'.join(missing_data(config, loaders))
         gpu = needs_gpu(config, get_world_size(), training=tool != 'test')
         if missing and tool in self.LOADERS:
-            raise FileNotFoundError(f'data are missing:\n{missing}' + (gpu and f'\n{gpu}'))
+            raise MissingDataError(f'data are missing:\n{missing}' + (gpu and f'\n{gpu}'))
         if gpu and tool in self.LOADERS:
-            raise ValueError(gpu)
+            raise ConfigOptionError(gpu)
         if missing:
             _warn(f'Data are missing:\n{missing}')
         if gpu:
@@ -125,10 +159,12 @@ class ConfigCheckVisBackend(BaseVisBackend):
 
 
 def _check_options(config: Config) -> None:
+    if fault := sliding_window_fault(config):
+        raise ConfigOptionError(fault)
     dead = dead_options(config)
     wrong = [f'{key}: has no effect, {remedy}' for key, remedy in dead.items() if remedy]
     if wrong:
-        raise ValueError('options of the config that nothing reads:\n' + '\n'.join(wrong))
+        raise ConfigOptionError('options of the config that nothing reads:\n' + '\n'.join(wrong))
     if dead:
         _warn(f'Nothing reads these options of the config: {", ".join(dead)}.')
     for key in dead:

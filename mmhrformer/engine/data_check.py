@@ -10,6 +10,8 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
+from ..utils.addresses import find_page
+
 # Dataset class -> its chapter in docs/datasets.md.
 CHAPTERS = {
     'ImageNet': '#imagenet-1k',
@@ -48,7 +50,8 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
             if not missing or _is_remote(dataset) or _is_left_alone(dataset, cfg):
                 continue
             chapter = '' if dataset.get('metainfo') else CHAPTERS.get(name, '')
-            hint = f'; docs/datasets.md{chapter} tells how to get it' if chapter else ''
+            page = find_page(f'docs/datasets.md{chapter}')
+            hint = f'; {page} tells how to get it' if chapter else ''
             lines += [
                 f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
             ]

@@ -122,7 +122,7 @@ def split_pipeline(pipeline: list[dict]) -> tuple[Loader, Compose]:
             raise ValueError(
                 f'model: its test pipeline loads images by {type(step).__name__}; only '
                 'LoadImageFromFile and its subclasses are supported, as the first step. Use '
-                'tools/test.py of the framework'
+                'python -m mmhrformer test'
             )
     return Loader(), Compose(steps)  # the data set holds arrays
 

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.we
 VIDEO_SUFFIXES = (
     '.3gp', '.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv',
 )  # fmt: skip
+CAMERA = re.compile(r'webcam(?::(\d+))?')
 STREAM = re.compile('(rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://', re.IGNORECASE)
 TIMEOUT = 30  # seconds without an answer of a server
 FALLBACK_FPS = 25.0  # for videos that do not say
@@ -50,7 +51,8 @@ class Video:
     """A video, read frame by frame.
 
     Args:
-        path (str | Path): The file, or the URL of a stream such as ``'rtsp://...'``.
+        path (str | Path): The file, the URL of a stream such as ``'rtsp://...'``, or
+            ``'webcam'`` or ``'webcam:1'`` for a camera; both are read until they end.
         name (str, optional): Name in messages and predictions. Defaults to None: the path.
 
     Raises:
@@ -60,7 +62,10 @@ class Video:
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path, self.name = str(path), name or str(path)
-        if not STREAM.match(self.path) and not Path(path).is_file():
+        camera = None if Path(path).exists() else CAMERA.fullmatch(self.path)
+        if camera:
+            self.path = int(camera[1] or 0)
+        elif not STREAM.match(self.path) and not Path(path).is_file():
             raise FileNotFoundError(
                 f'inputs={self.name!r}: no such file (from {Path.cwd()}). Check the path'
             )
@@ -71,10 +76,16 @@ class Video:
         self.fps = fps if fps > 0 else FALLBACK_FPS
         self._length = max(int(count), 1)  # streams and some files do not say
         if not reader.read()[0]:
-            raise ValueError(
-                f'inputs={self.name!r}: no frame of the video can be read. Play it to see whether '
-                'it is whole, or convert it: ffmpeg -i FILE -pix_fmt yuv420p NEW.mp4'
+            kind, hint = (
+                'video',
+                (
+                    'Play it to see whether it is whole, or convert it: ffmpeg -i FILE -pix_fmt '
+                    'yuv420p NEW.mp4'
+                ),
             )
+            if camera:
+                kind, hint = 'camera', 'Check its number, and that nothing else is using it'
+            raise ValueError(f'inputs={self.name!r}: no frame of the {kind} can be read. {hint}')
 
     def __len__(self) -> int:
         return self._length
@@ -103,8 +114,8 @@ def open_media(inputs: object) -> Media:
     Args:
         inputs (str | Path | np.ndarray | Sequence): An image: a path, a URL, or an array as the
             loading step of the test pipeline returns it, usually (H, W, 3) uint8 in BGR; a list
-            of these; a folder, whose images are sorted by name; a video: a path, a URL, or a
-            stream (``'rtsp://...'``).
+            of these; a folder, whose images are sorted by name; a video: a path, a URL, a
+            stream (``'rtsp://...'``) or a camera (``'webcam'``, ``'webcam:1'``).
 
     Returns:
         list[Picture] | Video: Gives one :class:`Picture` after the other.
@@ -128,12 +139,8 @@ def open_media(inputs: object) -> Media:
         path = Path(inputs)
         if path.is_dir():
             return _pictures(_images_in(path))
-        if re.fullmatch(r'webcam(:\d+)?', str(inputs)) and not path.exists():
-            raise ValueError(
-                f'inputs={inputs!r}: cameras are not supported. Record a video and give its path: '
-                'ffmpeg -f v4l2 -i /dev/video0 -t 60 NEW.mp4'
-            )
-        if STREAM.match(str(inputs)) or _is_video(path):
+        is_camera = CAMERA.fullmatch(str(inputs)) and not path.exists()
+        if is_camera or STREAM.match(str(inputs)) or _is_video(path):
             return Video(inputs)
     return _pictures([inputs])
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 
 from .base import Inferencer
 from .image_loading import displayable
@@ -46,7 +47,7 @@ class PoseInferencer(Inferencer):
     """
 
     scope = 'mmpose'
-    visualizer_type = 'PoseLocalVisualizer'
+    visualizer_type = 'mmhrformer.PoseVisualizer'
     draw_options = (
         'radius', 'thickness', 'kpt_thr', 'draw_bbox', 'black_background', 'skeleton_style',
     )  # fmt: skip
@@ -84,6 +85,12 @@ class PoseInferencer(Inferencer):
                 "metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
         return meta
+
+    def _build_visualizer(self) -> Visualizer:
+        options = self.cfg.get('visualizer') or {}
+        if options.get('type') == 'PoseLocalVisualizer':  # of a stock config
+            options.type = self.visualizer_type
+        return super()._build_visualizer()
 
     def _boxes_for(self, media: Media, boxes: object) -> Iterator[np.ndarray | None]:
         if boxes is None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.meta import find_classes
+from ..engine.config_check import sliding_window_fault
 from .base import Inferencer
 
 
@@ -51,6 +52,8 @@ class SegInferencer(Inferencer):
         return np.repeat(labels.astype(np.uint8), lengths).reshape(prediction['size'])
 
     def _dataset_meta(self, saved: dict) -> dict:
+        if fault := sliding_window_fault(self.cfg):
+            raise ValueError(fault)
         head = self.cfg.model.decode_head
         num_classes = (head[-1] if isinstance(head, (list, tuple)) else head).num_classes
         classes, palette = find_classes(self.cfg, num_classes, saved)

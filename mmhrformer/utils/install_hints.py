@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterable
 from importlib import metadata
 
+from .addresses import find_page
+
 # Import name -> the distributions that provide it. They write the same files.
 OWNERS = {
     'mmengine': ('mmengine', 'onedl-mmengine'),
@@ -82,7 +84,7 @@ INSTALL_FORKS = {
     'mmpretrain': 'pip install onedl-mmpretrain',
     'mmpose': (
         'mmpose has no maintained fork, and the stock packages that it needs would be written over '
-        'the forks that are here: make an environment of its own (docs/support.md)'
+        f'the forks that are here: make an environment of its own ({find_page("docs/support.md")})'
     ),
     'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
     'mmdet': 'pip install onedl-mmdetection',

@@ -272,7 +272,7 @@ def test_help_has_an_example(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main.main(['--help'])
     text = capsys.readouterr().out
-    assert 'python tools/benchmark.py --mode train' in text
+    assert 'python -m mmhrformer benchmark --mode train' in text
     assert 'median over the rounds' in text
 
 

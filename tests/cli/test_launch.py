@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from needs import needs
+from places import ENV, ROOT
 
 from mmhrformer import HRFormer
 from mmhrformer.checkpoints import DownloadError
@@ -72,6 +74,27 @@ def test_the_tool_ends_with_one_line(tmp_path):
     (tmp_path / 'a.pth').write_text('text')
     with pytest.raises(SystemExit, match=r'^test\.py: .*a\.pth'):
         run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(tmp_path / 'a.pth')])
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('work_dir=unused', 'data are missing:\ntrain_dataloader.dataset.data_root'),
+        ('fp16.loss_scale=512', 'options of the config that nothing reads:\nfp16'),
+    ],
+)
+@needs('mmpretrain')
+def test_what_the_config_check_says_is_all(option, message, tmp_path):
+    """No traceback, and the exit status of an error."""
+    command = [sys.executable, str(ROOT / 'tools/train.py'), 'hrformer-tiny_8xb128_in1k']
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [*command, '--cfg-options', option], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f'train.py: {message}' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert done.stderr.count(message) == 1
 
 
 def test_the_rank_may_stand_before_the_config(monkeypatch):

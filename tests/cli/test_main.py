@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
-from places import ROOT, Place, run
+from places import ENV, ROOT, Place, run
 
+import mmhrformer
 from mmhrformer.checkpoints import list_models, read_zoo
-from mmhrformer.cli.main import COMMANDS, TOOLS, main
+from mmhrformer.cli.main import COMMANDS, OTHER_TASK, TASKS, TOOLS, main
+from mmhrformer.utils.command_line import is_starting
+from mmhrformer.version import __version__
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -28,6 +32,59 @@ def test_the_help_lists_the_commands(capsys, args, status):
         assert f'\n  {name} ' in said
 
 
+BROKEN_TORCH = """
+import sys
+from importlib.machinery import ModuleSpec
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'numpy', 'mmengine', 'mmcv'):
+            return ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError(f'{spec.name} is broken')
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize(
+    ('argument', 'answer'),
+    [('--help', 'usage: '), ('--version', f'mmhrformer {__version__}\n'), ('env', 'mmhrformer ')],
+)
+def test_what_needs_no_torch_imports_none(argument, answer, tmp_path):
+    """Help takes a moment, and the report works where torch does not."""
+    (tmp_path / 'sitecustomize.py').write_text(BROKEN_TORCH)
+    (tmp_path / 'mmhrformer').write_text('from mmhrformer.cli.main import main\nmain()')
+    env = dict(ENV, PYTHONPATH=f'{tmp_path}:{ROOT}')
+    for start in (['-m', 'mmhrformer'], [str(tmp_path / 'mmhrformer')]):  # as pip writes it
+        command = [sys.executable, *start, argument]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.stdout.startswith(answer), done.stderr
+
+
+LATE = """
+import sys
+import mmhrformer
+assert not mmhrformer.__dict__['IS_COMPLETE'] and 'torch' not in sys.modules
+from mmhrformer import HRFormer
+assert mmhrformer.IS_COMPLETE and mmhrformer.HRFormer is HRFormer
+assert 'SafeCheckpointHook' in mmhrformer.HOOKS.module_dict
+assert 'HRFormer' in mmhrformer.__all__
+"""
+
+
+def test_the_whole_package_is_there_when_it_is_asked_for(tmp_path):
+    """As a command does it, first of all."""
+    (tmp_path / 'mmhrformer').write_text(LATE)  # the name makes it the command line
+    env = dict(ENV, PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, str(tmp_path / 'mmhrformer')], env=env, check=True)
+
+
+def test_importing_the_package_is_not_taken_for_a_command():
+    assert not is_starting()
+    assert mmhrformer.IS_COMPLETE
+
+
 def test_an_unknown_command_is_an_error_that_lists_them(capsys):
     assert main(['trian']) == 2
     said = capsys.readouterr().err
@@ -40,7 +97,13 @@ def test_the_list_has_every_model_and_says_who_reported_the_numbers(capsys):
     assert main(['list']) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert 'reported, not measured here' in head
-    assert [row.split()[0] for row in rows] == list_models()
+    names = [row.split()[0] for row in rows if row]
+    models, ablations = (names[: names.index('ablations')], names[names.index('ablations') + 1 :])
+    assert sorted(models + ablations) == list_models()
+    for part in (models, ablations):
+        assert part == sorted(part)
+    assert {read_zoo()[name].config.parent.name for name in ablations} == {'ablations'}
+    assert not any(read_zoo()[name].is_ablation for name in models)
     (tiny,) = [row for row in rows if row.startswith(TINY)]
     assert 'Image Classification' in tiny
     assert '8.0 M' in tiny
@@ -51,9 +114,21 @@ def test_the_list_has_every_model_and_says_who_reported_the_numbers(capsys):
     assert 'AP 74.0 reported by official repository' in pose
 
 
+def test_tasks_have_one_name_each(capsys):
+    """That of the metafiles, also where they have no result."""
+    assert main(['list']) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if '_' in row]
+    tasks = {row.split()[0]: row[row.index('  ') :].strip().split('  ')[0] for row in rows}
+    for name, model in read_zoo().items():
+        assert tasks[name] in [*TASKS.values(), OTHER_TASK]
+        assert {result['Task'] for result in model.results} <= {tasks[name]}
+        scope = model.config.read_text() + name
+        assert ('td-hm' in scope) == (tasks[name] == TASKS['td-hm'])
+
+
 def test_the_list_can_be_narrowed(capsys):
     assert main(['list', 'ocrnet*']) == 0
-    rows = capsys.readouterr().out.splitlines()[1:]
+    rows = [row for row in capsys.readouterr().out.splitlines()[1:] if '_' in row]
     assert rows
     assert all(row.startswith('ocrnet') for row in rows)
     assert any('mIoU 80.0 reported by official repository' in row for row in rows)
@@ -81,10 +156,17 @@ def test_a_download_that_cannot_be_done_tells_how(cache, capsys):
     assert "no model 'hrformer-tny'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['train', 'test'])
-def test_training_and_testing_are_those_of_the_framework(capsys, name):
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [('train', ['--resume', '--amp', '--cfg-options']), ('test', ['--out', '--cfg-options'])],
+)
+def test_training_and_testing_are_those_of_the_framework(capsys, name, options):
+    path, argv = list(sys.path), list(sys.argv)
     assert main([name, '--help']) == 0
-    assert f'Runs {name}.py of the framework that CONFIG is for' in capsys.readouterr().out
+    sys.path[:], sys.argv[:] = path, argv
+    said = capsys.readouterr().out
+    assert f'Runs {name}.py of the framework that CONFIG is for' in said
+    assert all(f'  {option} ' in said for option in ['--work-dir', '--launcher', *options])
     with pytest.raises(SystemExit, match="there is no config 'hrformer-tny'"):
         main([name, 'hrformer-tny'])
 

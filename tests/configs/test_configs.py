@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from mmhrformer.configs import config_root, find_config
 from mmhrformer.engine.config_check import dead_options, late_variables
 
-pytestmark = may_need('mmpose', 'mmseg')
+pytestmark = may_need('mmpose', 'mmseg', 'mmdet')
 
 ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_]*/*.py'))
 
@@ -35,8 +35,7 @@ def test_no_option_is_dead(path, tmp_path):
     """Top-level options are read by something; all others are arguments of what is built."""
     cfg = golden.read_config(path)
     assert dead_options(cfg) == late_variables(cfg) == {}
-    framework = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmseg': 'mmseg'}
-    register = importlib.import_module(f'{framework[cfg.default_scope]}.utils')
+    register = importlib.import_module(f'{cfg.default_scope}.utils')
     register.register_all_modules(init_default_scope=False)
     metrics = [cfg.val_evaluator, cfg.test_evaluator]
     hooks = [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]

@@ -44,8 +44,9 @@ def test_example_of_the_help_runs(trained):
     # tests/tools sees that this is what --help shows.
     text = ast.get_docstring(ast.parse(Path(TOOL).read_text()))
     example = next(line for line in text.splitlines() if 'data/demo/digits' in line)
-    python, tool, *args = shlex.split(example)
-    assert (python, tool) == ('python', 'tools/demo.py')
+    words = shlex.split(example)
+    command, args = words[:4], words[4:]
+    assert command == ['python', '-m', 'mmhrformer', 'demo']
     out = trained.run(TOOL, *args)
     assert out.count('.png: class ') == 1  # these weights come without names
     pictures, predictions = written(trained, out)

@@ -81,6 +81,8 @@ def test_the_wheel_has_what_users_run_and_no_more(wheel):
     assert names == ['benchmarks', 'configs', 'model-index.yml', 'tools']
     assert {file.stem for file in folder.glob('tools/*.py')} == {'train', 'test', *TOOLS}
     assert all(file.stem.startswith('benchmark') for file in folder.glob('benchmarks/*.*'))
+    code = 'from mmhrformer.utils.addresses import find_page as f; print(f("docs/datasets.md"))'
+    assert wheel.run('-c', code).startswith('https://')  # the wheel has no docs
     assert '--candidates' in wheel.run('-m', 'mmhrformer', 'benchmark', '--help')
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmhrformer.configs import find_config
 from mmhrformer.engine.config_check import (
     ConfigCheckVisBackend,
+    ConfigOptionError,
     batch_size_change,
     dead_options,
     late_variables,
@@ -243,6 +244,29 @@ def test_variables_may_grow_stale():
     cfg.train_dataloader.dataset.data_root = cfg.val_dataloader.dataset.data_root = '/elsewhere'
     cfg.test_dataloader.dataset.data_root = '/elsewhere'
     assert dead_options(cfg) == {}
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'fault'),
+    [
+        (dict(mode='whole'), ''),
+        (dict(mode='slide', crop_size=(64, 32), stride=[32, 32]), ''),
+        (dict(mode='slide', crop_size=(64, 64)), 'test_cfg.stride=None.*stride=(341, 341)'),
+        (dict(mode='slide', crop_size=(64, 64), stride=32), 'test_cfg.stride=32'),
+        (dict(mode='slide', crop_size=(64, 64), stride=(0, 9)), 'test_cfg.stride=(0, 9)'),
+        (dict(mode='slide', stride=(64, 64)), 'test_cfg.crop_size=None'),
+        (dict(mode='slide', crop_size=(64, 64), stride=(64, 65)), 'leaves pixels without'),
+    ],
+)
+def test_a_sliding_window_has_its_sizes(test_cfg, fault, monkeypatch, caplog):
+    cfg = load('ocrnet_hrformer-demo_1xb16-100_scenes-96x96')
+    cfg.model.test_cfg = test_cfg
+    if not fault:
+        assert 'test_cfg' not in check(cfg, 'notebook', monkeypatch, caplog)
+        return
+    pattern = '.*'.join(re.escape(part) for part in fault.split('.*'))
+    with pytest.raises(ConfigOptionError, match=pattern):
+        check(cfg, 'notebook', monkeypatch, caplog)
 
 
 PIPELINES = 'train_dataloader.dataset.pipeline'

@@ -69,14 +69,30 @@ class TestWhatIsAVideo:
         for name, message in (
             ('text.flv', r"'text\.flv': no frame of the video can be read"),
             ('notes.txt', r"'notes\.txt': it is no image"),
-            ('webcam', "'webcam': cameras are not supported. Record a video"),
-            ('webcam:1', 'cameras are not supported'),
+            ('webcam', "'webcam': no frame of the camera can be read. Check its number"),
+            ('webcam:99', "'webcam:99': no frame of the camera"),
             ('rtsp://127.0.0.1:9/street', r"'rtsp://127\.0\.0\.1:9/street': no frame"),
         ):
             with pytest.raises(ValueError, match=message):
                 media.open_media(name)
         (picture,) = media.open_media('image.mp4')
         assert Loader().load(picture).shape == (48, 40, 3)
+
+    def test_cameras_and_streams(self, video, monkeypatch):
+        """OpenCV reads both: a number is a camera, and an address stays as it is."""
+        opened, capture = [], cv2.VideoCapture
+
+        def record(source):
+            opened.append(source)
+            return capture(str(video))
+
+        monkeypatch.setattr(cv2, 'VideoCapture', record)
+        for name, source in (('webcam', 0), ('webcam:2', 2), ('rtsp://host/a', 'rtsp://host/a')):
+            opened.clear()
+            film = media.open_media(name)
+            assert len(list(film)) == 5
+            assert opened == [source] * 2
+            assert film.name == name
 
     def test_a_video_that_ends_too_early(self, video):
         film = media.Video(video)

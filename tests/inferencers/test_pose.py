@@ -42,6 +42,33 @@ def test_boxes_of_people(models):
     assert [len(one['instances']) for one in one_for_all] == [1, 1]
 
 
+@needs('mmpose')
+def test_radii_are_numbers(models, monkeypatch):
+    """mmpose gives arrays of one number, which NumPy 2.4 refuses to turn into an int."""
+    from mmpose.visualization import PoseLocalVisualizer
+
+    radii, draw = [], PoseLocalVisualizer.draw_circles
+
+    def draw_circles(self, center, radius, *args, **kwargs):
+        radii.append(radius)
+        return draw(self, center, radius, *args, **kwargs)
+
+    monkeypatch.setattr(PoseLocalVisualizer, 'draw_circles', draw_circles)
+    image = make_image(96, 120)
+    for kpt_thr, drawn in ((2.0, False), (0.0, True)):
+        picture = models['pose'](image, return_vis=True, kpt_thr=kpt_thr, radius=5)
+        assert (picture['visualization'][0] != image[..., ::-1]).any() == drawn
+    assert radii
+    assert all(isinstance(radius, int) and radius == 5 for radius in radii)
+
+
+@needs('mmpose')
+def test_the_visualizer_of_a_stock_config_is_replaced(tmp_path):
+    options = {'visualizer.type': 'PoseLocalVisualizer'}
+    pose = mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
+    assert type(pose.visualizer).__name__ == 'PoseVisualizer'
+
+
 @pytest.mark.parametrize(
     ('boxes', 'message'),
     [

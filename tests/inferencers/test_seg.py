@@ -34,6 +34,13 @@ def test_options_of_drawing(models):
 
 
 @needs('mmseg')
+def test_a_sliding_window_without_its_steps():
+    options = {'model.test_cfg': dict(mode='slide', crop_size=(64, 64))}
+    with pytest.raises(ValueError, match=r"test_cfg\.stride=None: mode='slide' needs"):
+        get_inferencer(CONFIGS['seg'], False, cfg_options=options, device='cpu')
+
+
+@needs('mmseg')
 @pytest.mark.parametrize('num_classes', [1, 2])
 def test_binary_segmentation_with_one_channel(num_classes, tmp_path):
     """As stock heads have it: ``num_classes=1``, or 2 with ``out_channels=1``."""

@@ -170,4 +170,4 @@ def test_unknown_dialects_are_answered_with_the_known_ones(tool, small):
 def test_help_has_an_example(tool):
     done = tool('--help')
     assert done.rc == 0
-    assert 'python tools/convert_checkpoint.py hrt_small.pth hrformer-small.pth' in done.out
+    assert 'python -m mmhrformer convert_checkpoint hrt_small.pth hrformer-small.pth' in done.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
 import sys
 
@@ -56,8 +57,40 @@ def leave_checkpoint(folder, moved: bool = False) -> None:
 
 def test_help_shows_the_examples(demo):
     text = ast.get_docstring(ast.parse(TOOL.read_text()))
-    assert text.count('python tools/demo.py') == 3
+    assert text.count('python -m mmhrformer demo ') == 3
     assert demo('--help').count(text) == 1
+
+
+def test_a_camera_until_it_is_stopped(demo, tmp_path, monkeypatch):
+    leave_checkpoint(tmp_path)
+    frame = np.full((40, 36, 3), 99, np.uint8)
+    opened = []
+
+    class Camera:
+        def __init__(self, source):
+            opened.append(source)
+            self.frames = 3
+
+        def get(self, prop):
+            return -1
+
+        def read(self):
+            self.frames -= 1
+            if self.frames < 0:
+                raise KeyboardInterrupt
+            return True, frame
+
+    monkeypatch.setattr(cv2, 'VideoCapture', Camera)
+    args = ['--webcam', '1', '--task', 'cls', '--device', 'cpu', '--out', 'out']
+    assert demo(*args) == 'demo.py: stopped'
+    assert opened == [1, 1]
+    assert len(json.loads((tmp_path / 'out/predictions/webcam:1.json').read_text())) == 3
+    assert (tmp_path / 'out/visualizations/webcam:1.mp4').stat().st_size > 0
+
+
+def test_one_kind_of_input(demo, image):
+    assert 'give either INPUT or --webcam N' in demo('--task', 'cls')
+    assert 'give either INPUT or --webcam N' in demo(image, '--webcam', '0', '--task', 'cls')
 
 
 @pytest.mark.parametrize('moved', [False, True])
@@ -79,7 +112,7 @@ def test_what_is_refused(demo, image):
     for args, message in (
         (['no.png', '--task', 'cls'], r'no such file'),
         ([image], 'give --task, one of cls, pose, seg, or --model'),
-        ([image, '--task', 'cls'], 'run "make demo"'),
+        ([image, '--task', 'cls'], ': "make demo"'),
         ([image, '--task', 'pose', '--boxes', '1,2,3'], '--boxes 1,2,3: give 4 numbers'),
         ([image, '--model', 'hrformer-tny'], 'did you mean'),
         ([image, '--model', CLS, '--task', 'seg', '--checkpoint', image], "for task='cls'"),

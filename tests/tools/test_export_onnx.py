@@ -34,7 +34,7 @@ def example() -> list[str]:
     """The first example of --help, as arguments."""
     doc = runpy.run_path(str(TOOL))['__doc__']
     line = next(line for line in doc.splitlines() if line.startswith('    python '))
-    return shlex.split(line)[2:]
+    return shlex.split(line)[4:]  # python -m mmhrformer export_onnx
 
 
 @pytest.mark.e2e
@@ -57,6 +57,9 @@ def test_every_task_from_the_command_line(config, options, told, names, shape, r
     args = [config, 'epoch_6.pth', *options] if options else example()
     shown = places.run([sys.executable, str(TOOL), *args], tmp_path)
     assert f'input    image: {told}\n' in shown
+    steps = ('Building', 'Tracing', 'Running torch', 'Simplifying', 'Comparing onnxruntime')
+    at = [shown.index(f'INFO - {step}') for step in steps]  # else it would be silent for a minute
+    assert at == sorted(at)
     assert 'onnxruntime compared with torch\nbatch       size  max error' in shown
     file = tmp_path / (args[args.index('--out') + 1] if '--out' in args else f'{config}.onnx')
     assert f'written  {file.name}: opset ' in shown

@@ -61,7 +61,7 @@ def tool(tmp_path, monkeypatch):
 
 def examples(text: str, name: str) -> list[list[str]]:
     """The arguments of the examples in a help text."""
-    lines = re.findall(rf'python3? (?:tools|dev|demo)/{name}\.py *(.*)', text)
+    lines = re.findall(rf'python3? (?:-m mmhrformer {name}|(?:dev|demo)/{name}\.py) *(.*)', text)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -109,6 +109,10 @@ class TestGetFlops:
         parameters, macs, flops = counts.values()
         assert parameters == '8,035,820'
         assert float(macs) < float(flops)
+
+    def test_options_are_changed_as_in_the_stock_tools(self, tool):
+        options = ['--cfg-options', 'model.head.num_classes=10', '--shape', '64']
+        assert '6,007,310' in tool('get_flops', 'hrformer-tiny_8xb128_in1k', *options)
 
     def test_a_size_that_cannot_be(self, tool):
         with pytest.raises(SystemExit, match='--shape 0 192'):
