@@ -5,44 +5,38 @@ Importing the package registers its classes with mmengine, and does nothing else
 
 from __future__ import annotations
 
-import importlib
-import sys
-
-from .utils.command_line import is_starting
+# ruff: noqa: E402
 from .utils.install_hints import check_core
+
+check_core()  # first, so that the error says how to fix the installation
+
+from . import datasets, engine, models
+from .apis import (
+    ClsInferencer,
+    PoseInferencer,
+    SegInferencer,
+    compile_blocks,
+    fuse_for_inference,
+    get_inferencer,
+    get_model,
+    graph_backbone,
+    inference,
+    list_models,
+    register_in_mmpretrain,
+)
+from .checkpoints import load_checkpoint
+from .models import *  # noqa: F403
+from .models import __all__ as _models
+from .registry import (
+    HOOKS,
+    MODEL_WRAPPERS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    PARAM_SCHEDULERS,
+    TRANSFORMS,
+    VISBACKENDS,
+)
 from .version import __version__
-
-IS_COMPLETE = not is_starting()  # else the first attribute that is asked for completes it
-
-if IS_COMPLETE:
-    check_core()  # first, so that the error says how to fix the installation
-
-    from . import datasets, engine, models
-    from .apis import (
-        ClsInferencer,
-        PoseInferencer,
-        SegInferencer,
-        compile_blocks,
-        fuse_for_inference,
-        get_inferencer,
-        get_model,
-        graph_backbone,
-        inference,
-        list_models,
-        register_in_mmpretrain,
-    )
-    from .checkpoints import load_checkpoint
-    from .models import *  # noqa: F403
-    from .models import __all__ as _models
-    from .registry import (
-        HOOKS,
-        MODEL_WRAPPERS,
-        MODELS,
-        OPTIM_WRAPPER_CONSTRUCTORS,
-        PARAM_SCHEDULERS,
-        TRANSFORMS,
-        VISBACKENDS,
-    )
 
 __all__ = [
     'HOOKS',
@@ -69,15 +63,8 @@ __all__ = [
     'models',
     'register_in_mmpretrain',
 ]
-if IS_COMPLETE:
-    __all__ += _models
+__all__ += _models
 
 
 def __getattr__(name: str) -> type:
-    if IS_COMPLETE:
-        return getattr(models, name)
-    if name.startswith('__'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    importlib.import_module('.cli', __name__)  # tells the second import that it is one
-    del globals()['__getattr__']  # or it would be asked for what the second import defines
-    return getattr(importlib.reload(sys.modules[__name__]), name)
+    return getattr(models, name)

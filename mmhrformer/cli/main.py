@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..checkpoints import ZooModel, fetch, list_models, read_zoo
 from ..utils.files import whole_file
 from ..utils.install_hints import explain
 from ..version import __version__
-
-if TYPE_CHECKING:
-    from ..checkpoints import ZooModel
+from . import environment
+from .launch import run_stock_tool, run_tool
 
 PROGRAM = 'python -m mmhrformer'
 
@@ -50,8 +50,6 @@ def download(args: list[str]) -> None:
         '--dest', type=Path, metavar='DIR', help='copy them here; else they stay in the cache'
     )
     options = parser.parse_args(args)
-    from ..checkpoints import fetch
-
     for name in options.names:
         path = fetch(name)
         if options.dest:
@@ -85,8 +83,6 @@ def print_models(args: list[str]) -> None:
         'pattern', nargs='?', default='*', help='what the names have to match (%(default)s)'
     )
     options = parser.parse_args(args)
-    from ..checkpoints import list_models, read_zoo
-
     names, zoo = list_models(options.pattern), read_zoo()
     if not names:
         raise ValueError(f'no model of the zoo matches {options.pattern!r}: try `list` alone')
@@ -109,24 +105,17 @@ def row_of(model: ZooModel) -> tuple[str, ...]:
     return model.name, next(starts, OTHER_TASK), parameters, weights, results
 
 
-# Command -> what it does, and the function that does it, which is imported when it is called.
-COMMANDS = {
-    'train': ('train a config: CONFIG [arguments of the framework]', '.launch:run_stock_tool'),
-    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', '.launch:run_stock_tool'),
-    'list': ('list the models of the zoo: [PATTERN]', '.main:print_models'),
-    'download': ('fetch published checkpoints: NAME ... [--dest DIR]', '.main:download'),
-    'env': ('print what is installed, what works, and what to install', '.environment:main'),
-    **{name: (text, '.launch:run_tool') for name, text in TOOLS.items()},
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
+    'train': (
+        'train a config: CONFIG [arguments of the framework]',
+        partial(run_stock_tool, 'train'),
+    ),
+    'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', partial(run_stock_tool, 'test')),
+    'list': ('list the models of the zoo: [PATTERN]', print_models),
+    'download': ('fetch published checkpoints: NAME ... [--dest DIR]', download),
+    'env': ('print what is installed, what works, and what to install', environment.main),
+    **{name: (text, partial(run_tool, name)) for name, text in TOOLS.items()},
 }
-
-
-def run_command(name: str, args: list[str]) -> int | None:
-    """Import what a command needs, and run it."""
-    module, _, function = COMMANDS[name][1].partition(':')
-    if name != 'env':  # which tells what is wrong with the rest
-        importlib.import_module('mmhrformer').models  # noqa: B018 - completes the package
-    command = getattr(importlib.import_module(module, __package__), function)
-    return command(name, args) if module == '.launch' else command(args)
 
 
 def usage() -> str:
@@ -161,7 +150,7 @@ def main(args: list[str] | None = None) -> int:
         print(f'mmhrformer: unknown command {args[0]!r}; choose one of {names}', file=sys.stderr)
         return 2
     try:
-        return run_command(args[0], args[1:]) or 0
+        return COMMANDS[args[0]][1](args[1:]) or 0
     except ImportError as err:
         fix = '' if 'Fix: ' in str(err) else explain(err)
         print(f'mmhrformer {args[0]}: {err}' + f'. Fix: {fix}' * bool(fix), file=sys.stderr)
