@@ -18,6 +18,7 @@ train; below float32 with autocast); images are random.
 
 Examples:
   python -m mmhrformer benchmark --candidates ours mmpose --batch-size 1 8
+  python -m mmhrformer benchmark --candidates ours ours-onnx hrnet-w32-onnx --threads 1
   python -m mmhrformer benchmark --mode train --candidates ours ours-with-cp mmpose --memory
   python -m mmhrformer benchmark --startup
 """
@@ -146,7 +147,7 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
 
 def check_candidate(spec: bp.Spec, args: argparse.Namespace) -> None:
     """Refuse a candidate that cannot run as asked for, or not on images of these sizes."""
-    if reason := bp.why_unavailable(spec, args.mode, args.device):
+    if reason := bp.why_unavailable(spec, args.mode, args.device, args.dtype):
         raise bp.BenchmarkError(f'candidate {spec.name}: {reason}; leave it out')
     # mmpose's and mmseg's HRNets enlarge streams by whole factors; ours takes any size.
     unit = {'ours': 1, 'vit-s': 16, 'vit-b': 16}.get(spec.base, 32)

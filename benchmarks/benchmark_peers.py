@@ -27,6 +27,7 @@ from mmhrformer import ops
 from mmhrformer.apis import fuse_for_inference
 from mmhrformer.checkpoints import to_dialect
 from mmhrformer.configs import PACKAGES, find_config
+from mmhrformer.deploy.onnx import require_packages
 from mmhrformer.models.hrformer import parse_arch
 from mmhrformer.utils.install_hints import how_to_install
 
@@ -62,6 +63,7 @@ SUFFIXES = {
     'compiled': 'torch.compile, see --compile-mode',
     'cudagraph': 'CUDA inference: one captured CUDA graph',
     'nchw': 'contiguous images and weights in spite of --channels-last',
+    'onnx': 'CPU inference, fp32: exported to an ONNX file, computed by onnxruntime',
 }
 
 
@@ -110,11 +112,15 @@ def parse_spec(name: str) -> Spec:
             raise BenchmarkError(f'candidate {name!r}: only ours can be {suffix}')
     if spec.has('padded') and not spec.has('fused'):
         raise BenchmarkError(f'candidate {name!r}: only fused models can be padded')
+    if spec.has('onnx') and len(spec.suffixes) > 1:
+        raise BenchmarkError(f'candidate {name!r}: onnx goes with no other suffix')
     return spec
 
 
-def why_unavailable(spec: Spec, mode: str, device: str) -> str:
+def why_unavailable(spec: Spec, mode: str, device: str, dtype: str = 'fp32') -> str:
     """The reason why a candidate cannot be measured, or an empty text if it can."""
+    if spec.has('onnx') and (mode, device, dtype) != ('infer', 'cpu', 'fp32'):
+        return 'exported files are measured with --mode infer, --device cpu, --dtype fp32 only'
     if spec.has('fused') and mode == 'train':
         return 'fused models cannot be trained'
     if spec.has('with-cp') and mode == 'infer':
@@ -140,6 +146,11 @@ def check_models(task: str, arch: str, specs: list[Spec]) -> None:
             )
     if task == 'pose' and any(spec.base.startswith('vit') for spec in specs):
         needed['mmpretrain'] = 'ViTPose'
+    if any(spec.has('onnx') for spec in specs):
+        try:
+            require_packages()
+        except ImportError as err:
+            raise BenchmarkError(str(err)) from None
     for scope, who in needed.items():
         if importlib.util.find_spec(scope) is None:
             raise BenchmarkError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +18,7 @@ from benchmark_peers import SAME_WEIGHTS, BenchmarkError, Network, Spec, build_n
 from torch import Tensor
 
 from mmhrformer.checkpoints import convert
+from mmhrformer.deploy.onnx import EXPORTER, INPUT, OPSETS, open_session, prepare_for_export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Largest difference of an output, relative to the range of the expected output. Below float32 it
@@ -61,6 +64,7 @@ class Entrant:
         channels_last = args.channels_last and not spec.has('nchw')
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.trains = args.mode == 'train'
+        self.exported: dict[Case, Exported] = {}
         self.network = network.to(args.device, memory_format=self.layout).train(self.trains)
         self.prepare('fp32')
 
@@ -131,6 +135,26 @@ class Replay:
         return self.result
 
 
+class Exported:
+    """A network exported for images of one shape, as :func:`export_onnx` does, and its call."""
+
+    def __init__(self, network: Network, images: Tensor) -> None:
+        import onnx
+        import onnxslim
+
+        network, content = prepare_for_export(network), io.BytesIO()
+        options = dict(opset_version=OPSETS[-1], input_names=[INPUT], **EXPORTER)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that sizes are fixed
+            torch.onnx.export(network, (images,), content, **options)
+        graph = onnxslim.slim(onnx.load_from_string(content.getvalue()))
+        self.session = open_session(graph.SerializeToString())
+        self.inputs = {INPUT: images.contiguous().numpy()}
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return tuple(map(torch.from_numpy, self.session.run(None, self.inputs)))
+
+
 class InferenceStep:
     """A forward pass without gradients."""
 
@@ -138,6 +162,10 @@ class InferenceStep:
         self.entrant = entrant
         self.images = entrant.images(case)
         self.call = Replay(self.forward) if entrant.spec.has('cudagraph') else self.forward
+        if entrant.spec.has('onnx'):
+            if case not in entrant.exported:
+                entrant.exported[case] = Exported(entrant.network, self.images)
+            self.call = entrant.exported[case]
 
     def forward(self) -> tuple[Tensor, ...]:
         """The forward pass."""

@@ -71,7 +71,13 @@ def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str,
 
 def block_names(backbone: nn.Module) -> list[str]:
     """Names of all transformer blocks, stageS.MODULE.branches.STREAM.BLOCK."""
-    return [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
+    names = [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
+    if not names:
+        raise ValueError(
+            f'backbone is a {type(backbone).__name__}, without transformer blocks: give a model '
+            'with a checkpoint of torch; an exported file hides its blocks'
+        )
+    return names
 
 
 def last_blocks(backbone: nn.Module) -> dict[str, nn.Module]:

@@ -32,6 +32,7 @@ TOOLS = {
     'print_config': 'print a config with everything that it inherits',
     'convert_checkpoint': 'convert a checkpoint to another dialect or format',
     'export_onnx': 'export a model to ONNX',
+    'onnx_pose': 'find joints with an exported model, without torch',
     'benchmark': 'measure speed and memory',
 }
 

@@ -23,6 +23,7 @@ from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
+from .map_attention import use_map_attention
 
 # A class of the framework that a model has among its ancestors -> its task.
 TASKS = {
@@ -275,13 +276,24 @@ def _make_graph(model: nn.Module, options: ExportOptions):
     model = copy.deepcopy(model).cpu()
     reference = DeployedModel(model, options.with_normalization).eval()
     # The reference is not folded, so that the comparison covers the folding, too.
-    with torch.no_grad():
-        folded = fold_batch_norm(copy.deepcopy(model)).requires_grad_(False)
-    deployed = DeployedModel(folded, options.with_normalization).eval()
+    deployed = DeployedModel(prepare_for_export(model), options.with_normalization).eval()
     _tell(f'Tracing the {task} model')
     graph = trace(deployed, options)
     _add_metadata(graph, deployed, options.names)
     return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
+
+
+@torch.no_grad()
+def prepare_for_export(model: nn.Module) -> nn.Module:
+    """Fold batch normalization, and give attention the form of exported files.
+
+    Args:
+        model (nn.Module): A model in evaluation mode. It is left as it is.
+
+    Returns:
+        nn.Module: A copy without gradients.
+    """
+    return use_map_attention(fold_batch_norm(copy.deepcopy(model))).requires_grad_(False)
 
 
 def require_packages(simplify: bool = True, verify: bool = True) -> None:
@@ -351,22 +363,39 @@ def trace(deployed: DeployedModel, options: ExportOptions):
     return onnx.load_from_string(content.getvalue())
 
 
+def describe(model: nn.Module) -> dict[str, str]:
+    """Describe what a model takes and gives, as the metadata of its exported file.
+
+    Args:
+        model (nn.Module): A model of one of the three tasks.
+
+    Returns:
+        dict[str, str]: Text or JSON by key.
+    """
+    mean, std = normalization(model)
+    entries = dict(
+        task=task_of(model),
+        input_mean=json.dumps(mean),
+        input_std=json.dumps(std),
+        channel_order=channel_order(model),
+    )
+    if entries['task'] == 'pose':
+        entries['decoder'] = type(model.head.decoder).__name__
+    if getattr(model, 'out_channels', None) == 1:  # of a segmentor
+        entries['threshold'] = json.dumps(model.decode_head.threshold)
+    return entries
+
+
 def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
     """Write the facts that a user needs into the metadata of a graph."""
     import onnx
 
-    mean, std = normalization(deployed.model)
     entries = dict(
+        describe(deployed.model),
         mmhrformer_version=__version__,
-        task=deployed.task,
         normalization='included' if deployed.with_normalization else 'expected',
-        input_mean=json.dumps(mean),
-        input_std=json.dumps(std),
-        channel_order=channel_order(deployed.model),
         names=json.dumps(list(names)),
     )
-    if getattr(deployed.model, 'out_channels', None) == 1:  # of a segmentor
-        entries['threshold'] = json.dumps(deployed.model.decode_head.threshold)
     onnx.helper.set_model_props(graph, entries)
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 
@@ -433,15 +462,8 @@ def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> lis
     """Run a graph in onnxruntime on (batch, size, images, outputs of torch), and compare."""
     if not expected:
         return []
-    import onnxruntime
-
     _tell('Comparing onnxruntime with torch')
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=['CPUExecutionProvider']
-    )
+    session = open_session(graph.SerializeToString())
     comparisons = []
     for batch, size, image, wanted in expected:
         out = torch.from_numpy(session.run(None, {INPUT: image.numpy()})[0])
@@ -453,3 +475,20 @@ def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> lis
         error, spread = (out - wanted).abs().max(), wanted.max() - wanted.min()
         comparisons.append(Comparison(batch, size, error.item(), spread.item()))
     return comparisons
+
+
+def open_session(graph: bytes | str):
+    """Open a graph, or the file of one, in onnxruntime, with as many threads as torch uses.
+
+    Args:
+        graph (bytes | str): The serialized graph, or the path of a file.
+
+    Returns:
+        onnxruntime.InferenceSession: The session, on the CPU.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])

@@ -78,6 +78,18 @@ def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def check_exported(device: str | None, dtype: str, fuse: bool) -> str:
+    """Return the device of exported files; refuse what they cannot do."""
+    given = dict(device=str(device or 'cpu'), dtype=dtype, fuse=fuse)
+    for name, value in dict(device='cpu', dtype='float32', fuse=False).items():
+        if given[name] != value:
+            raise ValueError(
+                f'{name}={given[name]!r}: an exported file is folded already, and runs on the CPU '
+                f'in float32; leave {name} out, or give the checkpoint that it was exported from'
+            )
+    return 'cpu'
+
+
 def check_batch_size(value: object) -> None:
     """Refuse all but positive integers."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..configs import open_config
 from ..datasets.meta import wrapped_dataset
+from ..deploy.exported import run_exported
 from ..deploy.fuse import fuse_for_inference
 from ..hub import get_model
 from .arguments import (
@@ -35,6 +36,7 @@ from .arguments import (
     check_device,
     check_draw_options,
     check_dtype,
+    check_exported,
     task_of,
 )
 from .image_loading import Loader, displayable, split_pipeline
@@ -52,8 +54,8 @@ class Inferencer:
     Args:
         model (str | Path | Config): Name of a model of the zoo, path of a config, or a config.
         checkpoint (bool | str | Path): The weights: True for the published ones, a file of any
-            dialect, ``mmhrformer://NAME`` or a name of the zoo; False for random weights.
-            Defaults to True.
+            dialect, ``mmhrformer://NAME`` or a name of the zoo; False for random weights. An
+            exported ``.onnx`` file: onnxruntime computes the network, on the CPU. Defaults to True.
         device (str, optional): A device such as ``'cpu'`` or ``'cuda:0'``. Defaults to None: the
             best one of this machine.
         dtype (str): ``'float32'``, or ``'bfloat16'`` or ``'float16'`` for the backbone and neck
@@ -85,6 +87,9 @@ class Inferencer:
         cfg_options: dict | None = None,
         show_progress: bool = True,
     ) -> None:
+        exported = str(checkpoint).endswith('.onnx')
+        if exported:
+            device = check_exported(device, dtype, fuse)
         self.device = check_device(device)
         self.autocast = check_dtype(dtype, self.device)
         self.show_progress = show_progress
@@ -95,7 +100,8 @@ class Inferencer:
                 f'{TASKS[self.scope]!r}: give that task, or another model'
             )
         check_checkpoint(config, checkpoint)
-        built = get_model(config, checkpoint, cfg_options=cfg_options)
+        built = get_model(config, not exported and checkpoint, cfg_options=cfg_options)
+        built = run_exported(built, checkpoint) if exported else built
         self.cfg = built.cfg
         with DefaultScope.overwrite_default_scope(self.scope):
             self.loader, self.pipeline = build_pipeline(self.cfg)

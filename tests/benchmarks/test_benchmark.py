@@ -215,6 +215,9 @@ def test_names_of_candidates(tool):
         ('--candidates mmpose-fused', 'only ours can be fused'),
         ('--candidates ours-padded', "'ours-padded': only fused models can be padded"),
         ('--candidates ours-cudagraph', 'ours-cudagraph: CUDA graphs need --device cuda'),
+        ('--candidates ours-onnx --mode train', 'ours-onnx: exported files are measured with'),
+        ('--candidates ours-onnx --dtype bf16', 'ours-onnx: exported files are measured with'),
+        ('--candidates ours-fused-onnx', 'onnx goes with no other suffix'),
         ('--candidates ours-fused --mode train', 'ours-fused: fused models cannot be trained'),
         ('--candidates ours --baseline mmpose', '--baseline mmpose is not measured'),
         ('--candidates ours vit-s --task seg', 'no such model for task seg; choose from hrnet-w48'),
@@ -363,6 +366,18 @@ def test_other_runs(tool, monkeypatch, capsys, options):
     assert text.count('equal ') >= 2
     assert 'DIFFERENT' not in text
     assert ('growth' in text) == ('--window' in options)
+
+
+@needs('mmpose')
+@pytest.mark.usefixtures('shallow')
+def test_exported_files(tool, capsys):
+    pytest.importorskip('onnxslim')
+    names = ('ours', 'ours-onnx', 'mmpose-onnx')
+    options = ('--candidates', *names, '--baseline', 'ours', '--memory', '--rounds', '1')
+    assert tool.main.main([*QUICK, *options]) == 0
+    text = capsys.readouterr().out
+    assert 'equal     ours-onnx' in text
+    assert 'equal     mmpose-onnx' in text
 
 
 @needs('mmpretrain')

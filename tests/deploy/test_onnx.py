@@ -22,8 +22,13 @@ from torch import nn
 import mmhrformer
 from mmhrformer import HRFormer, fuse_for_inference
 from mmhrformer.deploy import onnx as export
+from mmhrformer.deploy.map_attention import MapAttention, use_map_attention
 from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
-from mmhrformer.models import HRFormerFusion, LocalWindowSelfAttention
+from mmhrformer.models import (
+    HRFormerFusion,
+    LocalWindowSelfAttention,
+    ShiftedWindowSelfAttention,
+)
 
 pytestmark = may_need('mmpose', 'mmseg')
 
@@ -136,6 +141,7 @@ def test_files_say_what_they_take_and_give(task, output, open_axes, models, expo
     assert meta['mmhrformer_version'] == mmhrformer.__version__
     assert meta['task'] == task
     assert meta['normalization'] == ('included' if task == 'pose' else 'expected')
+    assert meta.get('decoder') == ('UDPHeatmap' if task == 'pose' else None)
     assert meta['channel_order'] == ('BGR' if task == 'segmentation' else 'RGB')
     assert json.loads(meta['names']) == ['one', 'two']
     mean, std = models[task].data_preprocessor.mean, models[task].data_preprocessor.std
@@ -153,7 +159,8 @@ def test_batch_normalization_is_folded(task, exported):
 @pytest.mark.parametrize('window', [1, 7, 13, 15])
 @pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
 @pytest.mark.parametrize('opset', [14, 17])
-def test_padding_follows_the_size_of_the_map(window, options, opset):
+@pytest.mark.parametrize('form', [lambda attn: attn, MapAttention], ids=['plain', 'map'])
+def test_padding_follows_the_size_of_the_map(window, options, opset, form):
     """At sizes that windows divide, too; zeros have other places at each size."""
     attn = LocalWindowSelfAttention(8, 2, window, **options).eval()
     golden.recipe.fill_module(attn)
@@ -162,11 +169,20 @@ def test_padding_follows_the_size_of_the_map(window, options, opset):
     kwargs = dict(opset_version=opset, input_names=['x'], dynamic_axes=axes, **export.EXPORTER)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.onnx.export(attn, torch.rand(2, 17, 9, 8), content, **kwargs)
+        torch.onnx.export(form(attn), torch.rand(2, 17, 9, 8), content, **kwargs)
         run = session(content.getvalue())
         for shape in ((2, 17, 9), (1, 17, 9), (3, window, 2 * window), (1, 20, 26), (2, 3, 1)):
             x = torch.rand(*shape, 8)
             assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+
+
+def test_other_attentions_are_left_alone():
+    attn = LocalWindowSelfAttention(8, 2)
+    attn.qkv = nn.Sequential(attn.qkv)  # as LoRA and quantization wrap layers
+    shifted = ShiftedWindowSelfAttention(8, 2)
+    model = nn.Sequential(attn, shifted, LocalWindowSelfAttention(8, 2))
+    kinds = [type(module) for module in use_map_attention(model)]
+    assert kinds == [LocalWindowSelfAttention, ShiftedWindowSelfAttention, MapAttention]
 
 
 @pytest.mark.filterwarnings('ignore')

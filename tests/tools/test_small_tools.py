@@ -23,7 +23,7 @@ SCRIPTS = {
 }
 SCRIPTS['benchmark'] = ROOT / 'benchmarks/benchmark.py'
 TOOLS = ROOT / 'tools'
-ELSEWHERE = {'demo', 'export_onnx'}  # have tests of their own
+ELSEWHERE = {'demo', 'export_onnx', 'onnx_pose'}  # have tests of their own
 COMMANDS = sorted(
     name
     for name, path in SCRIPTS.items()

@@ -1,0 +1,96 @@
+"""tools/onnx_pose.py: what the inferencer finds, without torch and OpenMMLab."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cv2
+import golden
+import numpy as np
+import places
+import pytest
+from inference_samples import CONFIGS
+from matplotlib.cbook import get_sample_data
+
+from mmhrformer import get_inferencer
+from mmhrformer.datasets.meta import names_of_outputs
+from mmhrformer.deploy.onnx import export_onnx
+
+TOOL = places.ROOT / 'tools/onnx_pose.py'
+BOX = [60, 20, 480, 590]
+# Runs a script where nothing of torch, OpenMMLab and this package can be imported.
+ALONE = """
+import runpy, sys
+class Blocked:
+    def find_spec(name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmpose', 'mmdet', 'mmhrformer'):
+            raise ImportError(f'{name} is blocked')
+sys.meta_path.insert(0, Blocked)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def run_alone(*args, cwd: Path) -> str:
+    return places.run([sys.executable, '-I', '-c', ALONE, *map(str, args)], cwd)
+
+
+@pytest.fixture(scope='module')
+def infer():
+    pytest.importorskip('mmpose')
+    # As in the configs for COCO; the demo is decoded without bias.
+    options = {
+        'model.head.decoder.type': 'MSRAHeatmap',
+        'model.test_cfg.shift_heatmap': True,
+        'test_dataloader.dataset.pipeline.2.use_udp': False,
+    }
+    infer = get_inferencer(CONFIGS['pose'], False, device='cpu', cfg_options=options)
+    golden.recipe.fill_module(infer.model)
+    return infer
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    with get_sample_data('grace_hopper.jpg') as file:
+        (tmp_path / 'photo.jpg').write_bytes(file.read())
+    return tmp_path / 'photo.jpg'
+
+
+@pytest.mark.parametrize('flip', [True, False])
+def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
+    options = dict(simplify=False, verify=False, with_normalization=flip)
+    names = names_of_outputs(infer.cfg)
+    export_onnx(infer.model, tmp_path / 'pose.onnx', (128, 96), names=names, **options)
+    box = ['--box', *BOX] if flip else []  # else the whole image
+    args = [*box, '--threshold', '-9', *([] if flip else ['--no-flip'])]
+    shown = run_alone(TOOL, 'pose.onnx', photo.name, *args, cwd=tmp_path)
+    monkeypatch.setitem(infer.model.test_cfg, 'flip_test', flip)
+    (found,) = infer(str(photo), boxes=[BOX] if flip else None)['predictions']
+    (person,) = found['instances']
+    rows = [line.split() for line in shown.splitlines()]
+    assert [row[0] for row in rows] == names
+    found = np.array([row[1:] for row in rows], float)
+    # Two places of a heatmap may be equally high but for rounding.
+    near = np.abs(found[:, :2] - person['keypoints']).max(1) < 0.02
+    assert near.mean() > 0.9
+    np.testing.assert_allclose(found[:, 2], person['keypoint_scores'], atol=2e-3)
+    drawn = cv2.imread(str(tmp_path / 'joints.jpg'))
+    assert drawn.shape == cv2.imread(str(photo)).shape
+    assert (drawn != cv2.imread(str(photo))).any()
+
+
+def test_mistakes_are_told_in_words(infer, photo, tmp_path):
+    options = dict(size=(128, 96), simplify=False, verify=False)
+    export_onnx(infer.model, tmp_path / 'open.onnx', dynamic_size=True, **options)
+    (tmp_path / 'bad.onnx').write_text('none')
+    udp = get_inferencer(CONFIGS['pose'], False, device='cpu').model
+    export_onnx(udp, tmp_path / 'udp.onnx', **options)
+    for args, message in (
+        (['open.onnx', photo.name], 'open.onnx takes any size: export it without --dynamic-size'),
+        (['udp.onnx', photo.name], 'udp.onnx is decoded by UDPHeatmap, not MSRAHeatmap'),
+        (['bad.onnx', photo.name], 'onnx_pose.py: '),
+        (['open.onnx', 'none.jpg'], 'none.jpg is no image that OpenCV reads'),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            run_alone(TOOL, *args, cwd=tmp_path)
