@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from mmengine.config import Config
+
 from ..checkpoints import detect_dialect, unwrap
 from ..checkpoints.loading import SCHEME, name_file_in_errors, read
 from ..configs import PACKAGES, config_root, find_config, read_config
@@ -58,10 +60,11 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         return print_help(tool)
     try:
         config = find_config(args[0])
-        script = stock_tool(read_config(config).get('default_scope'), tool)
+        cfg = read_config(config)
+        script = stock_tool(cfg.get('default_scope'), tool)
         rest = args[1:]
         if tool == 'test' and rest and not rest[0].startswith('-'):
-            rest[0] = resolve_checkpoint(rest[0])
+            rest[0] = resolve_checkpoint(rest[0], _has_other_backbone(cfg))
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {err}')
     prepare_cpu_launch(rest)
@@ -123,15 +126,24 @@ def run_tool(name: str, args: list[str]) -> None:
     run_script(config_root().parent / 'tools' / f'{name}.py', args)
 
 
-def resolve_checkpoint(checkpoint: str) -> str:
+def _has_other_backbone(cfg: Config) -> bool:
+    """Whether a model is none of ours, such as the HRNets of the ablations."""
+    kind = str(((cfg.get('model') or {}).get('backbone') or {}).get('type', ''))
+    return bool(kind) and 'HRFormer' not in kind
+
+
+def resolve_checkpoint(checkpoint: str, other_backbone: bool = False) -> str:
     """Find and check a checkpoint before a stock tool reads it in its own way.
 
     Args:
         checkpoint (str): Path, URL, or ``mmhrformer://NAME_OR_PATH``.
+        other_backbone (bool): Whether the model has another backbone than HRFormer, whose
+            checkpoints are of no dialect. Defaults to False.
 
     Returns:
         str: The argument for the stock tool: the file behind ``mmhrformer://``, by which it is read
-        without running code from it and translated; URLs stay as they are.
+        without running code from it and translated. URLs stay as they are, and so do files of
+        another backbone, which the stock tool reads in its own way.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -141,6 +153,11 @@ def resolve_checkpoint(checkpoint: str) -> str:
     if '://' in checkpoint and not checkpoint.startswith(SCHEME):
         return checkpoint
     path, content = read(checkpoint)
-    with name_file_in_errors(path):
-        detect_dialect(unwrap(content))
+    try:
+        with name_file_in_errors(path):
+            detect_dialect(unwrap(content))
+    except ValueError:
+        if other_backbone:
+            return str(path)
+        raise
     return f'{SCHEME}{path}'

@@ -35,6 +35,19 @@ def test_others_are_translated(tmp_path):
     assert resolve_checkpoint(str(file)) == f'mmhrformer://{file}'
 
 
+@pytest.mark.parametrize('config', ['hrnet-tiny_8xb128_in1k', 'swin-tiny_8xb128_in1k'])
+def test_ablations_with_another_backbone_are_left_to_the_stock_tool(config, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr('mmhrformer.cli.launch.stock_tool', lambda scope, tool: tool)
+    monkeypatch.setattr('mmhrformer.cli.launch.run_script', lambda tool, args: ran.append(args[1]))
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(state_dict={'backbone.conv1.weight': torch.ones(1)}), file)
+    run_stock_tool('test', [config, str(file)])
+    assert ran == [str(file)]
+    with pytest.raises(SystemExit, match='no HRFormer checkpoint'):
+        run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(file)])
+
+
 def test_addresses_are_left_to_the_stock_tool():
     assert resolve_checkpoint('https://example.com/a.pth') == 'https://example.com/a.pth'
 

@@ -1,12 +1,10 @@
-"""Stock entry points train and test our configs, from the checkout and from a wheel."""
+"""Stock entry points train and test our configs from a wheel; the checkout: test_journeys.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from mmhrformer.cli.launch import stock_tool
 from mmhrformer.cli.main import TOOLS
-from mmhrformer.configs import find_config
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +24,6 @@ SHORTER_TEST = [
     'val_dataloader.dataset.indices=32',
     'test_dataloader.dataset.indices=32',
 ]
-SCOPES = {'mmpretrain': 'mmpretrain', 'mmpose': 'mmpose', 'mmsegmentation': 'mmseg'}
 
 
 def options(framework: str) -> list[str]:
@@ -37,7 +34,14 @@ def checkpoint_of(folder) -> str:
     return (folder / 'last_checkpoint').read_text().strip()
 
 
-@pytest.mark.parametrize('framework', CONFIGS)
+@pytest.mark.parametrize(
+    'framework',
+    [
+        pytest.param('mmpretrain', marks=pytest.mark.slow),
+        pytest.param('mmpose', marks=pytest.mark.slow),
+        'mmsegmentation',
+    ],
+)
 def test_mim_from_a_wheel(wheel, framework):
     """`mim train FRAMEWORK CONFIG` and `mim test`, with the config inside the wheel."""
     code = f'from mmhrformer.configs import find_config as f; print(f({CONFIGS[framework]!r}))'
@@ -61,18 +65,6 @@ def test_mim_finds_our_configs_by_name(wheel, framework):
     args = ['mmhrformer', name, '--checkpoint', checkpoint_of(work), '--gpus', '0']
     out = wheel.run('-m', 'mim', 'test', *args, '--cfg-options', *SHORTER_TEST)
     assert METRICS[framework] in out
-
-
-@pytest.mark.parametrize('framework', CONFIGS)
-def test_stock_tools_from_the_checkout(clone, framework):
-    """The framework's own tools/train.py; our tools/test.py on what it wrote."""
-    config = str(find_config(CONFIGS[framework]))
-    work = clone.cwd / framework
-    script = str(stock_tool(SCOPES[framework], 'train'))
-    clone.run(script, config, '--work-dir', str(work), *options(framework))
-    ours = str(find_config(CONFIGS[framework]).parents[2] / 'tools' / 'test.py')
-    args = [CONFIGS[framework], checkpoint_of(work), '--cfg-options', *SHORTER_TEST]
-    assert METRICS[framework] in clone.run(ours, *args)
 
 
 def test_the_wheel_has_what_users_run_and_no_more(wheel):

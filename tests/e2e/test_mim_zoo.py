@@ -63,7 +63,9 @@ def place(request) -> Place:
     return request.getfixturevalue(request.param)
 
 
-both = pytest.mark.parametrize('place', ['wheel', 'editable'], indirect=True)
+both = pytest.mark.parametrize(
+    'place', ['wheel', pytest.param('editable', marks=pytest.mark.slow)], indirect=True
+)
 
 
 def redirect(metafile: Path, link: str) -> None:

@@ -87,7 +87,10 @@ def assert_trained(said: str, framework: str) -> None:
     assert re.search(rf'\(val\).* {METRICS[framework]}: ', said)
 
 
-@pytest.mark.parametrize('framework', CONFIGS)
+# In `make test`, ours trains pose and segmentation, and the stock one classification.
+@pytest.mark.parametrize(
+    'framework', [pytest.param('mmpretrain', marks=pytest.mark.slow), 'mmpose', 'mmseg']
+)
 def test_launcher(clone: Place, framework):
     """The agent of torch, and our train.py."""
     options = [*SHORT[framework], f'env_cfg.dist_cfg.timeout={BOUND}']
@@ -95,7 +98,7 @@ def test_launcher(clone: Place, framework):
     assert_trained(said, framework)
 
 
-@pytest.mark.parametrize('framework', ['mmpretrain', 'mmseg'])
+@pytest.mark.parametrize('framework', ['mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow)])
 def test_stock_launcher(clone: Place, framework):
     """The framework's own train.py, which has to be told that there is no device."""
     _, *args = train(framework, clone.cwd / f'stock-{framework}', *SHORT[framework])
@@ -104,6 +107,7 @@ def test_stock_launcher(clone: Place, framework):
     assert_trained(said, framework)
 
 
+@pytest.mark.slow
 def test_mim_launches_two_processes(clone: Place):
     config = str(find_config(CONFIGS['mmpretrain']))
     args = ['--gpus', '2', '--launcher', 'pytorch', '--port', free_port()]

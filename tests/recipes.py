@@ -1,0 +1,207 @@
+"""Shipped recipes with what fits them to a CPU: a small architecture, few images, few steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tiny_datasets import make
+from training_steps import shrink
+
+from mmhrformer import HRFormer
+from mmhrformer.checkpoints import to_dialect
+from mmhrformer.configs import find_config, read_config
+
+MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
+# All are interrupted after 2 epochs or iterations; two iterations make an epoch.
+SHORT = """
+optim_wrapper = dict(type='OptimWrapper')
+randomness = dict(seed=0)
+default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
+train_cfg = dict({length}, val_interval=2)
+train_dataloader = dict({loader})
+val_dataloader = dict({loader})
+test_dataloader = dict({loader})
+"""
+EPOCHS = SHORT.format(length='max_epochs=5', loader='num_workers=1, batch_size=2')
+ITERATIONS = SHORT.format(length='max_iters=4', loader='num_workers=1')
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all recipes of a task have in common.
+
+    Args:
+        metric (str): The main metric of the evaluator.
+        unit (str): What the schedule counts, ``'epoch'`` or ``'iter'``.
+        schedule (str): The shortened schedule, as Python of a config.
+        factors (tuple): The learning rate of each iteration in units of the highest.
+        model (str): The model that fits the small architecture, as Python of a config.
+    """
+
+    metric: str
+    unit: str
+    schedule: str
+    factors: tuple[float, ...]
+    model: str
+
+
+CLS = Task(
+    metric='accuracy/top1',
+    unit='epoch',
+    schedule=EPOCHS + 'param_scheduler = dict(end=5, warmup=3)\n',
+    factors=(
+        *(1e-3 + (1 - 1e-3) * k / 6 for k in range(6)),
+        *(1e-2 + (1 - 1e-2) * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(6, 10)),
+    ),
+    model="""
+model = dict(
+    backbone=dict(arch={arch}),
+    neck=[dict(_base_.model.neck[0], in_channels={channels}), _base_.model.neck[1]],
+)
+""",
+)
+POSE = Task(
+    metric='coco/AP',
+    unit='epoch',
+    schedule=EPOCHS
+    + """
+param_scheduler = [
+    dict(_base_.param_scheduler[0], end=4),
+    dict(_base_.param_scheduler[1], end=5, milestones=[3, 4]),
+]
+""",
+    factors=(*(1e-3 + (1 - 1e-3) * k / 3 for k in range(3)), *[1] * 3, *[0.1] * 2, *[0.01] * 2),
+    model="""
+model = dict(
+    backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
+    head=dict(in_channels={channels}[0]),
+)
+""",
+)
+SEG = Task(
+    metric='mIoU',
+    unit='iter',
+    schedule=ITERATIONS
+    + """
+param_scheduler = [
+    dict(_base_.param_scheduler[0], end=3),
+    dict(_base_.param_scheduler[1], begin=2, end=5),
+]
+""",
+    factors=(1e-6, (1 + 1e-6) / 2, 1, 0.5**0.9),
+    model="""
+model = dict(
+    backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
+    decode_head=[dict(head, in_channels={channels}) for head in _base_.model.decode_head],
+)
+""",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped config.
+
+    Args:
+        config (str): Its name.
+        data (str): A key of ``tiny_datasets.DATASETS``.
+        task (Task): The task.
+        train (str): The command that trains, with the config in it.
+        derived (bool): Whether only the architecture is replaced, in a config as users write them.
+            Defaults to False: all models become small, those without HRFormer, too.
+    """
+
+    config: str
+    data: str
+    task: Task
+    train: str = 'tools/train.py CONFIG'
+    derived: bool = False
+
+
+WHOLE = {
+    'cls': Recipe(
+        'hrformer-small_8xb128_in1k',
+        'imagenet',
+        CLS,
+        '-m mim train mmhrformer CONFIG --gpus 0',
+        derived=True,
+    ),
+    'pose': Recipe(
+        'td-hm_hrformer-small_8xb32-210e_coco-256x192', 'coco', POSE, 'STOCK CONFIG', derived=True
+    ),
+    'seg': Recipe(
+        'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024', 'cityscapes', SEG, derived=True
+    ),
+}
+# One of each kind; test_steps.py and test_ablations.py train a step of every config.
+OTHERS = {
+    recipe.config: recipe
+    for recipe in (
+        Recipe('hrformer-base_32xb32_in1k', 'imagenet', CLS, '-m mmhrformer train CONFIG'),
+        Recipe('td-hm_hrformer-base_8xb8-210e_coco-384x288', 'coco', POSE),
+        Recipe(
+            'ocrnet_hrformer-small_8xb2-60k_pascal-context-59-520x520', 'pascal_context', SEG,
+            'STOCK CONFIG',
+        ),
+        Recipe('ocrnet_hrformer-small_8xb2-60k_coco-stuff10k-520x520', 'coco_stuff10k', SEG),
+        Recipe('ocrnet_hrformer-base-w13_8xb2-150k_ade20k-520x520', 'ade20k', SEG),
+        Recipe('hrnet-tiny_8xb128_in1k', 'imagenet', CLS, 'STOCK CONFIG'),
+        Recipe('swin-tiny-dwconv_8xb128_in1k', 'imagenet', CLS),
+        Recipe('hrformer-tiny-shifted_8xb128_in1k', 'imagenet', CLS),
+        Recipe('td-hm_hrnet-tiny_8xb32-210e_coco-256x192', 'coco', POSE),
+        Recipe('td-hm_hrformer-tiny-no-dwconv_8xb32-210e_coco-256x192', 'coco', POSE),
+        Recipe('td-hm_swin-base_8xb32-210e_coco-256x192', 'coco', POSE),
+        Recipe('td-hm_deit-base_8xb32-210e_coco-256x192', 'coco', POSE),
+        Recipe('ocrnet_hrnet-tiny_8xb2-60k_pascal-context-59-520x520', 'pascal_context', SEG),
+        Recipe('ocrnet-v3_hrformer-base-w13_8xb2-150k_ade20k-520x520', 'ade20k', SEG),
+        Recipe(
+            'ocrnet_hrformer-base-w15-13-11-9_8xb1-80k_cityscapes-512x1024', 'cityscapes', SEG
+        ),
+    )
+}  # fmt: skip
+RECIPES = WHOLE | OTHERS
+
+
+def write_weights(file: Path) -> None:
+    """An official ImageNet checkpoint of the small architecture, to start from."""
+    torch.manual_seed(0)
+    backbone = {f'backbone.{k}': v for k, v in HRFormer(MICRO).state_dict().items()}
+    torch.save({'model': to_dialect(backbone, 'official', 'cls')}, file)
+
+
+def write_small(recipe: Recipe, file: Path) -> Path:
+    """The whole config with a small model that starts from nothing."""
+    cfg = read_config(find_config(recipe.config))
+    shrink(cfg)
+    cfg.model.backbone.init_cfg = None
+    cfg.dump(file)
+    return file
+
+
+def write_config(recipe: Recipe, folder: Path) -> Path:
+    """Write data, and a config that trains on them.
+
+    Args:
+        recipe (Recipe): What is to be trained.
+        folder (Path): Where; the data come into ``data``.
+
+    Returns:
+        Path: The config.
+    """
+    make(recipe.data, folder / 'data')
+    base, model = find_config(recipe.config), ''
+    if recipe.derived:
+        write_weights(folder / 'hrt_micro.pth')
+        # The base has a name there, which cannot be merged with a dict.
+        arch = dict(_delete_=True, **MICRO)
+        model = recipe.task.model.format(
+            arch=arch, channels=MICRO['channels'], weights=folder / 'hrt_micro.pth'
+        )
+    else:
+        base = write_small(recipe, folder / 'small.py')
+    config = folder / 'journey.py'
+    config.write_text(f'_base_ = [{str(base)!r}]\n{recipe.task.schedule}{model}')
+    return config
