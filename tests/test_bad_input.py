@@ -734,8 +734,8 @@ COMMANDS = [
     command(
         'train',
         './other.py',
-        words=["default_scope='mmdet'", 'choose one of', 'mmpose'],
-        files={'other.py': "default_scope = 'mmdet'\n"},
+        words=["default_scope='mmrotate'", 'choose one of', 'mmpose'],
+        files={'other.py': "default_scope = 'mmrotate'\n"},
     ),
     command('test', OURS, 'no.pth', words=["'no.pth'", 'list_models()']),
     command('test', OURS, './a.pth', words=['a.pth', 'web page'], files={'a.pth': PAGE.decode()}),

@@ -84,7 +84,7 @@ def test_every_kind_of_model_is_small_and_fits(name):
 
 def test_every_shipped_config_can_be_compared():
     for path in config_root().glob('[!_]*/*.py'):
-        if path.parent.name != 'demo':
+        if path.parent.name not in ('demo', 'hrformer_det'):
             tool.demo_config(str(path))
 
 
