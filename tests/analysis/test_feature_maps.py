@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from needs import may_need
 
 from mmhrformer import get_inferencer
 from mmhrformer.analysis.feature_maps import (
@@ -22,18 +23,17 @@ from mmhrformer.models.attention import LocalWindowSelfAttention, window_merge, 
 
 SEG = 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96'
 POSE = 'td-hm_hrformer-demo_1xb16-2e_figures-96x128'
+pytestmark = may_need('mmpose', 'mmseg')
 
 
 @pytest.fixture(scope='module')
 def segment():
-    pytest.importorskip('mmseg')
     torch.manual_seed(0)
     return get_inferencer(SEG, False, device='cpu')
 
 
 @pytest.fixture(scope='module')
 def find_joints():
-    pytest.importorskip('mmpose')
     torch.manual_seed(0)
     return get_inferencer(POSE, False, device='cpu')
 
@@ -115,7 +115,6 @@ def test_principal_component_is_the_direction_of_most_variance():
 
 
 def test_streams_under_autocast(image):
-    pytest.importorskip('mmpose')
     pose = get_inferencer(POSE, False, device='cpu', dtype='bfloat16')
     streams = stream_maps(pose, image)
     assert all(stream.dtype == np.float32 and np.isfinite(stream).all() for stream in streams)
@@ -134,7 +133,6 @@ def test_pictures(find_joints, image):
 
 
 def test_folded_models_show_features_but_no_attention(image):
-    pytest.importorskip('mmpose')
     fused = get_inferencer(POSE, False, device='cpu', fuse=True)
     assert len(stream_maps(fused, image)) == 4
     with pytest.raises(ValueError, match=r'FusedWindowAttention.*fuse=False'):

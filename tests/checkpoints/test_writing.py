@@ -82,7 +82,8 @@ def whole_model(task: str) -> dict[str, Tensor]:
 
 
 def mmpose_config(**extra) -> dict:
-    models = pytest.importorskip('mmpose.models')
+    from mmpose import models
+
     folder = Path(models.__file__).parents[1] / '.mim/configs/body_2d_keypoint/topdown_heatmap'
     name = 'coco/td-hm_hrformer-small_8xb32-210e_coco-256x192.py'
     cfg = Config.fromfile(folder / name).model

@@ -13,7 +13,7 @@ import pytest
 from inference_samples import CONFIGS, TASKS
 from matplotlib.cbook import get_sample_data
 from mmengine.config import Config
-from needs import Made
+from needs import Made, may_need
 
 from mmhrformer import get_inferencer
 from mmhrformer.analysis.feature_maps import draw_features
@@ -22,7 +22,7 @@ from mmhrformer.deploy.onnx import export_onnx
 from mmhrformer.inferencers.media import open_media
 
 SIZES = dict(cls=(32, 32), pose=(128, 96), seg=(96, 96))
-SCOPES = dict(cls='mmpretrain', pose='mmpose', seg='mmseg')
+pytestmark = may_need('mmpose', 'mmseg')
 BOXES = dict(boxes=[[60, 20, 480, 590], [100, 50, 400, 500], [10, 10, 300, 590]])
 
 
@@ -39,7 +39,6 @@ def made(tmp_path_factory) -> dict[str, SimpleNamespace]:
     folder = tmp_path_factory.mktemp('exported')
 
     def make(task: str) -> SimpleNamespace:
-        pytest.importorskip(SCOPES[task])
         infer = get_inferencer(CONFIGS[task], False, device='cpu', show_progress=False)
         golden.recipe.fill_module(infer.model)
         file = folder / f'{task}.onnx'

@@ -12,6 +12,7 @@ import places
 import pytest
 from inference_samples import CONFIGS
 from matplotlib.cbook import get_sample_data
+from needs import may_need
 
 from mmhrformer import get_inferencer
 from mmhrformer.datasets.meta import names_of_outputs
@@ -19,6 +20,7 @@ from mmhrformer.deploy.onnx import export_onnx
 
 TOOL = places.ROOT / 'tools/onnx_pose.py'
 BOX = [60, 20, 480, 590]
+pytestmark = may_need('mmpose')
 # Runs a script where nothing of torch, OpenMMLab and this package can be imported.
 ALONE = """
 import runpy, sys
@@ -38,7 +40,6 @@ def run_alone(*args, cwd: Path) -> str:
 
 @pytest.fixture(scope='module')
 def infer():
-    pytest.importorskip('mmpose')
     # As in the configs for COCO; the demo is decoded without bias.
     options = {
         'model.head.decoder.type': 'MSRAHeatmap',
