@@ -16,6 +16,8 @@ E2E = e2e and not slow
 # environment of test-modern, which has neither mmpose nor mmseg, 149 are.
 SKIPS = --skips 91
 MODERN_SKIPS = --skips 149
+# The tests start about 150 interpreters, each of which would compile torch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 # What depends on torch and is therefore run on current torch, too.
 ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
 	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)

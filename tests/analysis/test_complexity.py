@@ -17,6 +17,8 @@ pytestmark = may_need('mmpose', 'mmseg')
 
 ARCH = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1))
 TABLE = golden.read_json('params_flops.json')
+# The others have as many kinds of operators, and take as long together as the rest of this file.
+QUICK = {'cls tiny', 'pose small', 'seg small w7 ocr_v2 19cls'}
 CASES = [
     (golden.CLS_CONFIGS[arch], row)
     for row, arch in zip(TABLE['classification'], ('tiny', 'small', 'base'))
@@ -25,6 +27,12 @@ CASES += [
     (golden.SEG_CONFIGS[row['model'].split()[1]], row)
     for row in TABLE['segmentation']['results']
     if row['input_shape'] == [1, 3, 512, 512] and ' w7 ' in row['model']
+]
+
+
+CASES = [
+    pytest.param(*case, marks=[] if case[1]['model'] in QUICK else pytest.mark.slow)
+    for case in CASES
 ]
 
 

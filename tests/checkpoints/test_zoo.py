@@ -151,8 +151,9 @@ def test_by_name_through_all_doors(tmp_path, monkeypatch, checkpoint):
         logits = model(golden.image((2, 3, 224, 224)))
     name = next(key for key in ('logits', 'out') if f'{key}.shape' in expected)
     assert golden.difference(expected, name, logits) < 1e-4
+    state = model.state_dict()
     for key, value in again.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
+        assert torch.equal(value, state[key]), key
 
 
 @pytest.mark.parametrize(

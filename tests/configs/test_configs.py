@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import cache
 
 import golden
 import numpy as np
@@ -24,12 +25,23 @@ ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_
 
 
 @pytest.mark.parametrize('path', ALL, ids=lambda path: path.stem)
-def test_config_reloads(path, tmp_path):
+def test_config_reloads(path, tmp_path, monkeypatch):
+    # The same Python without its layout, which takes most of the time.
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **style: (text, True))
     cfg = golden.read_config(path)
     cfg.dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
 
 
+@pytest.fixture(scope='module')
+def _files_are_parsed_once():
+    """Most files are bases of several configs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, 'fromfile', cache(Config.fromfile))
+        yield
+
+
+@pytest.mark.usefixtures('_files_are_parsed_once')
 @pytest.mark.parametrize('path', ALL, ids=lambda path: path.stem)
 def test_no_option_is_dead(path, tmp_path):
     """Top-level options are read by something; all others are arguments of what is built."""

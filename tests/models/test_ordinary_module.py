@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ BLOCK = 'stage3.0.branches.1.0'
 
 def make_model(**options) -> HRFormer:
     """A backbone whose normalizations have seen an image, in evaluation mode."""
+    return copy.deepcopy(_make_model(**options))
+
+
+@cache
+def _make_model(**options) -> HRFormer:
     torch.manual_seed(0)
     model = HRFormer(ARCH, window_size=3, **options)
     for parameter in model.parameters():  # biases are zero otherwise
