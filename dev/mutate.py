@@ -33,6 +33,7 @@ from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 WANTED = 0.95  # share of the mutations that are caught
+TIERS = 'not slow and not gpu'  # what `make test` runs
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = 'caught', 'SURVIVED', 'TIMED OUT', 'NOT RUN'
 # Processes that have imported what takes long, and nothing of ours.
 SERVER = multiprocessing.get_context('forkserver')
@@ -145,7 +146,7 @@ def try_mutation(mutation: Mutation, folder: Path, limit: float) -> Outcome:
     original = path.read_text(encoding='utf-8')
     path.write_text(mutated(original, mutation), encoding='utf-8')
     try:
-        status, output = pytest_in(folder, '-x', *mutation.tests, limit=limit)
+        status, output = pytest_in(folder, '-x', '-m', TIERS, *mutation.tests, limit=limit)
     finally:
         path.write_text(original, encoding='utf-8')
     failed = FAILURE.search(output)

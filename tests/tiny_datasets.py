@@ -256,7 +256,7 @@ CITYSCAPES = LabelMaps(
     labels='gtFine/{split}/{name}_gtFine_labelTrainIds.png',
     classes=range(19),
     ignored=255,
-    sizes=((96, 192),) * 4,  # all of one size, as the real ones
+    sizes=((96, 96),) * 4,  # all of one size, as the real ones; half as wide, for speed
 )  # fmt: skip
 PASCAL_CONTEXT = LabelMaps(
     splits={

@@ -370,14 +370,12 @@ def test_other_runs(tool, monkeypatch, capsys, options):
 
 @needs('mmpose')
 @pytest.mark.usefixtures('shallow')
-def test_exported_files(tool, capsys):
+@pytest.mark.parametrize('name', ['ours-onnx', pytest.param('mmpose-onnx', marks=pytest.mark.slow)])
+def test_exported_files(tool, capsys, name):
     pytest.importorskip('onnxslim')
-    names = ('ours', 'ours-onnx', 'mmpose-onnx')
-    options = ('--candidates', *names, '--baseline', 'ours', '--memory', '--rounds', '1')
+    options = ('--candidates', 'ours', name, '--baseline', 'ours', '--memory', '--rounds', '1')
     assert tool.main.main([*QUICK, *options]) == 0
-    text = capsys.readouterr().out
-    assert 'equal     ours-onnx' in text
-    assert 'equal     mmpose-onnx' in text
+    assert f'equal     {name}' in capsys.readouterr().out
 
 
 @needs('mmpretrain')
@@ -390,7 +388,7 @@ def test_classification_without_mmpose(tool, capsys):
 
 @needs('mmpose')
 @pytest.mark.usefixtures('shallow')
-@pytest.mark.parametrize('mode', ['infer', 'train'])
+@pytest.mark.parametrize('mode', [pytest.param('infer', marks=pytest.mark.slow), 'train'])
 def test_unequal_models_are_refused(tool, monkeypatch, tmp_path, capsys, mode):
     right = tool.peers.to_dialect
 

@@ -41,7 +41,13 @@ def test_there_are_two_detectors_in_two_sizes():
     assert len(CONFIGS) == 4
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, marks=pytest.mark.slow if 'small' in path.stem else [], id=path.stem)
+        for path in CONFIGS
+    ],
+)
 def test_training_step_and_prediction(path):
     cfg = Config.fromfile(path)
     arch = cfg.model.backbone.arch

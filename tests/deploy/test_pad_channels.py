@@ -243,6 +243,7 @@ def test_padded_models_can_be_copied_and_saved(pad, way):
     assert_equal(padded, other, golden.image((1, 3, 64, 64)), 0)
 
 
+@pytest.mark.slow
 def test_compiled_models(pad):
     padded = pad(make_backbone())
     assert_equal(padded, torch.compile(padded, backend='eager'), golden.image((1, 3, 64, 64)))

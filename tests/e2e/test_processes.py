@@ -87,9 +87,14 @@ def assert_trained(said: str, framework: str) -> None:
     assert re.search(rf'\(val\).* {METRICS[framework]}: ', said)
 
 
-# In `make test`, ours trains pose and segmentation, and the stock one classification.
+# In `make test`, ours trains pose, and the stock one classification.
 @pytest.mark.parametrize(
-    'framework', [pytest.param('mmpretrain', marks=pytest.mark.slow), 'mmpose', 'mmseg']
+    'framework',
+    [
+        pytest.param('mmpretrain', marks=pytest.mark.slow),
+        'mmpose',
+        pytest.param('mmseg', marks=pytest.mark.slow),
+    ],
 )
 def test_launcher(clone: Place, framework):
     """The agent of torch, and our train.py."""
@@ -233,6 +238,7 @@ def test_a_process_is_killed_under_an_agent(start, tmp_path):
     assert_ends(run, rf'rank\s*: {victim} (.*\n)*.*Signal 9 \(SIGKILL\) received by PID')
 
 
+@pytest.mark.slow
 def test_a_process_is_killed(pair):
     """The other one hears of it from the connection, without waiting for the timeout."""
     pair[0].process.kill()

@@ -293,8 +293,13 @@ WAYS = {  # options of the loading step, channels of the model, images
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('task', TASKS)
+def in_short(task: str, way: str):
+    """All ways of loading in one task; a few in the others, since the loader is the same."""
+    is_slow = task != 'cls' and list(WAYS).index(way) > 2
+    return pytest.param(task, way, marks=pytest.mark.slow if is_slow else [])
+
+
+@pytest.mark.parametrize(('task', 'way'), [in_short(task, way) for task in TASKS for way in WAYS])
 def test_images_are_loaded_as_the_stock_inferencers_load_them(task, way, tmp_path):
     write_images(tmp_path)
     load, channels, names = WAYS[way]
