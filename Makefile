@@ -19,7 +19,8 @@ MODERN_SKIPS = --skips 149
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 # What depends on torch and is therefore run on current torch, too.
-ON_TORCH = $(addprefix tests/,analysis checkpoints deploy engine models ops \
+ON_TORCH = $(addprefix tests/,analysis deploy engine models ops \
+	$(addprefix checkpoints/test_,contents.py loading.py reading.py runs.py scheme.py) \
 	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)
 PYTEST = -m pytest -n 2
 

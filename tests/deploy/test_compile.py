@@ -34,7 +34,7 @@ def train(model: nn.Module, size: tuple[int, int] = (64, 32)) -> dict[str, torch
 
 
 @can_compile_blocks
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('with_cp', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_is_the_same(with_cp):
     plain = make_model(drop_path_rate=0.2, with_cp=with_cp).train().double()
     model = compile_blocks(copy.deepcopy(plain), backend='aot_eager')

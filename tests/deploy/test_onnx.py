@@ -234,7 +234,12 @@ def test_torchscript_of_a_whole_model(models):
 @pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='torch.export without open sizes')
 @pytest.mark.parametrize(
     ('fuse', 'options'),
-    [(False, {}), (False, dict(with_rpe=False)), (False, dict(pad_mask=True)), (True, {})],
+    [
+        (False, {}),
+        pytest.param(False, dict(with_rpe=False), marks=pytest.mark.slow),
+        pytest.param(False, dict(pad_mask=True), marks=pytest.mark.slow),
+        (True, {}),
+    ],
     ids=str,
 )
 def test_exported_programs_take_any_batch(fuse, options):
