@@ -142,7 +142,7 @@ class Exported:
         import onnx
         import onnxslim
 
-        network, content = prepare_for_export(network), io.BytesIO()
+        network, content = prepare_for_export(network, fixed_size=True), io.BytesIO()
         options = dict(opset_version=OPSETS[-1], input_names=[INPUT], **EXPORTER)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that sizes are fixed

@@ -56,6 +56,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     return (yield from skip_without_framework(item))
 
 
+@pytest.fixture(autouse=True, scope='session')
+def configs_are_not_laid_out() -> Iterator[None]:
+    """Runners format their config, which takes seconds each; the end-to-end tests do, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.config.config.FormatCode', lambda text, **style: (text, True))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def equal_random_numbers() -> None:
     """Each test draws the same numbers in each run, whatever ran before it."""

@@ -51,6 +51,7 @@ NOT_CODE = re.compile(r'|text|bibtex|\{.*')
 NOT_RUN = {
     'fused = fuse_for_inference(model.cuda()': 'needs a GPU; tests/gpu captures such graphs',
     'program = torch.export.export(': 'needs torch 2.5; tests/deploy/test_onnx.py exports likewise',
+    'import openvino': 'OpenVINO is not installed; its outputs and times are those of the page',
     'from peft import': 'peft is not installed; tried with peft 0.21 and torch 2.13',
 }
 # What is written otherwise for the time or the device of a test.

@@ -22,6 +22,7 @@ from ..checkpoints.writing import check_destination
 from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
+from .aligned_conv import align_channels
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 from .map_attention import use_map_attention
 
@@ -276,7 +277,8 @@ def _make_graph(model: nn.Module, options: ExportOptions):
     model = copy.deepcopy(model).cpu()
     reference = DeployedModel(model, options.with_normalization).eval()
     # The reference is not folded, so that the comparison covers the folding, too.
-    deployed = DeployedModel(prepare_for_export(model), options.with_normalization).eval()
+    prepared = prepare_for_export(model, fixed_size=not options.dynamic_size)
+    deployed = DeployedModel(prepared, options.with_normalization).eval()
     _tell(f'Tracing the {task} model')
     graph = trace(deployed, options)
     _add_metadata(graph, deployed, options.names)
@@ -284,16 +286,19 @@ def _make_graph(model: nn.Module, options: ExportOptions):
 
 
 @torch.no_grad()
-def prepare_for_export(model: nn.Module) -> nn.Module:
-    """Fold batch normalization, and give attention the form of exported files.
+def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
+    """Fold batch normalization, and give attention and FFN the form of exported files.
 
     Args:
         model (nn.Module): A model in evaluation mode. It is left as it is.
+        fixed_size (bool): Whether the file is for images of one size, in a faster form. Defaults
+            to False.
 
     Returns:
         nn.Module: A copy without gradients.
     """
-    return use_map_attention(fold_batch_norm(copy.deepcopy(model))).requires_grad_(False)
+    model = fold_batch_norm(copy.deepcopy(model))
+    return align_channels(use_map_attention(model, fixed_size)).requires_grad_(False)
 
 
 def require_packages(simplify: bool = True, verify: bool = True) -> None:

@@ -25,9 +25,7 @@ ALL = sorted(path.relative_to(config_root()) for path in config_root().glob('[!_
 
 
 @pytest.mark.parametrize('path', ALL, ids=lambda path: path.stem)
-def test_config_reloads(path, tmp_path, monkeypatch):
-    # The same Python without its layout, which takes most of the time.
-    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **style: (text, True))
+def test_config_reloads(path, tmp_path):
     cfg = golden.read_config(path)
     cfg.dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()

@@ -22,9 +22,11 @@ from torch import nn
 import mmhrformer
 from mmhrformer import HRFormer, fuse_for_inference
 from mmhrformer.deploy import onnx as export
+from mmhrformer.deploy.aligned_conv import AlignedConv, align_channels
 from mmhrformer.deploy.map_attention import MapAttention, use_map_attention
 from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
 from mmhrformer.models import (
+    DWConvFFN,
     HRFormerFusion,
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
@@ -174,6 +176,47 @@ def test_padding_follows_the_size_of_the_map(window, options, opset, form):
         for shape in ((2, 17, 9), (1, 17, 9), (3, window, 2 * window), (1, 20, 26), (2, 3, 1)):
             x = torch.rand(*shape, 8)
             assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+
+
+@pytest.mark.parametrize('window', [1, 7, 13])
+@pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
+@pytest.mark.parametrize('size', [(17, 9), (14, 7), (3, 1)], ids=str)
+@torch.no_grad()
+def test_files_of_one_size_gather_windows(window, options, size):
+    attn = LocalWindowSelfAttention(8, 2, window, **options).eval()
+    golden.recipe.fill_module(attn)
+    x = torch.rand(3, *size, 8)
+    assert relative(MapAttention(attn, fixed_size=True)(x), attn(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_gathered_windows_take_any_batch():
+    attn, content = LocalWindowSelfAttention(8, 2).eval(), io.BytesIO()
+    golden.recipe.fill_module(attn)
+    options = dict(input_names=['x'], dynamic_axes=dict(x={0: 'batch'}), **export.EXPORTER)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        form = MapAttention(attn, fixed_size=True)
+        torch.onnx.export(form, torch.rand(2, 17, 9, 8), content, opset_version=17, **options)
+    kinds = [node.op_type for node in onnx.load_from_string(content.getvalue()).graph.node]
+    assert 'Split' not in kinds
+    run = session(content.getvalue())
+    for batch in (1, 5):
+        x = torch.rand(batch, 17, 9, 8)
+        assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_channels_are_padded_to_a_multiple_of_4():
+    ffns = [DWConvFFN(channels, 24).eval() for channels in (6, 8)]
+    for ffn in ffns:
+        golden.recipe.fill_module(ffn)
+    x = torch.rand(2, 5, 7, 6)
+    wanted = ffns[0](x)
+    align_channels(nn.Sequential(*ffns))
+    assert [type(ffn.fc1) for ffn in ffns] == [AlignedConv, nn.Conv2d]
+    assert ffns[0].fc1.in_channels == 8
+    assert relative(ffns[0](x), wanted) < 1e-6
 
 
 def test_other_attentions_are_left_alone():

@@ -26,7 +26,7 @@ ALONE = """
 import runpy, sys
 class Blocked:
     def find_spec(name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmpose', 'mmdet', 'mmhrformer'):
+        if name.split('.')[0].startswith(('torch', 'mm', 'onnxslim')):
             raise ImportError(f'{name} is blocked')
 sys.meta_path.insert(0, Blocked)
 sys.argv = sys.argv[1:]
