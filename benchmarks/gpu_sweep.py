@@ -129,12 +129,13 @@ def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
 
     x, grad = (random(B, H, W, C).permute(0, 3, 1, 2) for _ in range(2))
     weight, bias, mean, var = torch.rand(4, C).unbind()
-    inputs, options = (x, mean, var), (0.1,)
+    inputs, options = (x, mean, var, None), (0.1,)
     if stage != 'moments':
         statistics = norm.moments(*inputs, *options).unbind()
         sums = (torch.randn(2, C),) if stage == 'input_gradient' else ()
         inputs = (x,) if stage == 'normalize' else (grad, x)
-        options = (*statistics, weight, bias, *sums, 1e-5, True, True)
+        again = (False,) if stage == 'gradient_sums' else ()
+        options = (*statistics, weight, bias, *sums, 1e-5, True, True, *again)
     run = lambda: getattr(norm, stage)(*inputs, *options)  # noqa: E731
     moved = NORM_PASSES[stage] * x.numel()
     return Sweep(f'norm {stage}', name, moved, NORM_LAUNCHES, apply, run)
@@ -149,7 +150,7 @@ def layer_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
 
     x, grad, (weight, bias) = random(B, H, W, C), random(B, H, W, C), torch.rand(2, C)
     half = weight.to(DTYPE), bias.to(DTYPE)
-    run = lambda: norm.backward(grad, x, weight, 1e-6, True)  # noqa: E731
+    run = lambda: norm.backward(grad, x, weight, None, 1e-6, True)  # noqa: E731
     plain = None
     if stage == 'forward':
         run = lambda: norm.forward(x, weight, bias, 1e-6, DTYPE)  # noqa: E731

@@ -18,6 +18,7 @@ from mmhrformer.ops import triton_attention as attention
 from mmhrformer.ops import triton_conv as conv
 from mmhrformer.ops import triton_layer_norm as layer_norm
 from mmhrformer.ops import triton_norm as batch_norm
+from mmhrformer.ops import triton_sums as sums
 from mmhrformer.ops.triton_launch import Launch
 
 TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
@@ -41,7 +42,7 @@ def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     x = TYPES[dtype]
     types = dict(
         qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
-        part_pad='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
+        part_sums='*fp32', stats='*fp32', scale='fp32', grad_table='*fp32', grad_pad=x,
     )  # fmt: skip
     for heads, head_dim, window in ATTENTION:
         shape = 1, 1, 1, 3 * heads * head_dim
@@ -74,7 +75,7 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     """Layer normalization of the streams, batch normalization with GELU in FFNs."""
     x = TYPES[dtype]
     types = dict.fromkeys(('count', 'mean', 'spread', 'weight', 'bias', 'sums', 'parts'), '*fp32')
-    types |= dict(x=x, grad=x, out=x, eps='fp32')
+    types |= dict(x=x, grad=x, skip=x, out=x, eps='fp32')
     for H, W, C in STREAMS:
         for stage in layer_norm.LAUNCH:
             launch = layer_norm._plan(stage, 64 * H * W, C, 1e-6)
@@ -84,6 +85,10 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
             options = () if stage == 'moments' else (1e-5, True, True)
             launch = batch_norm._plan(stage, 64 * H * W, C, dtype.itemsize, *options)
             yield f'batch norm {stage} {H} x {W} x {C}', launch, types
+    names = 'out', 'running_mean', 'running_var', 'first', 'last', 'total'
+    types |= dict.fromkeys(names, '*fp32') | dict(tracked='*i64', momentum='fp32', zeros=x)
+    yield 'batch norm combine 128', batch_norm._plan_combine(1024, 128, 0.1, True), types
+    yield 'sums of 10 x 128', sums._plan(1024, 10, 128, (1, 9)), types
 
 
 def dump(file: str, option: str) -> str:

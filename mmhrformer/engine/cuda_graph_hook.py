@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import ops
+from ..ops.recompute import is_plain
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import HOOKS
 
@@ -122,7 +124,8 @@ class GraphedForward:
         key = self._key(images)
         self.images, self.grads = images.clone(), None
         learned = [p for p in self.module.parameters() if p.requires_grad]
-        self.parameters = sorted(learned, key=lambda p: str(p.dtype))
+        self.halved = weights_of_products(self.module) if autocast_dtype(images.device.type) else []
+        self.parameters = sorted(learned, key=lambda p: (str(p.dtype), p in set(self.halved)))
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:  # random numbers and statistics of the warm-up shall leave no trace
             random = torch.random.fork_rng([images.device] if images.is_cuda else [])
@@ -161,10 +164,15 @@ class GraphedForward:
 
     def _forward(self) -> list[Tensor]:
         """The forward pass on ``self.images``."""
-        held = self.module.parameters()
-        self.leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in held}
         dtype = autocast_dtype(self.images.device.type)
-        # Weights are cast anew in each replay; a cache would keep memory of the graphs.
+        data = {p: p.detach() for p in self.module.parameters()}
+        # What autocast would do one by one, and autograd with the gradients once more.
+        halves = [torch.empty_like(data[p], dtype=dtype) for p in self.halved]
+        if halves:
+            torch._foreach_copy_(halves, [data[p] for p in self.halved])
+        data.update(zip(self.halved, halves))
+        self.leaves = {p: nn.Parameter(x, p.requires_grad) for p, x in data.items()}
+        # Others are cast anew in each replay; a cache would keep memory of the graphs.
         cast = torch.autocast(self.images.device.type, dtype, dtype is not None, False)
         with torch.enable_grad(), cast, self._aliases():
             outputs = self.ordinary(self.images)
@@ -183,7 +191,7 @@ class GraphedForward:
         del self.live
         used = [(p, g) for p, g in zip(self.parameters, grads) if g is not None]
         self.parameters, self.places, flats = [p for p, _ in used], [], []
-        for _, group in groupby(used, key=lambda pair: pair[0].dtype):
+        for (dtype, _), group in groupby(used, key=lambda pair: tuple(x.dtype for x in pair)):
             pieces, offset = [], 0
             for parameter, grad in group:
                 stride = torch.empty_like(parameter, device='meta').stride()  # dense, as it lies
@@ -193,7 +201,7 @@ class GraphedForward:
                 self.places.append((len(flats), (grad.shape, stride, offset)))
                 pieces.append(grad.as_strided((grad.numel(),), (1,)))
                 offset += grad.numel()
-            flats.append(torch.cat(pieces))
+            flats.append(torch.cat(pieces).to(dtype))
         return flats
 
     def replay_forward(self, ticket: Ticket, images: Tensor) -> tuple[Tensor, ...]:
@@ -223,6 +231,18 @@ class GraphedForward:
         # replay would write into them: wrong sums with accumulative_counts=2. One copy for all.
         flats = [flat.clone() for flat in self.flats]
         return [flats[index].as_strided(*place) for index, place in self.places]
+
+
+def weights_of_products(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters in float32 that autocast converts, and nobody else reads.
+
+    Depth-wise convolutions have kernels that take them as they are.
+    """
+    held = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    layers = [part for part in module.modules() if is_plain(part, nn.Linear, nn.Conv2d)]
+    dense = [layer for layer in layers if getattr(layer, 'groups', 1) == 1]
+    parameters = [p for layer in dense for p in layer.parameters(recurse=False)]
+    return [p for p in parameters if p.dtype == torch.float32 and held[p] == 1]
 
 
 def graphed(model: nn.Module) -> GraphedForward:

@@ -126,5 +126,7 @@ class HRFormerBlock(BaseModule):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = ops.add_path(x, self.attn(ops.layer_norm(x, self.norm1)), self.drop_path)
-        return ops.add_path(x, self.ffn(ops.layer_norm(x, self.norm2)), self.drop_path)
+        y, x = ops.fork_layer_norm(x, self.norm1)
+        x = ops.add_path(x, self.attn(y), self.drop_path)
+        y, x = ops.fork_layer_norm(x, self.norm2)
+        return ops.add_path(x, self.ffn(y), self.drop_path)

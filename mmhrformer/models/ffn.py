@@ -7,6 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.recompute import is_plain
 from ..registry import MODELS
 from .checks import check_norm_cfg
 
@@ -70,8 +71,22 @@ class DWConvFFN(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C) to one of the same shape."""
+        if ops.has_conv_ffn(x, self):
+            return ops.conv_ffn(x, self)
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last in memory: nothing is copied
         x = ops.norm_gelu_conv(self.fc1(x), self.norm1, self.dw3x3)
         x = ops.norm_gelu_conv(x, self.norm2, self.fc2)
         x = ops.norm_gelu_conv(x, self.norm3)
         return x.permute(0, 2, 3, 1)
+
+    def is_intact(self) -> bool:
+        """Whether the convolutions are as they were made, not replaced, hooked or the like."""
+        kinds = nn.Conv2d, DepthwiseConv2d, nn.Conv2d
+        convs = self.fc1, self.dw3x3, self.fc2
+        return all(
+            type(conv) is kind
+            and is_plain(conv, kind)
+            and conv.bias is not None
+            and (conv.kernel_size, conv.stride) == ((size, size), (1, 1))
+            for conv, kind, size in zip(convs, kinds, (1, 3, 1))
+        )

@@ -23,11 +23,13 @@ __all__ = [
     'attend_on_map',
     'attends_on_map',
     'backend',
+    'conv_ffn',
     'conv_gelu',
     'depthwise_conv',
     'folded_block',
+    'fork_layer_norm',
+    'has_conv_ffn',
     'has_folded_block',
-    'layer_norm',
     'map_attention',
     'norm_gelu_conv',
     'padding_mask',
@@ -55,13 +57,15 @@ def dispatched(function: Callable) -> Callable:
 add_path = dispatched(reference.add_path)
 conv_gelu = dispatched(reference.conv_gelu)
 depthwise_conv = dispatched(reference.depthwise_conv)
-layer_norm = dispatched(reference.layer_norm)
+fork_layer_norm = dispatched(reference.fork_layer_norm)
 norm_gelu_conv = dispatched(reference.norm_gelu_conv)
 pointwise_conv = dispatched(reference.pointwise_conv)
 window_attention = dispatched(reference.window_attention)
-# Without a plain form: the two functions that ask come first.
+# Without a plain form: the functions that ask come first.
 attends_on_map = dispatched(reference.attends_on_map)
 attend_on_map = dispatched(kernels.attend_on_map)
 map_attention = dispatched(kernels.map_attention)
+has_conv_ffn = dispatched(reference.has_conv_ffn)
+conv_ffn = dispatched(kernels.conv_ffn)
 has_folded_block = dispatched(reference.has_folded_block)
 folded_block = dispatched(kernels.folded_block)

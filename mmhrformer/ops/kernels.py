@@ -102,12 +102,14 @@ def attend_on_map(
     head_dim = qkv.out_features // 3 // heads
     missing = head_padding(head_dim)
     scale = head_dim**-0.5
+    # The gradient of the bias comes with that of the attention.
     if not missing or not is_plain(proj, nn.Linear):
-        return proj(map_attention(qkv(x), qkv.bias, table, heads, window, scale, pad_mask))
+        x = F.linear(x, qkv.weight, qkv.bias.detach())
+        return proj(map_attention(x, qkv.bias, table, heads, window, scale, pad_mask))
     weight = qkv.weight.unflatten(0, (3 * heads, head_dim))
     weight = F.pad(weight, (0, 0, 0, missing)).flatten(0, 1)
     bias = F.pad(qkv.bias.unflatten(0, (3 * heads, head_dim)), (0, missing)).flatten()
-    x = F.linear(x, weight, bias)  # (B, H, W, 3 * heads * (head_dim + missing))
+    x = F.linear(x, weight, bias.detach())  # (B, H, W, 3 * heads * (head_dim + missing))
     x = map_attention(x, bias, table, heads, window, scale, pad_mask)
     weight = F.pad(proj.weight.unflatten(1, (heads, head_dim)), (0, missing)).flatten(1)
     return F.linear(x, weight, proj.bias)
@@ -126,7 +128,9 @@ def map_attention(
 
     Args:
         qkv (Tensor): Queries, keys and values of shape (B, H, W, 3 * heads * head_dim).
-        pad (Tensor): Those of a padded token, of shape (3 * heads * head_dim,).
+        pad (Tensor): Those of a padded token, of shape (3 * heads * head_dim,): the bias of the
+            projection. Its gradient is that of the bias in all tokens, so that ``qkv`` is to be
+            projected with ``pad.detach()``.
         table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
         heads (int): Attention heads.
         window (int): Side of the windows, in tokens.
@@ -213,18 +217,62 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
     return linear(y.permute(0, 2, 3, 1), fc2.weight, fc2.bias, True, x, None)
 
 
-def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.layer_norm`."""
+def fork_layer_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """See :func:`mmhrformer.ops.fork_layer_norm`."""
     from .triton_layer_norm import MAX_CHANNELS
-    from .triton_layer_norm import layer_norm as kernel
+    from .triton_layer_norm import fork_layer_norm as kernel
 
     fits = is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
     dtype = autocast_dtype(x.device.type) or x.dtype
     if not fits or x.dtype not in DTYPES or x.shape[-1] > MAX_CHANNELS:
-        return norm(x)
+        return norm(x), x
     # Under autocast torch's is float32, which the next layer would read only to round it to the
     # data type that this is in already.
     return kernel(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def has_conv_ffn(x: Tensor, ffn: nn.Module) -> bool:
+    """See :func:`mmhrformer.ops.has_conv_ffn`."""
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    return (
+        dtype in LINEAR_DTYPES
+        and len(x) > 0
+        and needs_grad(x, *ffn.parameters())
+        and ffn.is_intact()
+        and all(fits_norm(norm) for norm in (ffn.norm1, ffn.norm2, ffn.norm3))
+    )
+
+
+def conv_ffn(x: Tensor, ffn: nn.Module) -> Tensor:
+    """The FFN in training: of its parts, none but the normalizations are computed again.
+
+    A bias in front of a normalization by the statistics of the map has no effect, and a gradient
+    of exactly zero, which is not computed.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        ffn (nn.Module): A :class:`mmhrformer.models.ffn.DWConvFFN`.
+
+    Returns:
+        Tensor: Map of the same shape.
+    """
+    from .triton_ffn import ConvFFN, to_map, to_rows
+
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    norms = ffn.norm1, ffn.norm2, ffn.norm3
+    parameters = []
+    for conv, norm in zip((ffn.fc1, ffn.dw3x3, ffn.fc2), norms):
+        weight, bias = conv.weight, conv.bias
+        if conv is not ffn.dw3x3:  # whose kernel takes any data type
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        parameters += [weight, bias, norm.weight, norm.bias]
+    measure = [partial(measure_map, norm=norm) for norm in norms]
+    return to_rows(ConvFFN.apply(measure, to_map(x.to(dtype).contiguous()), *parameters))
+
+
+def fits_norm(norm: nn.Module) -> bool:
+    """Whether the kernels know a normalization."""
+    return is_plain(norm, _BatchNorm, nn.SyncBatchNorm) and norm.affine
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
@@ -233,12 +281,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     As in :mod:`.recompute`, but normalization and GELU are one kernel, which keeps its input
     alone, and of the statistics nothing is computed again.
     """
-    if not (
-        is_plain(norm, _BatchNorm, nn.SyncBatchNorm)
-        and norm.affine
-        and x.dtype in DTYPES
-        and len(x)
-    ):
+    if not (fits_norm(norm) and x.dtype in DTYPES and len(x)):
         return cuda.norm_gelu_conv(x, norm, conv)
     normalize = prepare_norm_gelu(x, norm)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -253,27 +296,33 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
 
 def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
     """Compute the statistics of a map; the function that normalizes it by them, with GELU."""
-    from .triton_norm import batch_statistics, normalize_gelu
+    from .triton_norm import normalize_gelu
 
-    training = norm.training or norm.running_mean is None
-    x = x.detach().contiguous(memory_format=torch.channels_last)
-    if not training:
-        statistics = norm.running_mean, norm.running_mean, norm.running_var
-        return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
-                       eps=norm.eps, training=False)  # fmt: skip
-    group = sync_group(norm)
-    momentum = norm.momentum
+    statistics, group, eps, training, _ = measure_map(x, norm)
+    return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
+                   eps=eps, training=training, process_group=group)  # fmt: skip
+
+
+def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
+    """Statistics to normalize a map by, and who shares them; eps, whether they are its own, GELU.
+
+    The running ones are updated.
+    """
+    from .triton_norm import batch_statistics
+
+    if not (norm.training or norm.running_mean is None):
+        return (norm.running_mean, norm.running_mean, norm.running_var), None, norm.eps, False, True
+    group, momentum, tracked = sync_group(norm), norm.momentum, norm.num_batches_tracked
     running = norm.running_mean, norm.running_var
     if not (norm.training and norm.track_running_stats):
-        running = None, None
-    elif norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+        running, tracked = (None, None), None
+    elif tracked is not None and momentum is None:
+        tracked.add_(1)
+        momentum, tracked = 1.0 / float(tracked), None
+    x = x.detach().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        statistics = batch_statistics(x, *running, momentum or 0.0, group)
-    return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
-                   eps=norm.eps, training=True, process_group=group)  # fmt: skip
+        statistics = batch_statistics(x, *running, momentum or 0.0, group, tracked)
+    return statistics, group, norm.eps, True, True
 
 
 def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:

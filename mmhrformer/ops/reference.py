@@ -17,9 +17,10 @@ __all__ = [
     'channel_padding',
     'conv_gelu',
     'depthwise_conv',
+    'fork_layer_norm',
+    'has_conv_ffn',
     'has_folded_block',
     'head_padding',
-    'layer_norm',
     'norm_gelu_conv',
     'pointwise_conv',
     'window_attention',
@@ -78,7 +79,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     return F.conv2d(x, weight, bias, stride, padding=1, groups=x.shape[1])
 
 
-def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def fork_layer_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Compute ``norm(x)`` for a layer that brings its input to the data type of autocast.
 
     Args:
@@ -87,9 +88,10 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
             ``nn.LayerNorm``.
 
     Returns:
-        Tensor: Normalized tokens of shape (..., C).
+        tuple[Tensor, Tensor]: Normalized tokens of shape (..., C), and ``x`` for the residual
+        path around what follows. Of a kernel, the gradients of both come together.
     """
-    return norm(x)
+    return norm(x), x
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
@@ -158,6 +160,19 @@ def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
 
     Returns:
         bool: Whether there is a kernel for it.
+    """
+    return False
+
+
+def has_conv_ffn(x: Tensor, ffn: nn.Module) -> bool:
+    """Whether :func:`conv_ffn` can compute an FFN.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C).
+        ffn (nn.Module): A :class:`mmhrformer.models.ffn.DWConvFFN`.
+
+    Returns:
+        bool: Whether there are kernels for it.
     """
     return False
 

@@ -62,14 +62,13 @@ SIZES = ['B', 'H', 'W']  # never compiled for: strides are multiples of the chan
 
 @triton.jit
 def _window(index, t, H, W, WIN: tl.constexpr):
-    """Where a window starts, as a row of the map; which of its tokens are real; if all are."""
+    """Where a window starts, as a row of the map; which of its tokens are real."""
     rows, cols = (H + WIN - 1) // WIN, (W + WIN - 1) // WIN
     y = (index // cols) % rows * WIN - (rows * WIN - H) // 2
     x = index % cols * WIN - (cols * WIN - W) // 2
     start = ((index // (rows * cols)).to(tl.int64) * H + y) * W + x
     inside = (y + t // WIN >= 0) & (y + t // WIN < H) & (x + t % WIN >= 0) & (x + t % WIN < W)
-    full = (y >= 0) & (y + WIN <= H) & (x >= 0) & (x + WIN <= W)
-    return start, inside & (t < WIN * WIN), full
+    return start, inside & (t < WIN * WIN)
 
 
 @triton.jit
@@ -96,13 +95,12 @@ def _load(x, real, pad, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
 
 
 @triton.jit
-def _add_padded(sums, gradients, real, in_d):
-    """Add gradients of padded tokens to sums of this program, in memory: registers are scarce.
+def _add_tokens(sums, x, in_d):
+    """Add the rows of x to sums of this program, in memory: registers are scarce.
 
     No other program adds to them, so that the order is the same each time.
     """
-    total = tl.sum(tl.where(real[:, None], 0.0, gradients), 0)
-    tl.atomic_add(sums, total, mask=in_d, sem='relaxed')
+    tl.atomic_add(sums, tl.sum(x.to(tl.float32), 0), mask=in_d, sem='relaxed')
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -125,8 +123,8 @@ def _forward(
     pad += C + head * HD
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(tl.program_id(0) // HEADS, windows, tl.num_programs(0) // HEADS):
-        start, real, full = _window(window, n, H, W, WIN)
-        start, real_q, full = _window(window, m, H, W, WIN)
+        start, real = _window(window, n, H, W, WIN)
+        start, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
         q = tl.load(source + at_m * (3 * C) + d[None, :], mask=mask, other=0.0)
@@ -143,17 +141,17 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _grad_queries(
-    qkv, pad, table, grad, grad_qkv, part_bias, part_pad, stats, B, H, W, scale,
+    qkv, pad, table, grad, grad_qkv, part_bias, part_sums, stats, B, H, W, scale,
     HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAD_MASK: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, and of keys and values, too, if it is the WHOLE window.
 
-    A program goes through windows and adds the gradients of the biases in registers; they, and
-    those of padded tokens, go to its own place of ``part_bias`` (chunks, HEADS, N, N) and
-    ``part_pad`` (chunks, 2, C). If a block is not the whole window, the logarithms of the
-    denominators and the sums of p * dp of its queries go to ``stats`` (HEADS, 2, B, H, W).
+    A program goes through windows and adds the gradients of the biases in registers; they go to
+    its own place of ``part_bias`` (chunks, HEADS, N, N), the sums of dq and do over all tokens to
+    ``part_sums`` (chunks * blocks, 2, C). If a block is not the whole window, the logarithms of
+    the denominators and the sums of p * dp of its queries go to ``stats`` (HEADS, 2, B, H, W).
     """
     N: tl.constexpr = WIN * WIN
     C: tl.constexpr = HEADS * HD
@@ -167,22 +165,21 @@ def _grad_queries(
     at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[:, None], n[None, :], head, HEADS, WIN, HAS_BIAS)
     pad += C + head * HD
-    sums = part_pad + chunk * 2 * C + head * HD + d
-    if WHOLE and not PAD_MASK:
-        tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
-        tl.store(sums + C, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
-        tl.debug_barrier()
+    row = chunk * tl.num_programs(1) + tl.program_id(1)
+    sums = part_sums + row * 2 * C + head * HD + d
+    tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+    tl.store(sums + C, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
+    tl.debug_barrier()
     sum_ds = tl.zeros((BLOCK, BLOCK_N), tl.float32)
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
-        start, real, full = _window(window, n, H, W, WIN)
-        start, real_q, full = _window(window, m, H, W, WIN)
+        start, real = _window(window, n, H, W, WIN)
+        start, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
         q = tl.load(source + at_q, mask=mask, other=0.0)
         k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
-        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
@@ -193,6 +190,7 @@ def _grad_queries(
         p = tl.exp2(s - largest[:, None])
         total = tl.sum(p, 1)
         p = p / total[:, None]
+        _add_tokens(sums + C, do, in_d)
         if WHOLE:
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
             mask_k = real[:, None] & in_d[None, :]
@@ -201,8 +199,8 @@ def _grad_queries(
                 dv.to(grad_qkv.dtype.element_ty),
                 mask=mask_k,
             )
-            if not PAD_MASK and not full:  # else there is nothing to add: most windows
-                _add_padded(sums + C, dv, real, in_d)
+        # Loaded late, as registers are scarce.
+        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         delta = tl.sum(p * dp, 1)
         ds = p * (dp - delta[:, None])
@@ -211,13 +209,12 @@ def _grad_queries(
         low = ds.to(q.dtype)
         dq = tl.dot(low, k, input_precision=PRECISION) * scale
         tl.store(target + at_q, dq.to(grad_qkv.dtype.element_ty), mask=mask)
+        _add_tokens(sums, dq, in_d)
         if WHOLE:
             dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
             tl.store(
                 target + at_k[:, None] + d[None, :], dk.to(grad_qkv.dtype.element_ty), mask=mask_k
             )
-            if not PAD_MASK and not full:
-                _add_padded(sums, dk, real, in_d)
         else:
             place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
             tl.store(place, largest + tl.log2(total), mask=real_q)
@@ -229,15 +226,12 @@ def _grad_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def _grad_keys(
-    qkv, pad, table, grad, grad_qkv, part_pad, stats, B, H, W, scale,
+    qkv, pad, table, grad, grad_qkv, stats, B, H, W, scale,
     HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAD_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values from all queries, after :func:`_grad_queries`.
-
-    ``part_pad`` (chunks * blocks, 2, C) is for those of padded tokens.
-    """
+    """Gradients of a block of keys and values from all queries, after :func:`_grad_queries`."""
     C: tl.constexpr = HEADS * HD
     head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -248,16 +242,10 @@ def _grad_keys(
     at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[None, :], n[:, None], head, HEADS, WIN, HAS_BIAS)  # (keys, queries)
     pad += C + head * HD
-    block = chunk * tl.num_programs(1) + tl.program_id(1)
-    sums = part_pad + block * 2 * C + head * HD + d
-    if not PAD_MASK:
-        tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
-        tl.store(sums + C, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
-        tl.debug_barrier()
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
-        start, real, full = _window(window, n, H, W, WIN)
-        start, real_q, full = _window(window, m, H, W, WIN)
+        start, real = _window(window, n, H, W, WIN)
+        start, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
@@ -282,21 +270,19 @@ def _grad_keys(
         tl.store(
             target + (at_k + C)[:, None] + d[None, :], dv.to(grad_qkv.dtype.element_ty), mask=mask
         )
-        if not PAD_MASK and not full:
-            _add_padded(sums, dk, real, in_d)
-            _add_padded(sums + C, dv, real, in_d)
 
 
 @triton.jit(do_not_specialize=['chunks', 'rows'])
 def _reduce(
-    part_bias, part_pad, grad_table, grad_pad, chunks, rows,
+    part_bias, part_sums, grad_table, grad_pad, chunks, rows,
     HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, NUMBERS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add partial sums, always in the same order: a program has BLOCK numbers of the table.
 
     The first programs add ``part_bias`` (chunks, HEADS, N, N) over all pairs of tokens that share
-    one of the NUMBERS of the table (entries, HEADS), the others ``part_pad`` (rows, 2, C).
+    one of the NUMBERS of the table (entries, HEADS), the others ``part_sums`` (rows, 2, C), the
+    gradient of queries and values in ``grad_pad`` (3, C). That of the keys is zero.
     """
     N: tl.constexpr = WIN * WIN
     C: tl.constexpr = HEADS * HD
@@ -325,9 +311,10 @@ def _reduce(
         for first in range(0, rows, BLOCK * BLOCK_R):
             row = (first + r)[:, None]
             real = (row < rows) & (c < 2 * C)[None, :]
-            total += tl.load(part_pad + row * (2 * C) + c[None, :], mask=real, other=0.0)
+            total += tl.load(part_sums + row * (2 * C) + c[None, :], mask=real, other=0.0)
         sums = tl.sum(total, 0).to(grad_pad.dtype.element_ty)
-        tl.store(grad_pad + C + c, sums, mask=c < 2 * C)
+        tl.store(grad_pad + c + tl.where(c < C, 0, C), sums, mask=c < 2 * C)
+        tl.store(grad_pad + C + c, tl.zeros_like(sums), mask=c < C)
 
 
 def _block(size: int, least: int) -> int:
@@ -368,9 +355,9 @@ def _plan_reduce(plan: dict) -> tuple[int, dict]:
     options = launch_options('reduce', block_n, plan['BLOCK_D'], torch.float32)
     block = options.pop('block')
     numbers = (2 * plan['WIN'] - 1) ** 2 * heads if plan['HAS_BIAS'] else 0
-    sums = 0 if plan['PAD_MASK'] else 2 * heads * plan['HD']
     keywords.update(NUMBERS=numbers, BLOCK=block, BLOCK_R=4096 // block_n)
-    return triton.cdiv(numbers, block) + triton.cdiv(sums, block_n), keywords | options
+    programs = triton.cdiv(numbers, block) + triton.cdiv(2 * heads * plan['HD'], block_n)
+    return programs, keywords | options
 
 
 def _plan_forward(scale: float, shape: tuple[int, ...], *options) -> Launch:
@@ -381,19 +368,18 @@ def _plan_forward(scale: float, shape: tuple[int, ...], *options) -> Launch:
 
 def _plan_backward(
     scale: float, shape: tuple[int, ...], *options
-) -> tuple[Launch, Launch | None, Launch | None]:
-    """The launches for queries, for keys where it is another one, and for the sums if any."""
+) -> tuple[Launch, Launch | None, Launch]:
+    """The launches for queries, for keys where it is another one, and for the sums."""
     grid, keywords = _plan('queries', shape, *options)
     sizes, whole, keys = (*shape[:3], scale), grid[1] == 1, None
     queries = Launch(_grad_queries, grid, *sizes, WHOLE=whole, **keywords)
-    chunks = rows = grid[0] // keywords['HEADS']
+    chunks = grid[0] // keywords['HEADS']
+    rows = chunks * grid[1]
     if not whole:
         grid, keywords_keys = _plan('keys', shape, *options)
         keys = Launch(_grad_keys, grid, *sizes, **keywords_keys)
-        rows = grid[0] // keywords['HEADS'] * grid[1]
     programs, keywords = _plan_reduce(keywords)
-    reduce = Launch(_reduce, (programs,), chunks, rows, **keywords) if programs else None
-    return queries, keys, reduce
+    return queries, keys, Launch(_reduce, (programs,), chunks, rows, **keywords)
 
 
 ARGUMENTS = (
@@ -419,9 +405,9 @@ def attention_forward(
 
 
 def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for gradients; zeros for pad, as queries of padded tokens are of no use."""
+    """Room for gradients."""
     table = pad.new_empty(0) if table is None else table
-    return qkv.new_empty(qkv.shape), pad.new_zeros(pad.shape), table.new_empty(table.shape)
+    return tuple(like.new_empty(like.shape) for like in (qkv, pad, table))
 
 
 @thin_operator(
@@ -436,20 +422,19 @@ def attention_backward(
     grad, qkv = grad.contiguous(), qkv.contiguous()
     options = qkv.dtype, heads, window, table is not None, pad_mask
     queries, keys, reduce = planned(_plan_backward, scale, qkv.shape, *options)
-    chunks, rows = reduce.numbers if reduce else (1, 1)
+    chunks, rows = reduce.numbers
     B, H, W, C3 = qkv.shape
     empty = partial(qkv.new_empty, dtype=torch.float32)
     part_bias = empty(1) if table is None else empty(chunks, heads, window**2, window**2)
-    part_pad = empty(1) if pad_mask else empty(rows, 2, C3 // 3)
+    part_sums = empty(rows, 2, C3 // 3)
     stats = empty(heads, 2, B, H, W) if keys else empty(1)
     grads = grad_qkv, grad_pad, grad_table = _empty_grads(qkv, pad, table)
     pad = pad.to(qkv.dtype).contiguous()
     sources = (qkv, pad, pad if table is None else table.contiguous())
-    queries(*sources, grad, grad_qkv, part_bias, part_pad, stats)
+    queries(*sources, grad, grad_qkv, part_bias, part_sums, stats)
     if keys:
-        keys(*sources, grad, grad_qkv, part_pad, stats)
-    if reduce:
-        reduce(part_bias, part_pad, grad_table, grad_pad)
+        keys(*sources, grad, grad_qkv, stats)
+    reduce(part_bias, part_sums, grad_table, grad_pad)
     return grads
 
 
@@ -491,7 +476,8 @@ def window_attention(
         qkv (Tensor): Queries, keys and values of the tokens of a map, not padded, of shape
             (B, H, W, 3 * num_heads * head_dim): float32, float16 or bfloat16.
         pad (Tensor): What padded tokens have instead, of shape (3 * num_heads * head_dim,): the
-            bias of the projection. Of any data type.
+            bias of the projection. Of any data type. Its gradient is that of the bias in all
+            tokens, so that ``qkv`` is to be projected with ``pad.detach()``.
         table (Tensor, optional): Relative position biases of shape
             ((2 * window - 1)^2, num_heads), of any data type. None: no biases.
         num_heads (int): Heads.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .state import needs_grad
 from .triton_launch import Launch, planned
+from .triton_sums import add_parts
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 
@@ -493,22 +494,35 @@ def _depthwise_gelu_grad(
     'depthwise_input_grad(Tensor grad, Tensor weight) -> Tensor',
     lambda grad, weight: _empty_map(grad, 1),
 )
-def _depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return _depthwise(grad, weight, flip=True)
 
 
+def _empty_weights(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Memory for gradients of a weight and a bias, in their layout."""
+    in_order = weight.stride(2) == 3 * weight.stride(3)
+    grad_weight = torch.empty_like(weight) if in_order else weight.new_empty(weight.shape)
+    return grad_weight, weight.new_empty(len(weight)) if bias is None else torch.empty_like(bias)
+
+
 @thin_operator(
-    'depthwise_weight_grad(Tensor grad, Tensor x) -> Tensor',
-    lambda grad, x: x.new_empty(10, x.shape[1], dtype=torch.float32),
+    'depthwise_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)',
+    _empty_weights,
 )
-def _depthwise_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradients (10, C) of the nine taps and the bias, in float32."""
+def depthwise_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, with the memory layout and data type of these."""
     launch = planned(_plan_depthwise_weight, x.shape)
     C, tile = x.shape[1], launch.constants
     tiles = launch.grid[0] // triton.cdiv(C, tile['BLOCK_C'])
-    sums = x.new_empty(tiles, 10, C, dtype=torch.float32)
-    launch(_channels_last(x), _channels_last(grad), sums)
-    return sums.sum(0)
+    parts = x.new_empty(tiles, 10, C, dtype=torch.float32)
+    launch(_channels_last(x), _channels_last(grad), parts)
+    grads = _empty_weights(grad, x, weight, bias)
+    add_parts(parts, *grads, (grads[0].stride(3), grads[0].stride(0)))
+    return grads
 
 
 @thin_operator(
@@ -574,12 +588,10 @@ class DepthwiseGELU(torch.autograd.Function):
             return *grads, None, None
         grad_x = grad_weight = grad_bias = None
         if wanted[0]:
-            grad_x = _depthwise_input_grad(grad, weight)
+            grad_x = depthwise_input_grad(grad, weight)
         if wanted[1] or wanted[2]:
-            sums = _depthwise_weight_grad(grad, x)
-            grad_weight = sums[:9].T.reshape(weight.shape).to(weight.dtype)
-            grad_bias = sums[9].to(bias.dtype) if wanted[2] else None
-        return grad_x, grad_weight, grad_bias, None, None
+            grad_weight, grad_bias = depthwise_weight_grad(grad, x, weight, bias)
+        return grad_x, grad_weight, grad_bias if wanted[2] else None, None, None
 
 
 class LinearGELU(torch.autograd.Function):

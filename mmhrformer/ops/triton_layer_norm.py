@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .state import needs_grad
 from .triton_launch import Launch, planned
+from .triton_sums import add_parts
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
-__all__ = ['MAX_CHANNELS', 'layer_norm']
+__all__ = ['MAX_CHANNELS', 'fork_layer_norm', 'layer_norm']
 
 # For each kernel: elements of a tile, warps.
 LAUNCH = {'forward': (4096, 4), 'backward': (4096, 4)}
@@ -117,11 +118,11 @@ def _forward(
 
 @triton.jit(do_not_specialize=['R'])
 def _backward(
-    grad, x, weight, out, parts, eps, R,
+    grad, x, weight, skip, out, parts, eps, R,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the input, and a program's part of those of weight and bias, to ``parts``
-    (programs, 2, C).
+    """Gradient of the input, with that of another way of it (``skip``), and a program's part of
+    those of weight and bias, to ``parts`` (programs, 2, C).
     """
     row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
     at = row[:, None] * C + col[None, :]
@@ -149,6 +150,9 @@ def _backward(
         for i in tl.static_range(BLOCKS):
             mask = in_r & (col + i * WIDTH < C)[None, :]
             result = (scaled[i] - mean - v[i] * slope) * rstd
+            if skip is not None:
+                other = tl.load(skip + first * C + at + i * WIDTH, mask=mask, other=0.0)
+                result += other.to(tl.float32)
             result = result.to(out.dtype.element_ty)
             tl.store(out + first * C + at + i * WIDTH, result, mask=mask)
         tile += tl.num_programs(0)
@@ -195,45 +199,58 @@ def forward(
     return out
 
 
+def _empty_grads(x: Tensor, weight: Tensor | None, of_parameters: bool) -> list[Tensor]:
+    """Memory for the gradients of the rows, weight and bias; of those two, if wanted."""
+    dtype = torch.float32 if weight is None else weight.dtype
+    size = x.shape[-1] if of_parameters else 0
+    return [torch.empty_like(x), *(x.new_empty(size, dtype=dtype) for _ in range(2))]
+
+
 @thin_operator(
-    'layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_parameters)'
-    ' -> (Tensor, Tensor)',
-    lambda grad, x, weight, eps, of_parameters: (
-        torch.empty_like(x),
-        x.new_empty((2 * of_parameters, x.shape[-1]), dtype=torch.float32),
-    ),
+    'layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? skip, float eps, '
+    'bool of_parameters) -> (Tensor, Tensor, Tensor)',
+    lambda grad, x, weight, skip, eps, of_parameters: tuple(_empty_grads(x, weight, of_parameters)),
 )
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, of_parameters: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows, and those of weight and bias, (2, C), or (0, C) if not asked for."""
-    out, C = torch.empty_like(x), x.shape[-1]
-    launch = planned(_plan, 'backward', x.numel() // C, C, eps)
-    parts = x.new_empty((launch.grid[0], 2 * of_parameters, C), dtype=torch.float32)
-    launch(grad, x, weight, out, parts if of_parameters else None)
-    return out, parts.sum(0)
+    grad: Tensor, x: Tensor, weight: Tensor | None, skip: Tensor | None, eps: float,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, weight and bias; ``skip`` is added to the first, the others are empty if
+    not asked for.
+    """
+    out, *grads = _empty_grads(x, weight, of_parameters)
+    launch, parts = planned(_plan, 'backward', x.numel() // x.shape[-1], x.shape[-1], eps), None
+    if of_parameters:
+        parts = x.new_empty((launch.grid[0], 2, x.shape[-1]), dtype=torch.float32)
+    launch(grad, x, weight, skip, out, parts)
+    if of_parameters:
+        add_parts(parts, *grads)
+    return out, *grads
 
 
 class LayerNorm(torch.autograd.Function):
-    """See :func:`layer_norm`."""
+    """See :func:`layer_norm` and :func:`fork_layer_norm`."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Keep the input alone."""
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return forward(x, weight, bias, eps, dtype)
+        return forward(x, weight, bias, eps, dtype), x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, skip: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the rows, the weight and the bias."""
         refuse_second_derivatives('layer_norm')
+        if grad is None:
+            return skip, None, None, None, None
         _, of_weight, of_bias, *_ = ctx.needs_input_grad
-        x, weight = ctx.saved_tensors
-        grad_x, sums = backward(grad.contiguous(), x, weight, ctx.eps, of_weight or of_bias)
-        return grad_x, sums[0] if of_weight else None, sums[1] if of_bias else None, None, None
+        tensors = (None if t is None else t.contiguous() for t in (grad, *ctx.saved_tensors, skip))
+        grad_x, *grads = backward(*tensors, ctx.eps, of_weight or of_bias)
+        return grad_x, grads[0] if of_weight else None, grads[1] if of_bias else None, None, None
 
 
 def layer_norm(
@@ -268,6 +285,20 @@ def layer_norm(
         >>> layer_norm(x, x.new_ones(32), x.new_zeros(32), 1e-6).shape  # doctest: +SKIP
         torch.Size([2, 8, 6, 32])
     """
+    return fork_layer_norm(x, weight, bias, eps, dtype)[0]
+
+
+def fork_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`layer_norm`, and ``x`` for a path around what follows.
+
+    In the backward pass the gradients of both ways are added where that of the first is computed.
+    """
     dtype = dtype or x.dtype
     for name, given in (('x', x.dtype), ('dtype', dtype)):
         if given not in DTYPES:
@@ -278,5 +309,6 @@ def layer_norm(
             'torch.nn.functional.layer_norm, which is fast on long rows'
         )
     x = x.contiguous()
-    run = LayerNorm.apply if needs_grad(x, weight, bias) else forward
-    return run(x, weight, bias, eps, dtype)
+    if needs_grad(x, weight, bias):
+        return LayerNorm.apply(x, weight, bias, eps, dtype)
+    return forward(x, weight, bias, eps, dtype), x

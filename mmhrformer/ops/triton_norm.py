@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import Launch, planned
+from .triton_sums import add_parts
 from .triton_support import refuse_second_derivatives, thin_operator
 
 __all__ = ['batch_statistics', 'normalize_gelu']
@@ -85,10 +86,10 @@ def _phi(z):
 
 
 @triton.jit
-def _gelu_slope(z):
-    """Derivative of GELU."""
+def _gelu(z):
+    """GELU, and its derivative."""
     phi, e = _phi(z)
-    return phi + z * e * 0.3989422804014327
+    return z * phi, phi + z * e * 0.3989422804014327
 
 
 @triton.jit(do_not_specialize=['R'])
@@ -126,10 +127,12 @@ def _moments(
 
 @triton.jit(do_not_specialize=['P'])
 def _combine(
-    parts, out, running_mean, running_var, momentum, P, C,
+    parts, out, running_mean, running_var, tracked, momentum, P, C,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """Moments (3, C) of all the rows of ``parts`` (P, 3, C), and running statistics of them."""
+    """Moments (3, C) of all the rows of ``parts`` (P, 3, C), and running statistics of them, of
+    which ``tracked`` counts how many there were.
+    """
     p = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
@@ -164,6 +167,8 @@ def _combine(
         old = tl.load(running_var + c, mask=in_c, other=0.0).to(tl.float32)
         new = old + momentum * (m2 / (N - 1) - old)
         tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=in_c)
+    if tracked is not None:
+        tl.store(tracked, tl.load(tracked) + 1, mask=tl.program_id(0) == 0)
 
 
 @triton.jit(do_not_specialize=['R'])
@@ -182,17 +187,19 @@ def _normalize(
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         v = (v - m[None, :]) * w[None, :] + b[None, :]
         if GELU:
-            v *= _phi(v)[0]
+            v = _gelu(v)[0]
         tl.store(out + here, v.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['R'])
 def _gradient_sums(
-    grad, x, count, mean, spread, weight, bias, parts, eps, R, C: tl.constexpr, COLS: tl.constexpr,
-    TRAINING: tl.constexpr, GELU: tl.constexpr,
+    grad, x, count, mean, spread, weight, bias, parts, out, eps, R,
+    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the gradients of bias and weight, to ``parts`` (parts, 2, C)."""
+    """A program's part of the gradients of bias and weight, to ``parts`` (parts, 2, C), and the
+    result of the forward pass to ``out``, if wanted again.
+    """
     at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
     in_c = col < COLS
     m, invstd, w, b = _affine(count, mean, spread, weight, bias, eps, col % C, in_c, TRAINING)
@@ -204,14 +211,18 @@ def _gradient_sums(
         g = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         v -= m[None, :]
+        y = v * w[None, :] + b[None, :]
         if GELU:
-            g *= _gelu_slope(v * w[None, :] + b[None, :])
+            y, slope = _gelu(y)
+            g *= slope
+        if out is not None:
+            tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
         sum_b += g
         sum_w += g * v
     part = tl.program_id(1) * (COLS // C) + col // C
-    out = parts + part * (2 * C) + col % C
-    tl.store(out, tl.sum(sum_b, 0), mask=in_c)
-    tl.store(out + C, tl.sum(sum_w, 0) * invstd, mask=in_c)
+    parts += part * (2 * C) + col % C
+    tl.store(parts, tl.sum(sum_b, 0), mask=in_c)
+    tl.store(parts + C, tl.sum(sum_w, 0) * invstd, mask=in_c)
 
 
 @triton.jit(do_not_specialize=['R'])
@@ -238,7 +249,7 @@ def _input_gradient(
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         v -= m[None, :]
         if GELU:
-            g *= _gelu_slope(v * w[None, :] + b[None, :])
+            g *= _gelu(v * w[None, :] + b[None, :])[1]
         g = g * w[None, :] - (mean_b[None, :] + v * mean_w[None, :])
         tl.store(out + here, g.to(out.dtype.element_ty), mask=mask)
 
@@ -285,6 +296,14 @@ def _empty_parts(launch: Launch, x: Tensor, numbers: int) -> Tensor:
     return x.new_empty((parts, numbers, C), dtype=torch.float32)
 
 
+def _empty_sums(x: Tensor, weight: Tensor, again: bool) -> tuple[Tensor, ...]:
+    """Memory for the results of :func:`gradient_sums`."""
+    C = x.shape[1]
+    total = x.new_empty((2, C), dtype=torch.float32)
+    out = torch.empty_like(x) if again else x.new_empty(0)
+    return total, weight.new_empty(2, C), x.new_empty(C), out
+
+
 def _plan_combine(parts: int, C: int, momentum: float, update: bool) -> Launch:
     """The launch that combines moments."""
     block_p, block_c, warps = COMBINE
@@ -294,7 +313,11 @@ def _plan_combine(parts: int, C: int, momentum: float, update: bool) -> Launch:
 
 
 def combine_moments(
-    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    parts: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float,
 ) -> Tensor:
     """Moments of all rows of moments of parts of them.
 
@@ -302,6 +325,7 @@ def combine_moments(
         parts (Tensor): Count, mean and sum of squared deviations, of shape (parts, 3, C).
         running_mean (Tensor, optional): Is updated. Of shape (C,).
         running_var (Tensor, optional): Is updated, by the unbiased variance. Of shape (C,).
+        tracked (Tensor, optional): The number of updates, an integer of shape (), is one more.
         momentum (float): Weight of the new statistics.
 
     Returns:
@@ -310,23 +334,21 @@ def combine_moments(
     P, _, C = parts.shape
     out = parts.new_empty(3, C)
     launch = planned(_plan_combine, P, C, momentum, running_mean is not None)
-    launch(parts, out, running_mean, running_var)
+    launch(parts, out, running_mean, running_var, tracked)
     return out
 
 
 @thin_operator(
     'batch_norm_moments(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, '
-    'float momentum) -> Tensor',
+    'Tensor(c!)? tracked, float momentum) -> Tensor',
     lambda x, *_: x.new_empty((3, x.shape[1]), dtype=torch.float32),
 )
-def moments(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> Tensor:
+def moments(x: Tensor, *running) -> Tensor:
     """Moments (3, C) of a channels-last map, see :func:`combine_moments`."""
     launch = _launch('moments', x)
     parts = _empty_parts(launch, x, 3)
     launch(x, parts)
-    return combine_moments(parts, running_mean, running_var, momentum)
+    return combine_moments(parts, *running)
 
 
 # Count, mean and sum of squared deviations in training, variance else; weight and bias.
@@ -347,16 +369,22 @@ def normalize(x: Tensor, *args) -> Tensor:
 
 
 @thin_operator(
-    f'batch_norm_gradient_sums(Tensor grad, Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
-    lambda grad, x, *_: x.new_empty((2, x.shape[1]), dtype=torch.float32),
+    f'batch_norm_gradient_sums(Tensor grad, Tensor x, {STATISTICS}, {OPTIONS}, bool again)'
+    ' -> (Tensor, Tensor, Tensor, Tensor)',
+    lambda grad, x, *args: _empty_sums(x, args[3], args[-1]),
 )
-def gradient_sums(grad: Tensor, x: Tensor, *args) -> Tensor:
-    """Gradients of bias and weight, of shape (2, C)."""
-    *statistics, eps, training, gelu = args
+def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
+    """Gradients of bias and weight (2, C), in float32 and in their data type, and zeros (C,).
+
+    With ``again`` also what :func:`normalize` returned, else nothing in its place.
+    """
+    *tensors, eps, training, gelu, again = args
     launch = _launch('gradient_sums', x, eps, training, gelu)
     parts = _empty_parts(launch, x, 2)
-    launch(grad, x, *statistics, parts)
-    return parts.sum(0)
+    total, grads, zeros, out = _empty_sums(x, tensors[-2], again)
+    launch(grad, x, *tensors, parts, out if again else None)
+    add_parts(parts, *grads, total=total, zeros=zeros)
+    return total, grads, zeros, out
 
 
 @thin_operator(
@@ -389,18 +417,22 @@ class BatchNormGELU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the map, the weight and the bias."""
         refuse_second_derivatives('normalize_gelu')
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        saved, training = ctx.saved_tensors, ctx.options[1]  # checkpoint unpacks them once only
-        sums, grad_x = (None, None), None
-        if training or any(ctx.needs_input_grad[1:3]):
-            sums = gradient_sums(grad, *saved, *ctx.options)
-        if ctx.needs_input_grad[0]:
-            total = sums if training else None
-            if training and ctx.group is not None:
-                total = sums.clone()
-                dist.all_reduce(total, group=ctx.group)
+        of_input, *of_affine = ctx.needs_input_grad[:3]
+        training, grad_x, grads = ctx.options[1], None, (None, None)
+        grad, saved = grad.contiguous(memory_format=torch.channels_last), ctx.saved_tensors
+        if training or any(of_affine):
+            total, grads, *_ = gradient_sums(grad, *saved, *ctx.options, False)
+        if of_input:
+            total = share(total, ctx.group) if training else None
             grad_x = input_gradient(grad, *saved, total, *ctx.options)
-        return grad_x, sums[1], sums[0], *[None] * 5
+        return grad_x, grads[1], grads[0], *[None] * 5
+
+
+def share(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Add sums of all processes of a group up, in place."""
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -416,6 +448,7 @@ def batch_statistics(
     running_var: Tensor | None,
     momentum: float,
     process_group: dist.ProcessGroup | None = None,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the channels of a map, which update the running ones.
 
@@ -426,6 +459,7 @@ def batch_statistics(
         momentum (float): Weight of the new statistics in the running ones.
         process_group (ProcessGroup, optional): Processes that share these statistics, as in
             ``nn.SyncBatchNorm``; they may have maps of different sizes. Defaults to None: none.
+        tracked (Tensor, optional): The number of updates, an integer of shape (), is one more.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: Count, mean and sum of squared deviations, (C,) each.
@@ -439,9 +473,9 @@ def batch_statistics(
                 f'x of shape {tuple(x.shape)} has one value per channel, which has no variance: '
                 'use more images, larger ones, or running statistics (evaluation mode)'
             )
-        return moments(x, running_mean, running_var, momentum).unbind()
-    parts = _gather(moments(x, None, None, momentum), process_group)
-    return combine_moments(parts, running_mean, running_var, momentum).unbind()
+        return moments(x, running_mean, running_var, tracked, momentum).unbind()
+    parts = _gather(moments(x, None, None, None, momentum), process_group)
+    return combine_moments(parts, running_mean, running_var, tracked, momentum).unbind()
 
 
 def normalize_gelu(

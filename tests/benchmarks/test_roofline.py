@@ -113,6 +113,25 @@ def test_kernels_of_folded_blocks(tool):
 
 
 @can_count
+@pytest.mark.skipif(bool(triton_support.why_not()), reason='needs Triton')
+def test_kernels_of_a_training_step(tool):
+    """Nothing is converted, copied or computed twice, and most biases need no sum of their own."""
+    torch.manual_seed(0)
+    models = {form: HRFormer(arch=MICRO) for form in ('cuda', 'kernels')}
+    plain, counted = (tool.count(m, (2, 3, 64, 64), 'train', form) for form, m in models.items())
+    assert not {'_to_copy', 'copy_', 'clone'} & {*counted.kernels}
+    convs = [m for m in models['cuda'].modules() if isinstance(m, nn.Conv2d)]
+    strided = sum(conv.groups > 1 and conv.stride == (2, 2) for conv in convs)  # of exchanges
+    assert counted.kernels['depthwise_gelu'] == BLOCKS + strided
+    assert counted.kernels['depthwise_weight_grad'] == BLOCKS
+    assert counted.kernels['batch_norm_normalize'] == 3 * BLOCKS
+    assert counted.kernels['sum'] == BLOCKS  # of the projections behind attention
+    assert counted.kernels['add_'] == plain.kernels['add_'] - 3 * BLOCKS
+    assert counted.operators < 0.8 * plain.operators
+    assert counted.bytes.total() < 0.8 * plain.bytes.total()
+
+
+@can_count
 def test_padded_models_are_folded_for_kernels(tool):
     """Also where none can run; the zeros are a small part of the work."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import revert_sync_batchnorm
@@ -19,7 +20,7 @@ from triton_on_cpu import make_tiles_small
 from mmhrformer import HRFormerBlock, fuse_for_inference, ops
 from mmhrformer.deploy.fuse import FusedBlock, pad_layers
 from mmhrformer.models.attention import LocalWindowSelfAttention
-from mmhrformer.models.ffn import DepthwiseConv2d
+from mmhrformer.models.ffn import DepthwiseConv2d, DWConvFFN
 from mmhrformer.ops import kernels
 from mmhrformer.ops.recompute import recompute
 from mmhrformer.ops.triton_support import why_not
@@ -38,13 +39,14 @@ def _small_tiles(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The names of the kernels that were called."""
-    from mmhrformer.ops import triton_attention, triton_conv, triton_norm
+    from mmhrformer.ops import triton_attention, triton_conv, triton_ffn, triton_norm
 
     seen = []
     names = {
         kernels: ('folded_block',),
         triton_attention: ('attention_forward',),
         triton_conv: ('depthwise_forward', 'linear_forward'),
+        triton_ffn: ('convolve', 'normalize'),
         triton_norm: ('normalize_gelu', 'batch_statistics'),
     }
     for module, name in [(m, name) for m in names for name in names[m]]:
@@ -57,6 +59,12 @@ def calls(monkeypatch) -> list[str]:
         spy.function = spy
         monkeypatch.setattr(module, name, spy)
     return seen
+
+
+@pytest.fixture
+def linear_kernel(monkeypatch) -> None:
+    """Linear layers in float32, too, in which they are right, but were not measured."""
+    monkeypatch.setattr(kernels, 'LINEAR_DTYPES', kernels.DTYPES)
 
 
 def fill(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -268,10 +276,135 @@ def test_normalization_that_no_kernel_computes(calls):
     assert calls == []
 
 
+# ------------------------------------------------------------------------------------------ FFN
+
+
+def hook(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    return module
+
+
+class Doubled(nn.Module):
+    """Something in the place of a part, with nothing that the kernels read."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.part(x)
+
+
+def make_ffn(kind: str = 'training') -> DWConvFFN:
+    """An FFN of 6 channels whose normalizations are of a kind."""
+    ffn = DWConvFFN(6, 10)
+    for name, channels in (('norm1', 10), ('norm2', 10), ('norm3', 6)):
+        norm = NORMS[kind]()
+        options = dict(momentum=norm.momentum, track_running_stats=norm.track_running_stats)
+        setattr(ffn, name, type(norm)(channels, **options).train(norm.training))
+    return fill(ffn)
+
+
+def differences(x: Tensor, ffn: DWConvFFN, function=call) -> list[float]:
+    """Relative errors of result, gradients and buffers, against the plain form in float64."""
+    exact = revert_sync_batchnorm(copy.deepcopy(ffn)).double()
+    exact = run('reference', call, x.detach().double().requires_grad_(), exact)
+    pairs = ((a.double(), b.double()) for a, b in zip(run('kernels', function, x, ffn), exact))
+    return [((ours - plain).norm() / plain.norm().clamp(min=1)).item() for ours, plain in pairs]
+
+
+@pytest.mark.parametrize('kind', ['training', 'average', 'evaluation', 'no running', 'one process'])
+def test_ffn_of_every_normalization(calls, linear_kernel, kind):
+    assert max(differences(make(2, 3, 4, 6), make_ffn(kind))) < 1e-5
+    assert calls.count('convolve') == calls.count('normalize') == 3  # in both passes
+
+
+def test_ffn_that_is_recomputed(linear_kernel):
+    def recomputed(x: Tensor, module: nn.Module) -> Tensor:
+        return recompute(module, module, x)
+
+    assert max(differences(make(2, 3, 4, 6), make_ffn(), recomputed)) < 1e-5
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_ffn_in_autocast(calls, frozen):
+    x, ffn = make(2, 3, 4, 6, grad=not frozen), make_ffn()
+    results = []
+    for form in ('kernels', 'reference'):
+        with ops.use(form), torch.autocast('cpu', torch.float16):
+            out = ffn(x)
+        leaves = [*ffn.parameters()] if frozen else [x, *ffn.parameters()]
+        results.append(differentiate(out, leaves))
+    for ours, plain in zip(*results):
+        assert ours.dtype == plain.dtype
+        scale = plain.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, plain / scale, atol=1e-2, rtol=1e-2)
+    assert calls.count('convolve') == 3
+
+
+def test_ffn_of_several_processes(monkeypatch, linear_kernel, tmp_path):
+    """One, which exchanges what several would; gradients of biases are no zeros of their own."""
+    dist.init_process_group('gloo', f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(kernels, 'sync_group', lambda norm: dist.group.WORLD)
+        assert max(differences(make(2, 3, 4, 6), make_ffn())) < 1e-5
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ffn_keeps_the_inputs_of_convolutions_and_normalizations(linear_kernel):
+    kept, (B, H, W), ffn = [], (2, 16, 16), make_ffn()
+    x = make(B, H, W, 6)
+    with ops.use('kernels'), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        ffn(x)
+    sizes = sorted(tensor.numel() for tensor in kept if tensor.numel() >= x.numel())
+    assert sizes == [B * H * W * channels for channels in (6, 6, 10, 10)]
+
+
+def test_ffn_has_the_same_gradients_each_time_and_no_second_ones(linear_kernel):
+    x, ffn = make(2, 3, 4, 6), make_ffn()
+    first, again = (run('kernels', call, x, ffn) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    # Normalization takes away what these add, so that they are zero, not what rounding leaves.
+    of = dict(zip(['x', *dict(ffn.named_parameters())], first[1:]))
+    assert not of['fc1.bias'].any()
+    assert not of['fc2.bias'].any()
+    with pytest.raises(RuntimeError, match=r'no second derivatives.* MMHRFORMER_OPS=reference'):
+        second_derivative('kernels', x, ffn)
+
+
+def test_ffn_that_is_none_for_the_kernels(linear_kernel, monkeypatch):
+    x = make(2, 3, 4, 6)
+    with ops.use('kernels'):
+        assert ops.has_conv_ffn(x, make_ffn())
+        for name in ('fc1', 'dw3x3', 'fc2', 'norm1', 'norm2', 'norm3'):
+            for change in (hook, Doubled):
+                ffn = make_ffn()
+                setattr(ffn, name, change(getattr(ffn, name)))
+                assert not ops.has_conv_ffn(x, ffn)
+        for name, other in (
+            ('fc1', nn.Conv2d(6, 10, 3, padding=1)),
+            ('fc2', nn.Conv2d(10, 6, 1, bias=False)),
+            ('dw3x3', nn.Conv2d(10, 10, 3, padding=1, groups=10)),
+            ('norm2', nn.GroupNorm(2, 10)),
+            ('norm3', nn.BatchNorm2d(6, affine=False)),
+        ):
+            ffn = make_ffn()
+            setattr(ffn, name, other)
+            assert not ops.has_conv_ffn(x, ffn)
+        assert not ops.has_conv_ffn(x[:0], make_ffn())
+        assert not ops.has_conv_ffn(x.double(), make_ffn().double())
+        with torch.no_grad():
+            assert not ops.has_conv_ffn(x, make_ffn())
+        monkeypatch.undo()  # in float32, products are left to cuDNN
+        assert not ops.has_conv_ffn(x, make_ffn())
+    assert not ops.has_conv_ffn(x, make_ffn())
+
+
 # ---------------------------------------------------------------------------- other derivatives
 
 
-def second(form: str, x: Tensor, module: nn.Module) -> Tensor:
+def second_derivative(form: str, x: Tensor, module: nn.Module) -> Tensor:
     with ops.use(form):
         out = module(x)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -281,12 +414,14 @@ def second(form: str, x: Tensor, module: nn.Module) -> Tensor:
 @pytest.mark.parametrize('module', [LocalWindowSelfAttention(6, 1, 3), DepthwiseConv2d(6)])
 def test_second_derivatives_are_refused(module):
     with pytest.raises(RuntimeError, match=r'no second derivatives.* MMHRFORMER_OPS=reference'):
-        second('kernels', make(1, 6, 3, 6), module)
+        second_derivative('kernels', make(1, 6, 3, 6), module)
 
 
 def test_second_derivatives_of_a_strided_convolution_are_right():
     conv = fill(DepthwiseConv2d(6, stride=2))
-    ours, plain = (second(form, make(1, 6, 3, 4), conv) for form in ('kernels', 'reference'))
+    ours, plain = (
+        second_derivative(form, make(1, 6, 3, 4), conv) for form in ('kernels', 'reference')
+    )
     torch.testing.assert_close(ours, plain)
 
 
@@ -339,12 +474,6 @@ def fold(channels: int, heads: int, dtype: torch.dtype = torch.float32, **option
         return fuse_for_inference(block).to(dtype)
 
 
-@pytest.fixture
-def linear_kernel(monkeypatch) -> None:
-    """The linear kernel in float32, too, in which it is right, but was not measured."""
-    monkeypatch.setattr(kernels, 'LINEAR_DTYPES', kernels.DTYPES)
-
-
 def test_products_of_float32_are_left_to_cublas(calls):
     with ops.use('kernels'), torch.no_grad():
         fold(32, 1)(make(1, 5, 4, 32, grad=False))
@@ -391,11 +520,6 @@ def test_padded_block(calls, linear_kernel, dtype, bound):
         )
 
 
-def hook(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda module, args, out: 2 * out)
-    return module
-
-
 PARTS = [
     'norm1',
     'norm2',
@@ -407,17 +531,6 @@ PARTS = [
     'ffn.dw3x3',
     'ffn.fc2',
 ]
-
-
-class Doubled(nn.Module):
-    """Something in the place of a part, with nothing that the kernels read."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.part(x)
 
 
 @pytest.mark.parametrize('name', PARTS)

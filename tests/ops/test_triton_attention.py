@@ -80,9 +80,10 @@ def run(function, tensors: list, options: tuple, grad: Tensor | None = None) -> 
 
 
 def exact(tensors: list, options: tuple, grad: Tensor) -> list[Tensor]:
-    """What :func:`run` should return, computed in float64 on the CPU."""
+    """What :func:`run` should return, computed in float64 on the CPU; the bias is in all tokens."""
     doubles = [t if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
-    return run(plain, doubles, options, grad.cpu().double())
+    out, of_qkv, of_pad, *of_table = run(plain, doubles, options, grad.cpu().double())
+    return [out, of_qkv, of_pad + of_qkv.sum((0, 1, 2)), *of_table]
 
 
 def error(x: Tensor, truth: Tensor) -> float:

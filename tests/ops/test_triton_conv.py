@@ -177,7 +177,7 @@ def test_operators_are_well_formed():
         (ops.depthwise_gelu, (x, weight, bias, 2, True)),
         (ops.depthwise_gelu_grad, (x, x, weight, bias, 1)),
         (ops.depthwise_input_grad, (x, weight)),
-        (ops.depthwise_weight_grad, (x, x)),
+        (ops.depthwise_weight_grad, (x, x, weight, bias)),
         (ops.linear_gelu, (rows, matrix, bias, True, residual, None)),
         (ops.linear_gelu, (rows, matrix, bias, True, None, 1e-6)),
         (ops.linear_gelu_grad, (residual, rows, matrix, bias)),

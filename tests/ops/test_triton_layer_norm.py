@@ -193,11 +193,43 @@ def test_operators_know_shapes():
     for dtype in BOUNDS:
         torch.library.opcheck(torch.ops.mmhrformer.layer_norm, (x, weight, bias, EPS, dtype))
     for of_parameters in (True, False):
-        args = (grad, x, weight, EPS, of_parameters)
+        args = (grad, x, weight, x, EPS, of_parameters)
         torch.library.opcheck(torch.ops.mmhrformer.layer_norm_backward, args)
 
 
-# ------------------------------------------------------------------------------- ops.layer_norm
+@pytest.mark.parametrize('wanted', ['both', 'the first', 'the second'])
+def test_gradients_of_both_ways_come_together(small, wanted):
+    def forked(x, weight, bias):
+        y, skip = triton_layer_norm.fork_layer_norm(x, weight, bias, EPS)
+        return join(y, skip)
+
+    def join(y, skip):
+        parts = {'both': (y, 2 * skip), 'the first': (y,), 'the second': (3 * skip,)}[wanted]
+        return sum(parts)
+
+    tensors = make(19, 40)
+    for t in tensors[:3]:
+        t.requires_grad_()
+    grads = []
+    for function in (forked, lambda x, *affine: join(plain(x, *affine), x)):
+        out = function(*tensors[:3])
+        grads.append(torch.autograd.grad(out, tensors[:3], tensors[3], allow_unused=True))
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+def test_gradients_have_the_data_types_of_the_parameters(dtype):
+    tensors = make(9, 36, dtype=torch.float16)
+    weight, bias = (t.to(dtype).requires_grad_() for t in tensors[1:3])
+    grads = torch.autograd.grad(fused(tensors[0], weight, bias), (weight, bias), tensors[3])
+    *_, of_weight, of_bias = exact([tensors[0], *(t.detach() for t in (weight, bias)), tensors[3]])
+    for ours, theirs in zip(grads, (of_weight, of_bias)):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-2, rtol=2e-3)
+
+
+# -------------------------------------------------------------------------- ops.fork_layer_norm
 
 
 def test_the_kernel_is_called_by_the_module(monkeypatch):
@@ -205,26 +237,26 @@ def test_the_kernel_is_called_by_the_module(monkeypatch):
     norm = nn.LayerNorm(36).to(DEVICE)
     norm.load_state_dict(dict(weight=weight, bias=bias))
     calls = []
-    kernel = triton_layer_norm.layer_norm
+    kernel = triton_layer_norm.fork_layer_norm
     with ops.use('kernels'):
         ops.backend(x)  # tries whether kernels run here, once
     monkeypatch.setattr(
-        triton_layer_norm, 'layer_norm', lambda *args: (calls.append(args), kernel(*args))[1]
+        triton_layer_norm, 'fork_layer_norm', lambda *args: (calls.append(args), kernel(*args))[1]
     )
     with ops.use('kernels'):
-        torch.testing.assert_close(ops.layer_norm(x, norm), norm(x))
+        torch.testing.assert_close(ops.fork_layer_norm(x, norm)[0], norm(x))
         assert len(calls) == 1
         # What the kernel does not know: the module is called.
         double = nn.LayerNorm(36).double().to(DEVICE)
-        assert ops.layer_norm(x.double(), double).dtype == torch.float64
+        assert ops.fork_layer_norm(x.double(), double)[0].dtype == torch.float64
         whole = nn.LayerNorm((9, 36)).to(DEVICE)
-        torch.testing.assert_close(ops.layer_norm(x, whole), whole(x))
+        torch.testing.assert_close(ops.fork_layer_norm(x, whole)[0], whole(x))
         long = nn.LayerNorm(1025).to(DEVICE)
-        assert ops.layer_norm(x.new_ones(2, 1025), long).shape == (2, 1025)
+        assert ops.fork_layer_norm(x.new_ones(2, 1025), long)[0].shape == (2, 1025)
         norm.register_forward_hook(lambda *_: torch.zeros(()))
-        assert ops.layer_norm(x, norm).shape == ()
+        assert ops.fork_layer_norm(x, norm)[0].shape == ()
         with pytest.raises(RuntimeError, match='normalized_shape'):
-            ops.layer_norm(x[:, :35], nn.LayerNorm(36).to(DEVICE))
+            ops.fork_layer_norm(x[:, :35], nn.LayerNorm(36).to(DEVICE))
     assert len(calls) == 1
 
 
@@ -232,7 +264,7 @@ def test_autocast_decides_about_the_data_type():
     x, *_ = make(9, 36)
     norm = nn.LayerNorm(36).to(DEVICE)
     with ops.use('kernels'), torch.autocast(DEVICE, torch.bfloat16):
-        out = ops.layer_norm(x, norm)
+        out = ops.fork_layer_norm(x, norm)[0]
     assert out.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(out.float().square().sum(), norm.weight)
     assert grad.dtype == torch.float32

@@ -207,15 +207,17 @@ def test_operators_know_shapes_and_what_they_change():
     tensors = make((2, 24, 5, 3))
     x, weight, bias, mean, var, grad = tensors.values()
     grad = grad.contiguous(memory_format=torch.channels_last)
-    moments = triton_norm.moments(x, None, None, 0.1)
+    moments = triton_norm.moments(x, None, None, None, 0.1)
     statistics = (*moments.unbind(), weight, bias)
     options = (1e-5, True, True)
-    sums = triton_norm.gradient_sums(grad, x, *statistics, *options)
+    tracked = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    sums, *_ = triton_norm.gradient_sums(grad, x, *statistics, *options, False)
     ops = torch.ops.mmhrformer
     for operator, args in (
-        (ops.batch_norm_moments, (x, mean, var, 0.1)),
+        (ops.batch_norm_moments, (x, mean, var, tracked, 0.1)),
         (ops.batch_norm_normalize, (x, *statistics, *options)),
-        (ops.batch_norm_gradient_sums, (grad, x, *statistics, *options)),
+        (ops.batch_norm_gradient_sums, (grad, x, *statistics, *options, False)),
+        (ops.batch_norm_gradient_sums, (grad, x, *statistics, *options, True)),
         (ops.batch_norm_input_gradient, (grad, x, *statistics, sums, *options)),
     ):
         torch.library.opcheck(operator, args)
