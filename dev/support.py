@@ -1,7 +1,7 @@
 """Find out what works in this environment, and write the support matrix of the documentation.
 
     python dev/support.py run [--parts core cls pose seg]    in the environment in question
-    python dev/support.py table                              docs/support.md, from all records
+    python dev/support.py table                              docs/compatibility.md, from all records
 
 ``run`` runs the fast tests (core), and trains the demo of each task with the stock tools, stops it
 half way, resumes and tests it. What came out is written to a file in ``docs/support``, one for each
@@ -32,7 +32,7 @@ from mmhrformer.utils.install_hints import OWNERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / 'docs/support'
-PAGE = ROOT / 'docs/support.md'
+PAGE = ROOT / 'docs/compatibility.md'
 START, END = '<!-- written by dev/support.py -->', '<!-- end -->'
 SCOPES = {'cls': 'mmpretrain', 'pose': 'mmpose', 'seg': 'mmseg'}
 PACKAGES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'dev')]
 from model_zoo import markdown, metafiles, read_models  # noqa: E402
 
 from mmhrformer.configs import config_root  # noqa: E402
+from mmhrformer.utils.addresses import repository  # noqa: E402
 from mmhrformer.version import __version__  # noqa: E402
 
 project = 'mmhrformer'
@@ -29,7 +29,7 @@ copyright = author
 version = release = __version__
 
 extensions = [
-    'myst_parser',
+    'myst_nb',
     'sphinx.ext.autodoc',
     'sphinx.ext.napoleon',
     'sphinx.ext.viewcode',
@@ -46,6 +46,7 @@ html_copy_source = False
 # Links between pages are written as on GitHub: page.md#heading.
 myst_heading_anchors = 3
 myst_enable_extensions = ['colon_fence']
+nb_execution_mode = 'off'  # the tutorial is stored with its outputs
 
 # What is made for a framework is documented without it, so that the pages can be built without.
 autodoc_mock_imports = ['mmdet', 'mmpose', 'mmpretrain', 'mmseg']
@@ -77,33 +78,34 @@ class ModelZoo(SphinxDirective):
         return [container]
 
 
-class OutsideLinks(SphinxTransform):
-    """Links to pages and folders outside ``docs``, which GitHub shows and Sphinx does not.
-
-    A page is offered as a file, as other files are by MyST; of a link to a folder the text stays.
-    """
+class SourceLinks(SphinxTransform):
+    """Links to files and folders that are no pages: on the site they open the repository."""
 
     default_priority = 10
 
     def apply(self) -> None:
-        """Replace what could not be resolved."""
+        """Replace downloads, and what Sphinx could not resolve."""
         for link in list(self.document.findall(addnodes.pending_xref)):
-            path = (DOCS / link['reftarget']).resolve()
-            if link.get('reftype') != 'myst' or path.is_relative_to(DOCS):
-                continue
-            page = path.with_name(f'{path.name}.md')
-            if path.is_dir():
-                link.replace_self(link.children)
-            elif page.is_file():
-                target = f'/{os.path.relpath(page, DOCS)}'
-                link.replace_self(
-                    addnodes.download_reference(
-                        '', '', *link.children, reftarget=target, refdoc=link['refdoc']
-                    )
-                )
+            self.replace(link, self.source(link['reftarget']))
+        for link in list(self.document.findall(addnodes.download_reference)):
+            self.replace(link, (DOCS / link['reftarget']).resolve())
+
+    def source(self, target: str) -> Path | None:
+        """The file or folder outside of ``docs`` that an unresolved link names."""
+        path = (DOCS / target).resolve()
+        page = path.with_name(f'{path.name}.md')
+        outside = not path.is_relative_to(DOCS)
+        return next((one for one in (path, page) if outside and one.exists()), None)
+
+    def replace(self, link: nodes.Element, path: Path | None) -> None:
+        """Let a link lead to a path in the repository."""
+        if link.get('reftype') == 'myst' and path:
+            kind = 'tree' if path.is_dir() else 'blob'
+            address = f'{repository()}/{kind}/main/{path.relative_to(ROOT)}'
+            link.replace_self(nodes.reference('', '', *link.children, refuri=address))
 
 
 def setup(app: Sphinx) -> None:
     """Register what these pages need."""
     app.add_directive('model-zoo', ModelZoo)
-    app.add_transform(OutsideLinks)
+    app.add_transform(SourceLinks)

@@ -105,7 +105,7 @@ def draw_tasks(ax: Axes) -> None:
     x = start + 1.87
     for y, title, text in (
         (4.15, 'pose', '1x1 convolution on\nthe 1/4 stream: heatmaps'),
-        (2.75, 'segmentation', 'all streams at 1/4,\nOCR head: class of a pixel'),
+        (2.75, 'segmentation', 'all streams at 1/4,\nOCR head: classes of pixels'),
         (1.35, 'classification', 'HRFormerFusion: one map\nat 1/32, pooled, linear'),
     ):
         box(ax, x, y, 1.75, 1.05, f'{title}\n\n{text}', size=8)
@@ -114,7 +114,7 @@ def draw_tasks(ax: Axes) -> None:
 def draw_block(ax: Axes) -> None:
     """The transformer block, from left to right."""
     y = -1.95
-    note(ax, 0.15, -0.55, 'The block', ha='left', va='baseline', fontsize=11, weight='bold')
+    note(ax, 0.15, -0.55, 'Block', ha='left', va='baseline', fontsize=11, weight='bold')
     arrow(ax, (0.15, y), (0.55, y))
     parts = (
         (0.95, 0.7, 'layer\nnorm', 'white'),
@@ -140,7 +140,16 @@ def draw_block(ax: Axes) -> None:
 def draw_windows(ax: Axes) -> None:
     """Four windows of tokens, the attention of one token, and the reach of the FFN."""
     left, bottom, cell, n = 8.6, -3.0, 0.145, 7
-    note(ax, left, -0.55, 'What a token sees', ha='left', va='baseline', fontsize=11, weight='bold')
+    note(
+        ax,
+        left,
+        -0.55,
+        'Receptive field of a token',
+        ha='left',
+        va='baseline',
+        fontsize=11,
+        weight='bold',
+    )
     for row in range(2 * n):
         for column in range(2 * n):
             inside = row >= n and column < n
@@ -172,7 +181,7 @@ def draw_windows(ax: Axes) -> None:
 def draw_exchange(ax: Axes) -> None:
     """How a stream comes to the size of another."""
     left = 13.0
-    note(ax, left, -0.55, 'The exchange', ha='left', va='baseline', fontsize=11, weight='bold')
+    note(ax, left, -0.55, 'Exchange', ha='left', va='baseline', fontsize=11, weight='bold')
     text = dict(ha='left', va='center', fontsize=8.5)
     note(
         ax,
@@ -181,7 +190,7 @@ def draw_exchange(ax: Axes) -> None:
         'to a coarser stream:\ndepth-wise 3x3 of stride 2\nand 1x1, repeated',
         **text,
     )
-    note(ax, left, -2.1, 'to a finer stream:\n1x1, then enlarged', **text)
+    note(ax, left, -2.1, 'to a finer stream:\n1x1, then upsampled', **text)
     note(ax, left, -2.7, 'each stream: the sum, ReLU', **text)
 
 

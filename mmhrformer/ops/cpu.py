@@ -1,4 +1,4 @@
-"""Forms for CPUs. Each has its gain beside it; more of them in docs/measurements.md."""
+"""Forms for CPUs. Each has its gain beside it; more of them in docs/benchmarks.md."""
 
 from __future__ import annotations
 

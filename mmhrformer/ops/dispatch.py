@@ -113,7 +113,7 @@ def prefer_kernels(device: torch.device) -> Iterator[None]:
     """Take the kernels in training, too, where they can run and no form was asked for.
 
     In a CUDA graph a training step of HRFormer-S takes 0.58 times as long with them, of -B 0.57;
-    launched one by one it may take longer: docs/measurements.md.
+    launched one by one it may take longer: docs/benchmarks.md.
 
     Args:
         device (torch.device): Where the training runs.

@@ -84,7 +84,8 @@ INSTALL_FORKS = {
     'mmpretrain': 'pip install onedl-mmpretrain',
     'mmpose': (
         'mmpose has no maintained fork, and the stock packages that it needs would be written over '
-        f'the forks that are here: make an environment of its own ({find_page("docs/support.md")})'
+        'the forks that are here: make an environment of its own '
+        f'({find_page("docs/compatibility.md")})'
     ),
     'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
     'mmdet': 'pip install onedl-mmdetection',

@@ -84,5 +84,5 @@ def test_nobody_reports_a_number(path):
     assert 'nobody reports a number' in path.read_text()
     assert path.stem not in list_models()
     page = (path.parent / 'README.md').read_text()
-    assert 'Nobody has trained these models or reports a number' in page
+    assert 'Nobody has trained them, and there are no reported' in page
     assert path.name in page

@@ -1,4 +1,4 @@
-"""The tutorial runs from its first cell to its last."""
+"""The tutorial runs from its first cell to its last, and is stored with what comes of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ def outputs_of(notebook: nbformat.NotebookNode) -> list:
     return [out for cell in notebook.cells for out in cell.get('outputs', [])]
 
 
+def kinds_of_outputs(notebook: nbformat.NotebookNode) -> list[set]:
+    """Of each cell; parts of one text may come together or apart."""
+    return [{out.output_type for out in cell.get('outputs', [])} for cell in notebook.cells]
+
+
 def test_tutorial_runs(demo_data, monkeypatch, tmp_path):
     notebook = nbformat.read(TUTORIAL, as_version=4)
-    assert not outputs_of(notebook), 'store the notebook without outputs'
+    stored = kinds_of_outputs(notebook)
+    assert TUTORIAL.stat().st_size < 300_000
+    assert str(ROOT) not in TUTORIAL.read_text()
     monkeypatch.setenv('TMPDIR', str(tmp_path))
     for name in ('OMP_NUM_THREADS', 'PYTHONWARNINGS'):
         monkeypatch.setenv(name, ENV[name])
@@ -28,6 +35,7 @@ def test_tutorial_runs(demo_data, monkeypatch, tmp_path):
     client = NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources)
     client.execute()  # raises the error of a cell
     outputs = outputs_of(notebook)
+    assert kinds_of_outputs(notebook) == stored
     text = ''.join(out.text for out in outputs if out.output_type == 'stream')
     assert '(1, 18, 107, 160)' in text  # the finest stream of the photograph
     assert float(re.search(r'top-1 accuracy: ([\d.]+) %', text)[1]) > 50
