@@ -1,4 +1,4 @@
-"""Measurement of steps: time, memory, operators, and start-up of new processes."""
+"""Measurement of steps: time, memory, operators, and startup of new processes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from torch.utils.benchmark import Measurement, TaskSpec, timer
 
 Step = Callable[[], object]
 
-# Operators that only look at a tensor in another way, or fetch memory. Some copy if they must;
-# then they call an operator that does.
+# Operators that only create views or allocate memory. Those that copy if needed call another
+# operator for it.
 IDLE = {
     'alias', 'as_strided', 'as_strided_', 'chunk', 'contiguous', 'detach_', 'detach', 'dropout',
     'empty', 'empty_like', 'empty_strided', 'expand', 'expand_as', 'flatten', 'lift_fresh',
@@ -66,9 +66,9 @@ def summarize(seconds: list[float], baseline: list[float]) -> dict[str, float]:
 
 
 def _timed(step: Step, calls: int) -> float:
-    """Seconds of some calls, without garbage collection, until a GPU is done, too."""
+    """Time some calls, including GPU work, without garbage collection."""
     gc.collect()
-    # Timer.timeit of torch.utils.benchmark would add two untimed calls to each turn.
+    # Timer.timeit of torch.utils.benchmark would add two untimed calls each time.
     return timeit.Timer(step, timer=timer).timeit(calls)
 
 
@@ -77,24 +77,24 @@ def time_rounds(
     rounds: int,
     warmup: int,
     min_time: float,
-    tell: Callable[[Hashable, list[float]], None] = lambda name, seconds: None,
+    report: Callable[[Hashable, list[float]], None] = lambda name, seconds: None,
 ) -> dict[Hashable, Measurement]:
-    """Time steps in turn, round after round.
+    """Time steps interleaved, round by round, so that other load affects all of them.
 
-    Other load on the machine in a round then slows down all of them. The order rotates.
+    The order rotates.
 
     Args:
         steps (dict[Hashable, Step]): The steps.
         rounds (int): Number of rounds.
         warmup (int): Untimed calls before the first round, at least 1.
-        min_time (float): Least seconds of a turn; a step is called repeatedly until then, equally
-            often in each round.
-        tell (Callable): Called after each turn with the step's name and the seconds of a call in
-            each of its rounds so far.
+        min_time (float): Minimum seconds of a measurement; short steps are repeated, equally often
+            in each round.
+        report (Callable): Called after each measurement with the step's name and the seconds per
+            call in all of its rounds so far.
 
     Returns:
-        dict[Hashable, Measurement]: The measurements by the names of the steps: a time for each
-        round, and in ``metadata`` the seconds of the very first call, compilation included.
+        dict[Hashable, Measurement]: The measurements by name of the step: one time per round, and
+        in ``metadata`` the seconds of the very first call, including compilation.
     """
     found, expected = {}, 0.0
     for name, step in steps.items():
@@ -110,27 +110,27 @@ def time_rounds(
         for name in names[shift:] + names[:shift]:
             seconds = _timed(steps[name], found[name].number_per_run)
             found[name].raw_times.append(seconds)
-            tell(name, found[name].times)
+            report(name, found[name].times)
     return found
 
 
 def saved_bytes(forward: Step, excluded: Iterable[Tensor] = ()) -> int:
     """Count the bytes that autograd keeps for the backward pass.
 
-    Each storage counts once and as a whole, however many tensors look into it. Tensors that a
+    Each storage counts once and as a whole, even if several tensors share it. Tensors that a
     function hides from autograd's hooks are not counted; compare with the peak memory.
 
     Args:
-        forward (Step): A forward pass; nothing is computed backwards.
+        forward (Step): A forward pass without backward pass.
         excluded (Iterable[Tensor]): Tensors that are in memory anyway, such as parameters.
 
     Returns:
-        int: The bytes.
+        int: The number of bytes.
     """
     storages = {}
 
     def pack(tensor: Tensor) -> None:
-        # Keeping the storage keeps its address from being used again.
+        # Keep the storage, so that its address is not reused.
         storage = tensor.untyped_storage()
         storages.setdefault(storage.data_ptr(), storage)
 
@@ -148,37 +148,37 @@ def saved_bytes(forward: Step, excluded: Iterable[Tensor] = ()) -> int:
 
 
 def _trace(step: Step, device: str) -> tuple[list[_ProfilerEvent], list[FunctionEvent]]:
-    """Profile a step: its tree of calls, and the list of its events."""
+    """Profile a step; return its call tree and the list of its events."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == 'cuda')
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         step()
-    # Only this tree has the callers right. events() finds them by time stamps that torch 2.1 rounds
-    # to microseconds: a short operator may lie outside its caller there, or have a negative time.
+    # Only this tree has correct callers. events() determines them from timestamps, which torch 2.1
+    # rounds to microseconds: a short operator may lie outside its caller, or take negative time.
     tree = profiler.profiler.kineto_results.experimental_event_tree()
     return tree, list(profiler.events())
 
 
 def _walk(tree: Iterable[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
-    """All nodes of a tree of calls."""
+    """All nodes of a call tree."""
     for node in tree:
         yield node
         yield from _walk(node.children)
 
 
 def _operators(node: _ProfilerEvent) -> int:
-    """Number of torch operators that no other operator called."""
+    """Number of torch operators not called by other operators."""
     return 1 if node.name.startswith('aten::') else sum(map(_operators, node.children))
 
 
 def _kernels(node: _ProfilerEvent) -> int:
-    """Number of operators that compute or copy themselves: innermost ones, less :data:`IDLE`."""
+    """Number of operators that compute or copy: innermost ones, except :data:`IDLE`."""
     inner = sum(map(_kernels, node.children))
     works = node.name.startswith('aten::') and node.name.removeprefix('aten::') not in IDLE
     return inner or int(works)
 
 
 def _allocations(tree: list[_ProfilerEvent], device: str) -> list[int]:
-    """Bytes of each allocation on a device in the order of time; negative where memory is freed."""
+    """Bytes of each allocation on a device in chronological order, negative for freed memory."""
     found = [node for node in _walk(tree) if node.tag == _EventType.Allocation]
     found = [node for node in found if str(node.extra_fields.device).startswith(device)]
     found.sort(key=lambda node: node.start_time_ns)
@@ -186,12 +186,12 @@ def _allocations(tree: list[_ProfilerEvent], device: str) -> list[int]:
 
 
 def _own_time(node: _ProfilerEvent) -> int:
-    """Nanoseconds of a call, less those of the calls in it."""
+    """Nanoseconds of a call, excluding nested calls."""
     return max(0, node.duration_time_ns - sum(child.duration_time_ns for child in node.children))
 
 
 def _top(times: list[tuple[str, float]], count: int) -> list[dict]:
-    """The names with most of the time, with their shares of it and their numbers of calls."""
+    """The names with the most time, with their shares and numbers of calls."""
     totals, calls = Counter(), Counter(name for name, _ in times)
     for name, duration in times:
         totals[name] += duration
@@ -200,14 +200,14 @@ def _top(times: list[tuple[str, float]], count: int) -> list[dict]:
 
 
 def _is_kernel(event: FunctionEvent) -> bool:
-    """Whether an event is a kernel on a GPU, where spans, as of an optimizer, are listed, too."""
+    """Whether an event is a kernel on a GPU, not a span (as of an optimizer) or a copy."""
     is_span = getattr(event, 'is_user_annotation', False)
     is_copy = event.name.startswith(('Memcpy', 'Memset'))
     return event.device_type == DeviceType.CUDA and not is_span and not is_copy
 
 
 def peak_memory(step: Step, device: str) -> int:
-    """Bytes in use at the peak of a step, over those before it, as torch allocates them."""
+    """Peak bytes allocated by torch in a step, relative to those before it."""
     gc.collect()
     return max(accumulate(_allocations(_trace(step, device)[0], device)), default=0)
 
@@ -218,15 +218,14 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
     Args:
         step (Step): The step; it must have run before.
         device (str): ``'cpu'`` or ``'cuda'``.
-        count (int): How many operators or kernels to name. Defaults to 10.
+        count (int): Number of operators or kernels to list. Defaults to 10.
 
     Returns:
-        dict: ``operators``, the torch operators that no other operator called; ``kernels``, on
-        CUDA those that ran there, on the CPU the operators that compute or copy themselves, without
-        code that torch.compile made; ``launches``, on CUDA the calls that launched kernels or
-        graphs of them; ``allocated``, bytes that were allocated on the device, those that were
-        returned in between counted again; ``top``, the operators (CPU) or kernels (CUDA) by
-        their share of the time.
+        dict: ``operators``, the torch operators not called by other operators; ``kernels``, on
+        CUDA the kernels, on the CPU the operators that compute or copy, without code compiled by
+        torch.compile; ``launches``, on CUDA the launches of kernels or graphs; ``allocated``, the
+        sum of all allocations on the device in bytes; ``top``, the operators (CPU) or kernels
+        (CUDA) by their share of the time.
     """
     tree, events = _trace(step, device)
     timed = [(node.name, _own_time(node)) for node in _walk(tree)]
@@ -246,7 +245,7 @@ def profile(step: Step, device: str, count: int = 10) -> dict:
     )
 
 
-# ---------------------------------------------------------------- start-up
+# ---------------------------------------------------------------- startup
 
 SNIPPET = """import time
 start = time.perf_counter()
@@ -255,18 +254,18 @@ print('seconds', time.perf_counter() - start)"""
 
 
 def time_snippets(snippets: dict[str, str], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Time Python code in new processes, in turn; the start of Python itself is not timed.
+    """Time Python code in new processes, interleaved, without the startup of Python itself.
 
     Args:
         snippets (dict[str, str]): Code by name.
-        rounds (int): Number of rounds. One more, untimed, comes before.
+        rounds (int): Number of rounds, after an untimed one.
         threads (int): CPU threads of the processes.
 
     Returns:
         dict[str, list[float]]: Seconds in each round, by name.
 
     Raises:
-        RuntimeError: If code fails; with the end of its output.
+        RuntimeError: If code fails; contains the end of its output.
     """
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS='ignore')
     env['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
@@ -276,7 +275,7 @@ def time_snippets(snippets: dict[str, str], rounds: int, threads: int) -> dict[s
         for name, code in snippets.items():
             done = subprocess.run([sys.executable, '-c', SNIPPET.format(code)], **options)
             if done.returncode:
-                raise RuntimeError(f'start-up of {name} failed:\n{done.stdout[-3000:]}')
+                raise RuntimeError(f'startup of {name} failed:\n{done.stdout[-3000:]}')
             if turn:
                 seconds[name].append(float(re.findall(r'^seconds (\S+)', done.stdout, re.M)[-1]))
     return seconds

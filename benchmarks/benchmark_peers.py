@@ -1,6 +1,6 @@
 """The models that ``tools/benchmark.py`` compares.
 
-A candidate is a model, perhaps with suffixes for the way in which it is run: ``ours``,
+A candidate is a model, optionally with suffixes for how it is run: ``ours``,
 ``ours-fused-compiled``, ``mmpose-nchw``, ``hrnet-w32-compiled``.
 """
 
@@ -62,13 +62,13 @@ SUFFIXES = {
     'with-cp': 'ours only, training: recompute blocks in the backward pass',
     'compiled': 'torch.compile, see --compile-mode',
     'cudagraph': 'CUDA inference: one captured CUDA graph',
-    'nchw': 'contiguous images and weights in spite of --channels-last',
-    'onnx': 'CPU inference, fp32: exported to an ONNX file, computed by onnxruntime',
+    'nchw': 'contiguous images and weights, despite --channels-last',
+    'onnx': 'CPU inference, fp32: exported to an ONNX file, run by onnxruntime',
 }
 
 
 class BenchmarkError(ValueError):
-    """A request that cannot be measured; the message says what to ask for instead."""
+    """A request that cannot be measured; the message has the remedy."""
 
 
 class Spec(NamedTuple):
@@ -84,11 +84,11 @@ class Spec(NamedTuple):
 
 
 def parse_spec(name: str) -> Spec:
-    """Take the name of a candidate apart.
+    """Parse the name of a candidate.
 
     Args:
-        name (str): One of :data:`BASES`, perhaps followed by some of :data:`SUFFIXES`, each with
-            a ``-`` before it.
+        name (str): One of :data:`BASES`, optionally followed by some of :data:`SUFFIXES`, each
+            with a ``-`` before it.
 
     Returns:
         Spec: The candidate.
@@ -113,12 +113,12 @@ def parse_spec(name: str) -> Spec:
     if spec.has('padded') and not spec.has('fused'):
         raise BenchmarkError(f'candidate {name!r}: only fused models can be padded')
     if spec.has('onnx') and len(spec.suffixes) > 1:
-        raise BenchmarkError(f'candidate {name!r}: onnx goes with no other suffix')
+        raise BenchmarkError(f'candidate {name!r}: onnx cannot be combined with other suffixes')
     return spec
 
 
 def why_unavailable(spec: Spec, mode: str, device: str, dtype: str = 'fp32') -> str:
-    """The reason why a candidate cannot be measured, or an empty text if it can."""
+    """The reason why a candidate cannot be measured, or an empty string if it can."""
     if spec.has('onnx') and (mode, device, dtype) != ('infer', 'cpu', 'fp32'):
         return 'exported files are measured with --mode infer, --device cpu, --dtype fp32 only'
     if spec.has('fused') and mode == 'train':
@@ -126,7 +126,7 @@ def why_unavailable(spec: Spec, mode: str, device: str, dtype: str = 'fp32') -> 
     if spec.has('with-cp') and mode == 'infer':
         return 'nothing is recomputed in inference'
     if spec.has('cudagraph') and mode == 'train':
-        return 'CUDA graphs are captured of inference only'
+        return 'CUDA graphs are captured for inference only'
     if spec.has('cudagraph') and device != 'cuda':
         return 'CUDA graphs need --device cuda'
     return ''
@@ -163,7 +163,7 @@ def check_models(task: str, arch: str, specs: list[Spec]) -> None:
 
 
 class Network(nn.Module):
-    """Backbone, neck and heads of a model of any of the frameworks, without pre-processing.
+    """Backbone, neck and heads of a model of any of the frameworks, without preprocessing.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor.
@@ -190,19 +190,19 @@ class Network(nn.Module):
 
 @contextmanager
 def use(form: str) -> Iterator[None]:
-    """Force a form of the operators, also ``'kernels'`` where Triton cannot run."""
+    """Force a form of the operators, even ``'kernels'`` where Triton cannot run."""
     with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
         yield
 
 
 def fold(model: nn.Module, padded: bool) -> nn.Module:
-    """Fold a model; a padded one for Triton's kernels, as a CPU alone would pad nothing."""
+    """Fold a model; with ``padded``, for Triton's kernels, even on a CPU."""
     with use('kernels') if padded else nullcontext():
         return fuse_for_inference(model, pad_channels=padded)
 
 
 def stock_path(scope: str, name: str) -> Path:
-    """The path of a config that a framework ships, by its path below the framework's configs."""
+    """The path of a framework's config, given its path relative to the framework's configs."""
     configs = Path(importlib.util.find_spec(scope).origin).parent / '.mim/configs'
     if not (configs / name).is_file():
         raise BenchmarkError(f'{configs} has no {name}: reinstall {PACKAGES[scope]}')
@@ -210,7 +210,7 @@ def stock_path(scope: str, name: str) -> Path:
 
 
 def mmpose_backbone(ours: ConfigDict) -> dict:
-    """The config of mmpose's HRFormer that computes the same as ours; it builds in any scope."""
+    """The config of mmpose's HRFormer equivalent to ours; it builds in any scope."""
     arch, upsample = parse_arch(ours.arch), ours.get('upsample', 'nearest')
     stages = {}
     for streams, num_modules in enumerate(arch['num_modules'], start=2):
@@ -269,10 +269,10 @@ def build_model(cfg: Config) -> nn.Module:
 
 @cache
 def make_weights(task: str, arch: str, window: int | None) -> dict[str, Tensor]:
-    """The random weights that ours and mmpose's share, by our names.
+    """Random weights shared by our model and mmpose's, by our names.
 
-    Statistics and scales of the norms are random, too: with those of a new model a wrong folding
-    of batch normalization would not show.
+    Statistics and scales of the norms are random as well: with those of a new model, errors in
+    folding batch normalization would not show.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -297,12 +297,12 @@ def build_network(
 ) -> Network:
     """Build a candidate's network on the CPU, in evaluation mode.
 
-    Ours and mmpose's get equal weights, :func:`make_weights`; other models have random ones.
+    Our model and mmpose's get the same weights, :func:`make_weights`; others have random ones.
 
     Args:
         spec (Spec): The candidate.
         task (str): ``'pose'``, ``'cls'`` or ``'seg'``.
-        arch (str): The architecture of ours and mmpose's.
+        arch (str): Architecture of our model and mmpose's.
         size (tuple[int, int]): Height and width of the images, for models that depend on them.
         window (int, optional): Side of HRFormer's windows, if not the config's.
         drop (bool): Whether to keep the config's stochastic depth and dropout. Defaults to False.

@@ -21,12 +21,12 @@ def cpu_name() -> str:
 
 
 def load_average() -> float:
-    """Number of processes that were running or waiting in the last minute, on average."""
+    """Average number of running or waiting processes in the last minute."""
     return os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
 
 
 def describe_environment(args: argparse.Namespace) -> dict:
-    """Hardware, versions, and settings that speed depends on, by name."""
+    """Hardware, versions, and settings that affect speed, by name."""
     affinity = getattr(os, 'sched_getaffinity', None)
     on_cuda = args.device == 'cuda'
     return dict(
@@ -66,13 +66,13 @@ def print_environment(facts: dict, args: argparse.Namespace) -> None:
     if load > facts['cores'] / 4:
         print(
             f'WARNING   the machine is busy: {load:.1f} processes on {facts["cores"]} cores. '
-            'Trust only ratios, and those of many rounds'
+            'Only ratios over many rounds are reliable'
         )
     print(flush=True)
 
 
 def cells_of(row: dict, base: dict, growth: bool) -> dict[str, str]:
-    """The cells of a line of the table by title, with ratios of memory to the baseline."""
+    """The cells of a row of the table by title, with memory ratios to the baseline."""
     low, high = row['round_speedup_q1'], row['round_speedup_q3']
     cells = {
         'case': row['case'],
@@ -113,12 +113,12 @@ def format_table(rows: list[dict], args: argparse.Namespace) -> str:
 
 
 def print_results(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print the table, and the slowest operators if they were counted."""
+    """Print the table, and the slowest operators if profiled."""
     print(format_table(rows, args))
     baseline = 'mmpose' if args.startup else args.baseline
-    print(f'\nspeed-up: against {baseline}, more is faster')
+    print(f'\nspeed-up: relative to {baseline}, higher is faster')
     if any('peak' in row for row in rows):
-        print('peak: of one step over what was in use before, as torch allocates it')
+        print('peak: memory allocated by torch in one step, relative to before the step')
     for row in rows if args.profile and not args.startup else ():
         print(f'\n{row["candidate"]}, {row["case"]}: share of the time, calls')
         for top in row['profile']['top']:

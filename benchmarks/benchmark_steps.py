@@ -1,4 +1,4 @@
-"""Steps of the candidates of ``tools/benchmark.py``, checked to compute the same."""
+"""Steps of the candidates of ``tools/benchmark.py``, and the check that results are equal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mmhrformer.checkpoints import convert
 from mmhrformer.deploy.onnx import EXPORTER, INPUT, OPSETS, open_session, prepare_for_export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Largest difference of an output, relative to the range of the expected output. Below float32 it
-# is rounding, which grows over 100 layers; the limit there finds wrong code, not rounding.
+# Largest difference of an output, relative to the range of the expected output. Below float32,
+# rounding errors grow over 100 layers; the limit is to find wrong code only.
 OUTPUT_LIMITS = {'fp32': 1e-4, 'bf16': 0.1, 'fp16': 0.02}
 # Norm of the difference of all gradients, relative to their norm. ReLU and batch normalization
-# over few values magnify rounding.
+# over few values amplify rounding errors.
 GRADIENT_LIMIT = 0.01
-# The candidate that all others with the same weights must equal.
+# The reference for all candidates with the same weights.
 PLAIN = parse_spec('ours-nchw')
 
 
 class Case(NamedTuple):
-    """Height and width of the images, images in a batch, and side of the windows if not usual."""
+    """Height and width of the images, batch size, and side of the windows if not the default."""
 
     size: tuple[int, int]
     batch: int
@@ -69,7 +69,7 @@ class Entrant:
         self.prepare('fp32')
 
     def prepare(self, precision: str) -> None:
-        """Get ready for a data type, a key of :data:`DTYPES`; compiles anew."""
+        """Prepare for a data type, a key of :data:`DTYPES`; recompiles."""
         self.precision, self.optimizer = precision, None
         # Inference casts the model, training uses autocast.
         self.autocast = self.trains and precision != 'fp32'
@@ -77,11 +77,11 @@ class Entrant:
             self.network.to(DTYPES[precision])
         self.call = self.network
         if self.spec.has('compiled'):
-            # Each size its own code, as in a deployment; torch would go over to dynamic sizes.
+            # Compile each size separately, as in deployment, instead of dynamic sizes.
             self.call = torch.compile(self.network, mode=self.args.compile_mode, dynamic=False)
 
     def images(self, case: Case) -> Tensor:
-        """Random images, equal for all candidates."""
+        """Random images, the same for all candidates."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(case.batch, 3, *case.size, generator=generator)
         dtype = torch.float32 if self.trains else DTYPES[self.precision]
@@ -90,7 +90,7 @@ class Entrant:
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run the network, in training with autocast below float32."""
         if self.spec.has('compiled') and self.args.compile_mode != 'default':
-            # The results of other models in CUDA graphs need not be kept any more.
+            # Allow CUDA graphs to overwrite the results of previous steps.
             torch.compiler.cudagraph_mark_step_begin()
         autocast = partial(torch.autocast, self.args.device, DTYPES[self.precision])
         with autocast() if self.autocast else nullcontext():
@@ -103,16 +103,15 @@ class Entrant:
             dict(params=[p for p in parameters if p.ndim > 1]),
             dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
         ]
-        # The rate is small: it costs the same, and losses stay finite however long it runs.
+        # A small learning rate keeps losses finite in long runs.
         options = dict(fused=True) if self.args.device == 'cuda' else {}
         self.optimizer = torch.optim.AdamW(groups, lr=1e-6, weight_decay=0.01, **options)
 
 
 class Replay:
-    """A function captured in a CUDA graph, and its replay.
+    """A function captured in a CUDA graph; calling it replays the graph.
 
-    The function is kept: the graph reads weights and images by their addresses, and they would go
-    with it.
+    The function is kept alive, and with it the weights and images whose addresses the graph uses.
 
     Args:
         run (Callable): The function, without arguments.
@@ -124,7 +123,7 @@ class Replay:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up
+            for _ in range(3):  # warm-up
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph, pool=pool):
@@ -136,7 +135,7 @@ class Replay:
 
 
 class Exported:
-    """A network exported for images of one shape, as :func:`export_onnx` does, and its call."""
+    """A network exported for images of one shape, as by :func:`export_onnx`."""
 
     def __init__(self, network: Network, images: Tensor) -> None:
         import onnx
@@ -145,7 +144,7 @@ class Exported:
         network, content = prepare_for_export(network, fixed_size=True), io.BytesIO()
         options = dict(opset_version=OPSETS[-1], input_names=[INPUT], **EXPORTER)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that sizes are fixed
+            warnings.simplefilter('ignore')  # about constant sizes
             torch.onnx.export(network, (images,), content, **options)
         graph = onnxslim.slim(onnx.load_from_string(content.getvalue()))
         self.session = open_session(graph.SerializeToString())
@@ -189,7 +188,7 @@ class TrainingStep:
         return self.entrant.forward(self.images)
 
     def backward(self) -> tuple[Tensor, ...]:
-        """Forward, loss and backward; the outputs."""
+        """Run forward pass, loss and backward pass; return the outputs."""
         outs = self.forward()
         if self.targets is None:
             generator = torch.Generator().manual_seed(1)
@@ -206,7 +205,7 @@ class TrainingStep:
         self.entrant.optimizer.step()
 
     def saved_bytes(self) -> int:
-        """Bytes that the forward pass keeps for the backward pass, weights not counted."""
+        """Bytes that the forward pass keeps for the backward pass, without weights."""
         network = self.entrant.network
         return saved_bytes(self.forward, [*network.parameters(), *network.buffers()])
 
@@ -223,7 +222,7 @@ Entrants = dict[tuple[str, int | None], Entrant]
 
 
 def build_entrants(args: argparse.Namespace, specs: list[Spec], drop: bool) -> Entrants:
-    """Build candidates, by name and window; drop keeps stochastic depth and dropout."""
+    """Build candidates, by name and window; ``drop`` keeps stochastic depth and dropout."""
     with torch.random.fork_rng(devices=[]):
         return {
             (spec.name, window): Entrant(
@@ -234,7 +233,7 @@ def build_entrants(args: argparse.Namespace, specs: list[Spec], drop: bool) -> E
         }
 
 
-# ---------------------------------------------------------------- are they equal?
+# ---------------------------------------------------------------- equality
 
 
 def evaluate(entrant: Entrant, case: Case) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -254,7 +253,7 @@ def evaluate(entrant: Entrant, case: Case) -> tuple[list[Tensor], dict[str, Tens
 def output_difference(outs: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference of an output, relative to the range of the expected one.
 
-    It is infinite if shapes differ, and not a number if an output is not.
+    It is infinite if shapes differ, and NaN if an output has NaN.
     """
     if [out.shape for out in outs] != [out.shape for out in expected]:
         return math.inf
@@ -282,7 +281,7 @@ def compare(entrant: Entrant, case: Case, outs: list[Tensor], grads: dict[str, T
     if grads:
         row['gradients'] = gradient_difference(its_grads, grads)
         text += f', gradients by {row["gradients"]:.1e} of their norm'
-    if grads and precision == 'fp32':  # of low precision nothing can be expected here
+    if grads and precision == 'fp32':  # not meaningful in low precision
         row['equal'] &= row['gradients'] <= GRADIENT_LIMIT
         text += f' (limit {GRADIENT_LIMIT:.0e})'
     verdict = 'equal' if row['equal'] else 'DIFFERENT'
@@ -293,7 +292,7 @@ def compare(entrant: Entrant, case: Case, outs: list[Tensor], grads: dict[str, T
 def check_equality(
     args: argparse.Namespace, entrants: Entrants, references: Entrants
 ) -> list[dict]:
-    """Compare candidates that have the same weights with ours, run plainly in float32."""
+    """Compare candidates with the same weights with our plain model in float32."""
     found = []
     same = [spec.name for spec in args.specs if spec.base in SAME_WEIGHTS]
     for case in args.cases if same else ():
@@ -303,17 +302,17 @@ def check_equality(
 
 
 def prepare_entrants(args: argparse.Namespace) -> tuple[Entrants, list[dict]]:
-    """Build the candidates and check that those with the same weights compute the same.
+    """Build the candidates and check that those with the same weights give the same results.
 
     Args:
         args (argparse.Namespace): The arguments.
 
     Returns:
         tuple[Entrants, list[dict]]: The candidates, ready to be timed, and the results of the
-        check: a row for each candidate in each case.
+        check: one row per candidate and case.
 
     Raises:
-        BenchmarkError: If they do not, unless that is allowed.
+        BenchmarkError: If results differ, unless that is allowed.
     """
     # Stochastic depth and dropout would make the candidates differ.
     entrants = build_entrants(args, args.specs, drop=False)
@@ -327,8 +326,8 @@ def prepare_entrants(args: argparse.Namespace) -> tuple[Entrants, list[dict]]:
     different = [f'{row["candidate"]} ({row["case"]})' for row in found if not row['equal']]
     if different and not args.allow_different:
         raise BenchmarkError(
-            f'not timed, since these do not compute the same as ours: {", ".join(different)}. '
-            '--allow-different times them all the same'
+            f'not timed, since these give other results than ours: {", ".join(different)}. '
+            '--allow-different times them anyway'
         )
     if args.mode == 'train' and not args.no_drop:
         # Stochastic depth may change the modules and the compiled code: build everything again.
@@ -338,7 +337,7 @@ def prepare_entrants(args: argparse.Namespace) -> tuple[Entrants, list[dict]]:
 
 
 def switch_precision(entrants: Entrants, precision: str) -> None:
-    """Bring candidates to a data type; drops the compiled code of another."""
+    """Convert candidates to a data type, and reset compiled code."""
     if any(entrant.spec.has('compiled') for entrant in entrants.values()):
         torch.compiler.reset()
     for entrant in entrants.values():

@@ -1,4 +1,4 @@
-"""Draw images/s against reported AP, from a file of benchmarks/results.
+"""Plot images/s against reported AP, from a file in benchmarks/results.
 
 python benchmarks/draw_speed_ap.py RESULTS.json docs/images/speed_ap.svg
 """

@@ -1,12 +1,12 @@
 """Check and measure mmhrformer on a GPU, in one run of a few minutes.
 
-The candidates of a table take turns, round after round, in a process of their own with a limit of
-time, so that a crash takes nothing else along. All results go to one file,
-FOLDER/<date>-<card>.json, which is complete at any time, up to the last turn of the last candidate;
-gpu_table.py makes Markdown of it.
+The candidates of a table are timed interleaved, round by round, in a separate process with a time
+limit, so that a crash does not affect others. All results go to one file,
+FOLDER/<date>-<card>.json, which is valid at any time, up to the last measurement; gpu_table.py
+converts it to Markdown.
 
-The tests of parity come last and have the time that is left, which may not be enough. Two runs,
-each with a budget of its own, are as good as one:
+The parity tests run last, in the remaining time, which may not be enough. Two runs with separate
+budgets are equivalent to one:
 
     python benchmarks/gpu_check.py --out FOLDER --budget 540 --sections parity
     python benchmarks/gpu_check.py --out FOLDER --budget 540 --sections env infer train seg kernels
@@ -33,8 +33,8 @@ import sys
 import time
 from pathlib import Path
 
-# Processes are forked from this one once everything is imported. It must not start threads, and
-# must not touch CUDA, which mmengine's import would do to see whether there is any.
+# Processes are forked from this one after all imports. It must not start threads and must not
+# initialize CUDA, which mmengine's import would do to check for devices.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '4')  # of each of several processes
@@ -44,9 +44,9 @@ sys.path[:0] = [str(ROOT / 'benchmarks'), str(ROOT)]
 import gpu_sections  # noqa: E402
 from gpu_sections import SECTIONS, Job, Settings  # noqa: E402
 
-# The columns that tell one timed candidate from another.
+# The columns that identify a timed candidate.
 IDENTITY = ('section', 'table', 'base', 'arch', 'backend', 'how', 'kernel', 'shape', 'option')
-MIN_TIME = 15  # seconds, without which nothing is started
+MIN_TIME = 15  # remaining seconds needed to start a job
 
 
 class Report:
@@ -59,19 +59,19 @@ class Report:
         self.write()
 
     def add(self, *rows: dict) -> None:
-        """Add rows and write the file anew."""
+        """Add rows and rewrite the file."""
         for row in rows:
             print(json.dumps(row, default=str)[:200], flush=True)
             row = dict(row, at=round(time.time() - self.start, 1))
-            # More rounds of a candidate take the place of fewer.
+            # Replace a row of the same candidate with fewer rounds.
             key = tuple(row.get(name) for name in IDENTITY) if 'rounds' in row else len(self.rows)
             self.rows[key] = row
         if rows:
             self.write()
 
     def write(self) -> None:
-        """Replace the file at once: a reader never finds half of it."""
-        # JSON has no NaN and no infinity; they become text.
+        """Write the file atomically."""
+        # JSON has no NaN and infinity; write them as text.
         data = {**self.facts, 'rows': list(self.rows.values())}
         data = json.loads(json.dumps(data, default=str), parse_constant=str)
         part = self.path.with_suffix('.part')
@@ -80,7 +80,7 @@ class Report:
 
 
 class Child:
-    """A job in a forked process, with files for its output and its rows; ended at a deadline."""
+    """A job in a forked process, with files for its output and rows, killed at a deadline."""
 
     def __init__(self, job: Job, folder: Path, deadline: float) -> None:
         self.job, self.deadline, self.start = job, deadline, time.time()
@@ -92,8 +92,8 @@ class Child:
         self.process.start()
 
     def work(self) -> None:
-        """Do the job, in the child."""
-        os.setsid()  # it is ended with all that it starts
+        """Run the job, in the child."""
+        os.setsid()  # a process group, to kill it with its children
         sys.stdout = sys.stderr = log = self.log.open('w', buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -101,13 +101,13 @@ class Child:
             self.job.run(lambda **row: file.write(json.dumps(row, default=str) + '\n'))
 
     def new_rows(self) -> list[dict]:
-        """Rows that were not asked for before."""
+        """Rows since the last call."""
         *lines, _ = self.rows.read_text()[self.read :].split('\n')
         self.read += sum(len(line) + 1 for line in lines)
         return [dict(section=self.job.section, table=self.job.name, **json.loads(x)) for x in lines]
 
     def is_running(self) -> bool:
-        """Whether it still runs; ends it when its time is over."""
+        """Whether it still runs; kills it after its deadline."""
         is_alive = self.process.is_alive()
         if is_alive and time.time() < self.deadline:
             return True
@@ -118,7 +118,7 @@ class Child:
         return False
 
     def verdict(self) -> dict:
-        """A row that says how it ended."""
+        """A row with the exit code, the time and the error, if any."""
         row = dict(section='run', job=self.job.name, code=self.code)
         row['seconds'] = round(time.time() - self.start, 1)
         if self.code:
@@ -126,7 +126,7 @@ class Child:
         return row
 
     def summary(self) -> list[dict]:
-        """A row that the job makes of its log, if it does."""
+        """A row that the job extracts from its log, if it does."""
         if self.job.summary is None:
             return []
         row = self.job.summary(self.log.read_text(errors='replace'))
@@ -134,7 +134,7 @@ class Child:
 
 
 def follow(children: list[Child], report: Report) -> None:
-    """Wait for children, and take over their rows as they come."""
+    """Wait for children, and collect their rows."""
     while children:
         running = [child for child in children if child.is_running()]
         for child in children:
@@ -148,11 +148,11 @@ def follow(children: list[Child], report: Report) -> None:
 
 
 def card_name(dry: bool) -> str:
-    """The name of the GPU for a file name, without the help of CUDA."""
+    """The name of the GPU for a file name, without initializing CUDA."""
     if dry:
         return 'cpu'
     if shutil.which('nvidia-smi') is None:
-        raise SystemExit('gpu_check.py: there is no nvidia-smi, so no GPU; --dry runs on the CPU')
+        raise SystemExit('gpu_check.py: nvidia-smi not found, so no GPU; --dry runs on the CPU')
     command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
     names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     if not names:
@@ -161,18 +161,18 @@ def card_name(dry: bool) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('--out', type=Path, required=True, metavar='FOLDER', help='of the file of results')
-    add('--budget', type=float, default=540, metavar='SECONDS', help='of the whole run')
+    add('--out', type=Path, required=True, metavar='FOLDER', help='folder for the results')
+    add('--budget', type=float, default=540, metavar='SECONDS', help='time limit of the whole run')
     add('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS), metavar='NAME',
-        help=f'what to do, of {", ".join(SECTIONS)}; all by default')  # fmt: skip
+        help=f'sections to run, of {", ".join(SECTIONS)} (all)')  # fmt: skip
     add('--archs', nargs='+', choices=('tiny', 'small', 'base'), default=['small', 'base'])
-    add('--cudnn-benchmark', action='store_true', help='as in the configs; takes minutes more')
-    add('--dry', action='store_true', help='tiny sizes on the CPU, to find mistakes in the tool')
+    add('--cudnn-benchmark', action='store_true', help='as in the configs; takes minutes longer')
+    add('--dry', action='store_true', help='tiny sizes on the CPU, to test this script')
     return parser.parse_args(argv)
 
 
@@ -188,7 +188,7 @@ def make_report(args: argparse.Namespace, argv: list[str]) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the jobs of the chosen sections; the exit code is 1 if a job failed."""
+    """Run the jobs of the selected sections; return 1 if a job failed."""
     args = parse_arguments(argv)
     report = make_report(args, sys.argv[1:] if argv is None else argv)
     deadline = time.time() + args.budget
@@ -204,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     began = time.time()
     for job in jobs:
         job.prepare()
-    gc.freeze()  # else each collection, before each turn, looks at all that is inherited: 0.5 s
+    gc.freeze()  # otherwise each collection would scan all inherited objects: 0.5 s
     report.add(dict(section='run', job='build networks', seconds=round(time.time() - began, 1)))
-    # Untimed jobs run at the same time.
+    # Untimed jobs run in parallel.
     warmers = {warm.name: warm for job in jobs for warm in job.warmers}
     follow([start(warm) for warm in warmers.values()], report)
     for job in jobs:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-with contextlib.redirect_stderr(io.StringIO()):  # what the frameworks say of absent operators
+with contextlib.redirect_stderr(io.StringIO()):  # messages about missing operators
     import mmpose.models  # noqa: F401
     import mmpretrain.models  # noqa: F401
     import mmseg.models  # noqa: F401
@@ -39,7 +39,7 @@ from mmhrformer.deploy.compile import allow_many_versions
 from mmhrformer.models import hrformer
 from mmhrformer.utils.install_hints import NAMES, installed
 
-# Sections in the order in which they run, and seconds that a job of theirs may take. The tests have
+# Sections in the order in which they run, and time limits of their jobs in seconds. The tests get
 # the rest of the budget.
 CAPS = dict(
     env=40, warm=120, infer=150, train=220, seg=90, compiled=90, profile=60, kernels=100,
@@ -49,16 +49,16 @@ SECTIONS = [name for name in CAPS if name != 'warm']
 DTYPE = 'bf16'
 ROUNDS = 7
 PEERS = ('hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
-KERNELS_NAMED = 20  # by a profile
+KERNELS_NAMED = 20  # in a profile
 COMPILING_AHEAD = 6  # processes, for the sweep
-# Names of jobs that failed; a table leaves out candidates that were not compiled ahead.
+# Names of failed jobs; tables skip candidates that were not compiled ahead.
 UNFINISHED: set[str] = set()
 
 Emit = Callable[..., None]
 
 
 class Settings(NamedTuple):
-    """The wishes of the command line."""
+    """Settings from the command line."""
 
     dry: bool
     archs: tuple[str, ...]
@@ -71,18 +71,18 @@ class Settings(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A model, and the way in which it is run."""
+    """A model and how it is run."""
 
     base: str  # as in tools/benchmark.py
-    arch: str = ''  # of HRFormer
-    backend: str = ''  # of ours: a form of mmhrformer.ops
-    # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': that, too; 'hook': as
-    # CUDAGraphHook trains, the backbone in two graphs
+    arch: str = ''  # architecture of HRFormer
+    backend: str = ''  # form of mmhrformer.ops, for our models
+    # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': also compiled;
+    # 'hook': as with CUDAGraphHook, the backbone in two graphs
     how: str = 'eager'
 
 
 class Table(NamedTuple):
-    """Candidates that are timed in turn."""
+    """Candidates that are timed interleaved."""
 
     name: str
     task: str  # 'pose' or 'seg'
@@ -94,19 +94,19 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a process of its own."""
+    """A job that runs in a separate process."""
 
     name: str
     section: str
     run: Callable[[Emit], None]  # calls its argument with each result
-    cap: float  # seconds that it may take
-    table: Table | None = None  # whose networks are to be built before
-    warmers: list[Job] = field(default_factory=list)  # what to compile ahead, nothing being timed
-    # Makes a row of the log, however the job ended.
+    cap: float  # time limit in seconds
+    table: Table | None = None  # its networks are built in advance
+    warmers: list[Job] = field(default_factory=list)  # untimed jobs that compile ahead
+    # Extracts a row from the log, even if the job failed.
     summary: Callable[[str], dict] | None = None
 
     def prepare(self) -> None:
-        """Build the networks, for all processes that are forked later."""
+        """Build the networks, before processes are forked."""
         for candidate in self.table.candidates if self.table else ():
             network(self.table, candidate)
 
@@ -115,12 +115,12 @@ class Job:
 
 
 def ways(candidates: list[Candidate], *hows: str) -> list[Candidate]:
-    """Each candidate in each way."""
+    """All combinations of candidates and ways to run them."""
     return [one._replace(how=how) for one in candidates for how in hows]
 
 
 def network(table: Table, candidate: Candidate) -> nn.Module:
-    """The network of a candidate on the CPU, built once; memory formats are no part of it."""
+    """The network of a candidate on the CPU, built once for all memory formats."""
     base = candidate.base.removesuffix('-nchw')
     return _network(base, candidate.arch, table.task, table.size, table.mode == 'train')
 
@@ -131,14 +131,14 @@ def _network(base: str, arch: str, task: str, size: tuple[int, int], drop: bool)
 
 
 def capture(run: Callable, pool: object, device: str) -> Callable:
-    """Capture a function in a CUDA graph, and return its replay; on a CPU the function itself."""
+    """Capture a function in a CUDA graph and return its replay; on a CPU, return the function."""
     return run if device == 'cpu' else bs.Replay(run, pool)
 
 
 def make_step(table: Table, candidate: Candidate, settings: Settings, pool: object) -> Callable:
     """The timed step of a candidate: a forward pass, which returns the outputs, or training.
 
-    The pool is the memory of CUDA graphs, which never run at the same time.
+    ``pool`` is memory shared by the CUDA graphs, which never run concurrently.
     """
     trains = table.mode == 'train'
     options = dict(mode=table.mode, device=settings.device, channels_last=True)
@@ -146,11 +146,11 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
     entrant = bs.Entrant(bp.parse_spec(candidate.base), net, SimpleNamespace(**options))
     entrant.prepare(DTYPE)
     if candidate.how == 'compiled':
-        allow_many_versions(1024)  # one piece of code serves all candidates
+        allow_many_versions(1024)  # all candidates share the code
         options = dict(backend='eager') if settings.dry else {}
         for module in net.modules():
             if hasattr(module, 'drop_prob'):
-                module.drop_prob = float(module.drop_prob)  # not of NumPy, which torch would trace
+                module.drop_prob = float(module.drop_prob)  # torch would trace NumPy numbers
         if candidate.backend:
             compile_blocks(net, **options)
         else:
@@ -158,7 +158,7 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
     step = bs.make_step(entrant, bs.Case(table.size, table.batch))
     form = candidate.backend
     if form == 'kernels' and settings.dry:
-        form = 'cpu'  # Triton kernels would take minutes there
+        form = 'cpu'  # Triton kernels would take minutes on the CPU
     if candidate.how == 'hook' and not settings.dry:
         within(form, partial(graph_backbone, net, step.images, torch.bfloat16))()
     if candidate.how in ('eager', 'hook'):
@@ -169,7 +169,7 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
 
 
 def within(form: str, step: Callable) -> Callable:
-    """A step with a form of our operators."""
+    """Bind a step to a form of our operators."""
 
     def run() -> object:
         with ops.use(form):
@@ -184,7 +184,7 @@ def captured_training(step: bs.TrainingStep, form: str, pool: object, device: st
     entrant.make_optimizer()
 
     def run() -> None:
-        # Gradients that are absent when it is captured are written by a replay, not added to.
+        # Gradients that are None at capture are overwritten by replays, not accumulated.
         entrant.network.zero_grad(set_to_none=True)
         step.backward()
 
@@ -201,14 +201,17 @@ def captured_training(step: bs.TrainingStep, form: str, pool: object, device: st
 
 
 def first_call(step: Callable, device: str) -> tuple[object, float]:
-    """Run a step twice: its result, and the seconds of the first; the peak is of the second."""
+    """Run a step twice; return its result and the seconds of the first call.
+
+    The peak memory is that of the second call.
+    """
     start = bm.timer()
     step()
     seconds = bm.timer() - start
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     result = step()
-    bm.timer()  # waits for the GPU, where errors appear late
+    bm.timer()  # synchronizes with the GPU, whose errors appear late
     return result, round(seconds, 3)
 
 
@@ -219,13 +222,13 @@ def difference(outs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 
 
 def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candidate, Callable]]:
-    """Make the steps of a table; a failure becomes a row."""
+    """Build the steps of a table; failures become rows."""
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
     device, expected, start = settings.device, {}, time.time()
     pool = None if settings.dry else torch.cuda.graph_pool_handle()
     for candidate in table.candidates:
         if time.time() - start > CAPS[table.name.split()[0]] / 2 and not settings.dry:
-            emit(**candidate._asdict(), error='not measured: the time is over')
+            emit(**candidate._asdict(), error='not measured: out of time')
             continue
         if candidate.how == 'compiled' and warm_name(table, candidate) in UNFINISHED:
             emit(**candidate._asdict(), error='not measured: it was not compiled in time')
@@ -237,7 +240,7 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
             row = dict(first_call_s=seconds)
             if device == 'cuda' and candidate.how == 'eager':  # graphs share their memory
                 row['peak_mb'] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
-            if candidate.arch and table.mode == 'infer':  # those have the same weights
+            if candidate.arch and table.mode == 'infer':  # candidates with the same weights
                 reference = expected.setdefault(candidate.arch, [out.clone() for out in result])
                 row['differs'] = difference(result, reference)
             emit(**candidate._asdict(), **row)
@@ -251,10 +254,10 @@ def ready(table: Table, settings: Settings, emit: Emit) -> Iterator[tuple[Candid
 
 
 def time_table(table: Table, settings: Settings, emit: Emit) -> None:
-    """Time the candidates of a table in turn, and emit the rounds so far after each turn.
+    """Time the candidates of a table interleaved, and emit the rounds so far each time.
 
-    A step that raises is left out from then on. An error of the GPU itself raises wherever CUDA is
-    called next, and ends the process.
+    A step that raises is skipped from then on. An error of the GPU itself raises at the next CUDA
+    call, and ends the process.
     """
     broken = set()
 
@@ -267,7 +270,7 @@ def time_table(table: Table, settings: Settings, emit: Emit) -> None:
                 emit(**candidate._asdict(), error=f'{type(err).__name__}: {err}'[:500])
                 broken.add(candidate)
 
-    def tell(candidate: Candidate, seconds: list[float]) -> None:
+    def report(candidate: Candidate, seconds: list[float]) -> None:
         if candidate not in broken:
             emit(**candidate._asdict(), **facts, **measured(table.batch, seconds))
 
@@ -275,25 +278,25 @@ def time_table(table: Table, settings: Settings, emit: Emit) -> None:
     steps = {one: partial(guarded, one, step) for one, step in ready(table, settings, emit)}
     options = (2, 1, 0.0) if settings.dry else (ROUNDS, 3, 0.1)
     if steps:
-        bm.time_rounds(steps, *options, tell)
+        bm.time_rounds(steps, *options, report)
 
 
 def measured(batch: int, seconds: list[float]) -> dict:
-    """The rounds of a candidate in a row, in milliseconds."""
+    """Row with the rounds of a candidate, in milliseconds."""
     low, median, high = (round(1e3 * x, 4) for x in bm.quartiles(seconds))
     rounds = [round(1e3 * x, 4) for x in seconds]
     return dict(ms=median, q1=low, q3=high, images_s=round(1e3 * batch / median, 1), rounds=rounds)
 
 
 def profile_table(table: Table, settings: Settings, emit: Emit) -> None:
-    """Count and name the kernels of the candidates of a table."""
+    """Count and list the kernels of the candidates of a table."""
     for candidate, step in ready(table, settings, emit):
         emit(**candidate._asdict(), mode=table.mode, batch=table.batch,
              **bm.profile(step, settings.device, KERNELS_NAMED))  # fmt: skip
 
 
 def warm_name(table: Table, candidate: Candidate) -> str:
-    """The name of the job that compiles a candidate ahead, for all tables; empty if none does."""
+    """The name of the job that compiles a candidate ahead, or '' if none does."""
     way = 'compiled' if candidate.how == 'compiled' else candidate.backend
     if way not in ('compiled', 'kernels'):
         return ''
@@ -305,7 +308,7 @@ def warm_name(table: Table, candidate: Candidate) -> str:
 
 
 def run_env(settings: Settings, emit: Emit) -> None:
-    """Versions, the card, and its ceilings."""
+    """Emit versions, the card, and its peak rates."""
     versions = installed([*NAMES, 'triton'])
     emit(what='versions', cores=os.cpu_count(), python=sys.version.split()[0], **versions)
     if settings.dry:
@@ -328,12 +331,12 @@ def run_env(settings: Settings, emit: Emit) -> None:
 
 
 def run_parity(settings: Settings, emit: Emit) -> None:
-    """Run the tests on the GPU, into the log; in a dry run find them only."""
+    """Run the tests on the GPU, into the log; in a dry run, only collect them."""
     command = [sys.executable, '-m', 'pytest', 'tests/gpu', '-v', '-p', 'no:cacheprovider']
     if importlib.util.find_spec('xdist') is not None:
         command += ['-n', str(min(8, max(1, os.cpu_count() // 2)))]
     command += ['--collect-only'] if settings.dry else []
-    env = dict(os.environ, PYTHONUNBUFFERED='1')  # each line is in the log when its test is done
+    env = dict(os.environ, PYTHONUNBUFFERED='1')  # log each test when it is done
     subprocess.run(command, cwd=Path(__file__).parents[1], env=env, check=True)
 
 
@@ -355,7 +358,7 @@ def outcomes(log: str) -> dict:
     return row if '[100%]' in log or not found else dict(row, unfinished=True)
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all tables and jobs
 
 
 def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
@@ -367,7 +370,7 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
     folded = [Candidate('ours-fused', arch, 'cuda') for arch in archs]
     kernels = [Candidate('ours-fused', arch, 'kernels') for arch in archs]
     padded = [Candidate('ours-fused-padded', arch, 'kernels') for arch in archs if arch == 'base']
-    mmpose = [Candidate('mmpose-nchw', arch) for arch in archs]  # as it is shipped
+    mmpose = [Candidate('mmpose-nchw', arch) for arch in archs]  # as shipped
     peers = [Candidate(name) for name in (PEERS[2:3] if dry else PEERS)]
     models = [*plain, *folded, *kernels, *padded, *mmpose, *peers]
     for number in (batch, 1):
@@ -383,7 +386,7 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
     models = [*ways([*mmpose, *peers[:2]], 'eager', 'graph'), *ways(ours, 'eager', 'graph', 'hook')]
     models += ways([one._replace(backend='reference') for one in plain], 'graph')
     yield 'train', Table('train', 'pose', 'train', size, 2 if dry else 32, models)
-    # HRFormer compiled as a whole takes more than the time that there is.
+    # Compiling the whole HRFormer takes too long.
     models = [*ways(kernels, 'graph'), *ways(peers[:2], 'compiled')]
     yield 'compiled', Table('compiled', 'pose', 'infer', size, batch, models)
     models = [*kernels, Candidate('hrnet-w48')][: few or 3]
@@ -396,11 +399,11 @@ def make_jobs(settings: Settings) -> list[Job]:
     """All jobs, in the order of :data:`SECTIONS`."""
 
     def job(name: str, section: str, *run: object, **options) -> Job:
-        # In a dry run nothing is in a hurry: two cores may be all there is.
+        # A dry run gets more time, since it may run on two cores.
         return Job(name, section, partial(*run), 1000 if settings.dry else CAPS[section], **options)
 
     if settings.dry:
-        for arch in hrformer.ARCHS.values():  # of the depth nothing depends
+        for arch in hrformer.ARCHS.values():  # the depth does not matter
             arch.update(num_modules=(1, 1, 1), num_blocks=1)
     device = settings.device
     jobs = [job('env', 'env', run_env, settings)]

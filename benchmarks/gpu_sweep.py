@@ -1,4 +1,4 @@
-"""Launch options of the Triton kernels, timed against one another in the shapes of the models."""
+"""Comparison of launch options of the Triton kernels, for the shapes in the models."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from mmhrformer.ops import kernels
 
-CALLS = 10  # in one CUDA graph, so that the launches are not what is timed
-# Triton's interpreter multiplies the bits of bfloat16, as if they were integers.
+CALLS = 10  # in one CUDA graph, so that launches do not dominate
+# Triton's interpreter multiplies bfloat16 wrongly, as if the bits were integers.
 DTYPE = torch.float16 if os.environ.get('TRITON_INTERPRET') else torch.bfloat16
 BATCH = 64
-# Height, width, heads, numbers of a head: the streams of HRFormer-S, and of -B, padded or not.
+# Height, width, heads, head dim: the streams of HRFormer-S and of HRFormer-B.
 STREAMS = dict(S0=(64, 48, 1, 32), S1=(32, 24, 2, 32), B0=(64, 48, 2, 40))
 # Height, width and channels inside FFNs.
 HIDDEN = dict(S0=(64, 48, 128), S2=(16, 12, 512), B0=(64, 48, 312))
-# Inputs, outputs and rows of an image of the linear layers of FFNs.
+# Inputs, outputs and rows per image of the linear layers of FFNs.
 LINEAR = [
     (32, 128, 3072), (128, 32, 3072), (32, 96, 3072), (64, 256, 768), (256, 64, 768),
     (512, 128, 192), (78, 312, 3072), (312, 78, 3072), (624, 156, 768),
@@ -45,14 +45,14 @@ NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
     (8192, 4096, 8),
 ]  # fmt: skip
-# Elements of a tile, warps, and programs at most of the backward kernel.
+# Elements of a tile, warps, and maximum number of programs of the backward kernel.
 LAYER_NORM_LAUNCHES = dict(
     forward=[(2048, 4), (4096, 4), (4096, 8), (8192, 4)],
     backward=[(2048, 4, 1024), (4096, 4, 1024), (4096, 4, 640), (4096, 8, 1024), (8192, 4, 1024)],
 )
-# Relative norm of the difference of two options' results up to which it is rounding.
+# Relative norm of the difference of two options' results up to which it counts as rounding.
 LIMIT = 0.02
-# Maps that are read or written, by kernel.
+# Number of maps read or written, by kernel.
 NORM_PASSES = dict(moments=1, normalize=2, gradient_sums=2, input_gradient=3)
 LAYER_NORM_PASSES = dict(forward=2, backward=3)
 ATTENTION_OPTIONS = dict(
@@ -62,15 +62,15 @@ ATTENTION_OPTIONS = dict(
 
 
 class Sweep(NamedTuple):
-    """A kernel in a shape, and the ways to launch it."""
+    """A kernel for a shape, and its launch options."""
 
     kernel: str
     shape: str
-    moved: int  # numbers that must be read and written
+    moved: int  # numbers to read and write
     options: list
-    apply: Callable  # takes one of the options, and sets it
+    apply: Callable  # sets one of the options
     run: Callable
-    torch: Callable | None = None  # the same by torch
+    torch: Callable | None = None  # the same in torch
 
 
 def attention(kind: str, name: str, B: int, H: int, W: int, heads: int, dim: int) -> Sweep:
@@ -166,7 +166,7 @@ def random(*size: int) -> Tensor:
 
 
 def sweeps(device: str) -> Iterator[Sweep]:
-    """All sweeps, their inputs made when it is their turn; on a CPU one small shape of each."""
+    """All sweeps, with inputs created lazily; on a CPU, one small shape of each."""
     B, streams, hidden, layers, few = BATCH, STREAMS, HIDDEN, LINEAR, None
     if device == 'cpu':
         B, streams, hidden, few = 2, dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), 2
@@ -199,8 +199,8 @@ def entries(sweep: Sweep) -> dict[str, Callable]:
 
 
 def results(step: Callable) -> Tensor:
-    """All numbers that a step computes, and NaN where it leaves memory as it was."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    """All numbers that a step computes, and NaN where it does not write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         found = step()
     finally:
@@ -210,7 +210,7 @@ def results(step: Callable) -> Tensor:
 
 
 def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict[str, Callable]:
-    """The timed steps of a sweep, several calls each, of options that compute the same."""
+    """The timed steps of a sweep, several calls each, for options with equal results."""
     steps, expected = {}, None
     for name, step in entries(sweep).items():
 
@@ -223,7 +223,7 @@ def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict
             expected = found if expected is None else expected
             differs = ((found - expected).norm() / expected.norm()).item()
             if not differs < LIMIT:
-                raise ValueError(f'it differs from the first option, by {differs:.3g}')
+                raise ValueError(f'differs from the first option by {differs:.3g}')
             steps[name] = capture(repeat)
         except Exception as err:
             traceback.print_exc()
@@ -233,13 +233,13 @@ def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict
 
 
 def warm(device: str, part: int, parts: int, emit: Callable) -> None:
-    """Compile one part of all kernels ahead."""
+    """Compile one share of all kernels ahead."""
     steps = (step for sweep in sweeps(device) for step in entries(sweep).values())
     for step in itertools.islice(steps, part, None, parts):
         try:
             step()
         except Exception:
-            traceback.print_exc()  # run() meets it again, and emits it
+            traceback.print_exc()  # run() fails again, and emits it
 
 
 def run(device: str, capture: Callable, emit: Callable) -> None:

@@ -19,12 +19,12 @@ HOWS = {
     'hook': 'CUDAGraphHook',
     'compiled': 'compiled, CUDA graph',
 }
-# Kernels of a sweep or a profile that are printed.
+# Number of kernels of a sweep or a profile to print.
 FEW = 12
 
 
 def title(row: dict) -> str:
-    """The name of a candidate, without the way in which it is run."""
+    """The name of a candidate, without how it is run."""
     if not row['arch']:
         return NAMES.get(row['base'], row['base'])
     model = f'HRFormer-{row["arch"][0].upper()}'
@@ -36,13 +36,13 @@ def title(row: dict) -> str:
 
 
 def markdown(head: list[str], lines: Iterable[list]) -> str:
-    """A Markdown table; columns but the first are aligned to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     rows = [head, ['---', *['---:'] * (len(head) - 1)], *lines]
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
 
 
 def ratio(row: dict | None, peer: dict | None) -> str:
-    """Runs of a candidate in the time of one of another: the median over the rounds, if known."""
+    """Speed-up of a candidate over a peer: the median over the rounds, if known."""
     if row is None or peer is None:
         return ''
     if 'rounds' not in row or 'rounds' not in peer:
@@ -51,7 +51,7 @@ def ratio(row: dict | None, peer: dict | None) -> str:
 
 
 def times_table(rows: list[dict]) -> str:
-    """Times of a table, and each candidate's best time against the best of its peers."""
+    """Times of a table, and each candidate's best time relative to the best of its peers."""
     memory = {title(row): row['peak_mb'] for row in rows if row.get('peak_mb') is not None}
     models: dict[str, dict[str, dict]] = {name: {} for name in memory}  # some may have no times
     for row in rows:
@@ -76,7 +76,7 @@ def times_table(rows: list[dict]) -> str:
 
 
 def sweep_table(rows: list[dict]) -> str:
-    """The fastest options of each kernel in each shape, beside torch."""
+    """The fastest options of each kernel for each shape, compared with torch."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if 'us' in row:
@@ -107,7 +107,7 @@ def profile_tables(rows: list[dict]) -> str:
 
 
 def facts_list(rows: list[dict]) -> str:
-    """Rows of facts, one a line."""
+    """A list of facts, one row per line."""
     skip = ('section', 'table', 'at', 'what')
     lines = []
     for row in rows:
@@ -118,12 +118,12 @@ def facts_list(rows: list[dict]) -> str:
 
 
 def has_failed(row: dict) -> bool:
-    """Whether a row tells of an error that ended something; others are numbers."""
+    """Whether a row reports a failure, as text; numeric errors are differences."""
     return isinstance(row.get('error'), str) and row['error'] != ''
 
 
 def render(data: dict) -> str:
-    """All tables of a file of gpu_check.py."""
+    """All tables of a results file of gpu_check.py."""
     forms = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
     tables: dict[str, list[dict]] = {}
     for row in data['rows']:
@@ -142,5 +142,5 @@ def render(data: dict) -> str:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('file', type=Path, help='what gpu_check.py wrote')
+    parser.add_argument('file', type=Path, help='results file of gpu_check.py')
     print(render(json.loads(parser.parse_args().file.read_text())))

@@ -1,9 +1,9 @@
-"""What each fast form of the operators brings alone: whole models with it and without it, in turn.
+"""Gain of each optimized form of the operators: whole models with and without it, interleaved.
 
   OMP_NUM_THREADS=1 python benchmarks/ops_gains.py [--cases 'S, 256x192, batch 1, folded']
 
-Prints a table of processor time (a busy machine disturbs it least) without a form, in units of that
-with all forms: the median by rounds, the smallest and the largest.
+Prints a table of CPU time (least affected by a busy machine) without a form, relative to that with
+all forms: the median, the smallest and the largest ratio over the rounds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CASES = {  # arch, height, width, batch, how
 
 
 def forms_of(arch: str, how: str) -> list[str]:
-    """The forms that this torch has and that can matter in a case."""
+    """The forms that this torch has and that are relevant to a case."""
     if arch == 'base':
         return ['zeros appended to heads']
     if how == 'training':
@@ -60,7 +60,7 @@ def forms_of(arch: str, how: str) -> list[str]:
 
 @contextmanager
 def without(form: str | None):
-    """Compute with the forms for CPUs, except one of them."""
+    """Use the forms for CPUs, except one of them."""
     with ExitStack() as stack:
         stack.enter_context(ops.use('cpu'))
         if form is not None:
@@ -69,7 +69,7 @@ def without(form: str | None):
 
 
 def measure(case: tuple, rounds: int) -> dict[str, list[float]]:
-    """Processor time without each form, in units of that with all, by rounds."""
+    """CPU time without each form, relative to that with all, by round."""
     arch, height, width, batch, how = case
     forms = forms_of(arch, how)
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def measure(case: tuple, rounds: int) -> dict[str, list[float]]:
     models = dict.fromkeys([None, *forms], model)
     if how == 'folded':
         for form in models:
-            with without(form):  # it decides about the zeros that are appended
+            with without(form):  # the form determines the head padding
                 fused = fuse_for_inference(model)
             models[form] = fused.to(memory_format=torch.channels_last)
 

@@ -1,19 +1,19 @@
-"""Count the work of a model on a GPU, and bound its speed; no GPU is needed.
+"""Count the operations of a model on a GPU, and bound its speed; no GPU is needed.
 
     python benchmarks/roofline.py --arch small base --bandwidth 4.3 --tflops 790 --launch 4
 
 The real modules run on the meta device in bfloat16 and channels-last memory. Every operator that is
-no view is one kernel, which reads its inputs and writes its outputs once; so are attention, as on
-CUDA, and each operator of ``mmhrformer::``, whose floating-point operations are not counted. What
-CUDA does in several kernels counts as such:
+not a view is one kernel, which reads its inputs and writes its outputs once; so are attention, as
+on CUDA, and each operator of ``mmhrformer::``, whose floating-point operations are not counted.
+Operators that are several kernels on CUDA count as such:
 
-- a convolution adds its bias in another pass over its output (linear layers do so at their end);
+- a convolution adds its bias in a separate pass over its output (linear layers do not);
 - batch normalization reads its input twice in training, for the statistics and to normalize;
 - the backward pass of a convolution has a kernel for each gradient, that of a normalization one
   for the sums and one for the map.
 
-Times are bounds: of memory, of the tensor cores, of the launches; the longest of them counts.
-Training is forward and backward pass, all of it in bfloat16, without stochastic depth.
+Times are lower bounds by memory, tensor cores and launches; the longest of them applies. Training
+is forward and backward pass, all of it in bfloat16, without stochastic depth.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from torch.utils._pytree import tree_flatten
 
 from mmhrformer.ops.dispatch import BACKENDS
 
-FIRST_TORCH = '2.5'  # whose recomputation knows the meta device
+FIRST_TORCH = '2.5'  # the first whose checkpointing supports the meta device
 MODELS = ('ours', 'ours-fused', 'mmpose', 'hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
 COUNTED = {'fused', 'padded', 'with-cp'}
 BATCH_SIZES = {'infer': 64, 'train': 32}
 aten = torch.ops.aten
-# Views that torch does not call so, and operators that only allocate.
+# Views that torch does not mark as such, and operators that only allocate.
 FREE = {'_unsafe_view', '_reshape_alias', 'detach', 'alias', 'lift_fresh', 'empty', 'empty_like'}
 FREE |= {'empty_strided', 'new_empty', 'new_empty_strided'}
 WRITE_ONLY = {'copy_', 'fill_', 'zero_', 'bernoulli_'}
 
 
 def size_of(*things: object) -> int:
-    """Bytes of the tensors in nested lists, each once; an expanded tensor is in memory once.
+    """Bytes of the tensors in nested lists, each counted once, without expanded axes.
 
     Examples:
         >>> size_of([torch.zeros(2, 3), torch.zeros(4).expand(5, 4)], 'text')
@@ -74,12 +74,12 @@ def kernels_of(func: torch._ops.OpOverload, args: tuple, out: object) -> list[tu
 
 
 class Count(TorchDispatchMode):
-    """Counts the kernels, bytes and floating-point operations of the code in it.
+    """Counter of the kernels, bytes and floating-point operations of the code inside.
 
     Attributes:
-        operators (int): Operators that run something.
-        kernels (Counter): Name of an operator -> kernels.
-        bytes (Counter): Name of an operator -> bytes that are read and written.
+        operators (int): Number of operators with kernels.
+        kernels (Counter): Name of an operator -> number of kernels.
+        bytes (Counter): Name of an operator -> bytes read and written.
         flops (int): Floating-point operations of products and convolutions; a multiply-add is two.
     """
 
@@ -95,7 +95,7 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view or name in FREE:
             return out
-        if name == 'convolution' and is_channels_last(args[0]):  # meta tensors forget it
+        if name == 'convolution' and is_channels_last(args[0]):  # meta kernels lose the format
             out = torch.empty_like(out, memory_format=torch.channels_last)
         self.operators += 1
         for read, written in kernels_of(func, args, out):
@@ -107,12 +107,12 @@ class Count(TorchDispatchMode):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a map (B, C, H, W) is channels-last in memory, and nothing else."""
+    """Whether a map (B, C, H, W) is channels-last in memory, and not also contiguous."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as the operator that CUDA takes for it; for meta tensors it is the formula."""
+    """Attention as a single operator, as on CUDA; for meta tensors, torch uses the formula."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Call a function, or its substitute."""
@@ -120,7 +120,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_) -> Tensor:
-    """The memory-efficient kernel on (B, heads, N, head_dim), which can take a learned bias."""
+    """The memory-efficient kernel on (B, heads, N, head_dim), which supports a learned bias."""
     mask = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
     keeps = torch.is_grad_enabled() and q.requires_grad
     kernel = aten._scaled_dot_product_efficient_attention
@@ -133,25 +133,25 @@ def count(
     """Count a pass of a network over images, or a training step.
 
     Args:
-        network (nn.Module): Takes images, returns a tensor or several. It goes to the meta device.
+        network (nn.Module): Network from images to one or more tensors; moved to the meta device.
         size (tuple[int, ...]): Shape (B, 3, H, W) of the images.
         mode (str): ``'infer'`` or ``'train'``. Defaults to ``'infer'``.
         form (str): The form of the operators, a key of :data:`mmhrformer.ops.dispatch.BACKENDS`.
             Defaults to ``'cuda'``.
 
     Returns:
-        Count: What was counted.
+        Count: The counts.
 
     Raises:
         BenchmarkError: If torch is too old.
     """
     if digit_version(torch.__version__) < digit_version(FIRST_TORCH):
-        raise peers.BenchmarkError(f'torch {torch.__version__}: take torch {FIRST_TORCH} or newer')
+        raise peers.BenchmarkError(f'torch {torch.__version__}: use torch {FIRST_TORCH} or newer')
     network = network.to('meta', torch.bfloat16, memory_format=torch.channels_last)
     network.train(mode == 'train')
     images = torch.empty(size, dtype=torch.bfloat16, device='meta')
     images = images.to(memory_format=torch.channels_last)
-    # Launches of Triton's kernels are fake on the meta device.
+    # On the meta device, Triton kernels are not really launched.
     with peers.use(form), FusedAttention(), Count() as counted:
         with torch.set_grad_enabled(mode == 'train'):
             outs = network(images)
@@ -162,7 +162,7 @@ def count(
 
 
 def bounds(counted: Count, args: argparse.Namespace) -> dict[str, float]:
-    """The least milliseconds that memory, tensor cores and launches take for it."""
+    """Lower bounds in milliseconds by memory, tensor cores and launches."""
     return dict(
         memory=counted.bytes.total() / args.bandwidth / 1e9,
         tensor=counted.flops / args.tflops / 1e9,
@@ -183,26 +183,27 @@ def print_row(name: str, counted: Count, batch: int, args: argparse.Namespace) -
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--task', choices=peers.CONFIGS, default='pose')
-    parser.add_argument('--arch', nargs='+', default=['small', 'base'], help='of ours and mmpose')
-    parser.add_argument('--models', nargs='+', default=MODELS, help='as tools/benchmark.py has')
-    parser.add_argument('--mode', nargs='+', choices=BATCH_SIZES, default=list(BATCH_SIZES))
-    parser.add_argument('--forms', nargs='+', choices=BACKENDS, default=['cuda'], help='of ours')
-    parser.add_argument('--size', nargs=2, type=int, default=[256, 192], help='height and width')
-    parser.add_argument('--batch-size', type=int, help='default: 64, and 32 in training')
-    parser.add_argument('--bandwidth', type=float, default=3.0, help='of the memory, TB/s')
-    parser.add_argument('--tflops', type=float, default=790.0, help='of the tensor cores')
-    parser.add_argument('--launch', type=float, default=4.0, help='of a kernel, us')
-    parser.add_argument('--operators', type=int, default=0, help='most expensive ones to list')
+    add = parser.add_argument
+    add('--task', choices=peers.CONFIGS, default='pose')
+    add('--arch', nargs='+', default=['small', 'base'], help='architectures of ours and mmpose')
+    add('--models', nargs='+', default=MODELS, help='models, as in tools/benchmark.py')
+    add('--mode', nargs='+', choices=BATCH_SIZES, default=list(BATCH_SIZES))
+    add('--forms', nargs='+', choices=BACKENDS, default=['cuda'], help='forms of our operators')
+    add('--size', nargs=2, type=int, default=[256, 192], help='height and width')
+    add('--batch-size', type=int, help='(64, and 32 in training)')
+    add('--bandwidth', type=float, default=3.0, help='memory bandwidth, TB/s')
+    add('--tflops', type=float, default=790.0, help='peak rate of the tensor cores')
+    add('--launch', type=float, default=4.0, help='time to launch a kernel, us')
+    add('--operators', type=int, default=0, help='number of most expensive operators to list')
     return parser
 
 
 def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
     """Build a model for each mode and form, and print its costs."""
     if spec.suffixes - COUNTED:
-        raise peers.BenchmarkError(f'of the suffixes only {sorted(COUNTED)} change what is counted')
+        raise peers.BenchmarkError(f'only the suffixes {sorted(COUNTED)} affect the counts')
     peers.check_models(args.task, arch, [spec])
     ours = spec.base == 'ours'
     for mode in args.mode:
@@ -210,7 +211,7 @@ def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
         for form in args.forms if ours else args.forms[:1]:
-            with peers.use(form):  # which says how wide heads are when a model is folded
+            with peers.use(form):  # the form determines the head padding of folded models
                 network = peers.build_network(spec, args.task, arch, args.size)
             name = f'{spec.name} {arch}' if spec.base in peers.SAME_WEIGHTS else spec.name
             name += f' {form}' if len(args.forms) > 1 and ours else ''
@@ -228,7 +229,7 @@ def main() -> None:
             for arch in args.arch if spec.base in peers.SAME_WEIGHTS else args.arch[:1]:
                 print_rows(spec, arch, args)
         except peers.BenchmarkError as err:
-            print(f'{name:<32} left out: {err}')
+            print(f'{name:<32} skipped: {err}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Registers, spills and width of loads of the Triton kernels, compiled without a GPU."""
+"""Registers, spills and load widths of the Triton kernels, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmhrformer.ops import triton_sums as sums
 from mmhrformer.ops.triton_launch import Launch
 
 TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-# Heads, numbers of a head and windows of HRFormer-T, -S and -B; 40 is 39 made a multiple of 8.
+# Heads, head dim and window of HRFormer-T, -S and -B; 40 is 39 padded to a multiple of 8.
 ATTENTION = [(1, 18, 7), (1, 32, 7), (8, 32, 7), (2, 39, 7), (2, 40, 7)]
 ATTENTION += [(2, 32, 15), (2, 39, 13), (2, 39, 15), (2, 40, 13), (2, 40, 15)]
 # Maps of 64 images: height, width, channels. In FFNs, and of the streams.
@@ -38,7 +38,7 @@ TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 
 def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
-    """Window attention in the shapes of the models: name, launch, types of tensors."""
+    """Window attention for the shapes of the models: name, launch, types of tensors."""
     x = TYPES[dtype]
     types = dict(
         qkv=x, pad=x, table='*fp32', out=x, grad=x, grad_qkv=x, part_bias='*fp32',
@@ -97,7 +97,7 @@ def dump(file: str, option: str) -> str:
 
 
 def resources(launch: Launch, types: dict, capability: int) -> dict:
-    """Compile a kernel, and count the resources of its machine code."""
+    """Compile a kernel, and count the resources used by its machine code."""
     kernel, keywords = launch.kernel, launch.constants
     names = kernel.arg_names
     constants = {name: value for name, value in keywords.items() if name in names}
@@ -131,10 +131,10 @@ KERNELS = [window_kernels, convolution_kernels, norm_kernels]
 
 
 def main() -> None:
-    """Print a line for each kernel, shape and data type."""
+    """Print one line per kernel, shape and data type."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--capability', type=int, nargs='+', default=[80, 90])
-    parser.add_argument('--only', default='', help='a regular expression that names are to match')
+    parser.add_argument('--only', default='', help='regular expression that names must match')
     args = parser.parse_args()
     for capability in args.capability:
         for dtype, pointer in TYPES.items():

@@ -1,18 +1,18 @@
-"""Write the three small data sets of the demo configs: digits, figures, scenes.
+"""Generate the three small datasets of the demo configs: digits, figures, scenes.
 
-``digits``   real hand-written digits (scikit-learn), ImageNet-folder layout
-``figures``  drawn people, COCO key-point layout
+``digits``   real handwritten digits (scikit-learn), ImageNet folder layout
+``figures``  drawn people, COCO keypoint layout
 ``scenes``   drawn landscapes, mmsegmentation layout
 
-No download is needed and a network of half a million parameters learns each set
-in minutes on one CPU core, so the complete route from raw data to a metric can
+No download is needed, and a network of half a million parameters learns each set
+in minutes on one CPU core, so the complete workflow from raw data to a metric can
 be tried on any machine::
 
     python demo/demo_data.py --task all --out data/demo
 
-The same seed gives the same bytes, as long as numpy and OpenCV stay the same. A set
-is drawn in a folder next to its final place and renamed when it is complete, so an
-interrupted run leaves no half data set behind; run the command again.
+The same seed gives the same bytes, as long as the versions of NumPy and OpenCV are
+the same. A set is written to a temporary folder and renamed when it is complete, so
+an interrupted run leaves no partial dataset behind; run the command again.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from demo_figures import KEYPOINT_NAMES, SKELETON, draw_figures
 from demo_scenes import draw_scene
 
 META_FILE = 'meta.json'
-GENERATOR = 'mmhrformer tools/demo_data.py'  # its first place: sets from there are kept
-GENERATOR_VERSION = 1  # raise it whenever the bytes of any set change
+GENERATOR = 'mmhrformer tools/demo_data.py'  # the former path, to recognize existing sets
+GENERATOR_VERSION = 1  # increase it whenever the bytes of any set change
 DIGIT_SIZE = 32  # pixels, upscaled from 8
 DIGIT_TRAIN = 1397  # of 1797; the rest is val
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Encode by suffix and write; unlike cv2.imwrite this raises when the disk is full."""
+    """Encode an image by its suffix and write it; unlike cv2.imwrite, raises on a full disk."""
     data = cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
     path.write_bytes(data.tobytes())
 
 
 def write_set(folder: Path, meta: dict, draw: Callable[[Path], None]) -> Path:
-    """Write a data set as a whole, or keep the equal one that is there.
+    """Write a dataset atomically, unless an identical one exists.
 
     Args:
         folder (Path): Folder of the set.
-        meta (dict): All that determines the contents: seed and counts.
-        draw (Callable): Writes the set's files into the folder it is given.
+        meta (dict): Everything that determines the content: seed and counts.
+        draw (Callable): Function that writes the set's files into a given folder.
 
     Returns:
         Path: Folder of the set.
 
     Raises:
-        ValueError: If something else is at its place, which must not be replaced.
+        ValueError: If the folder exists and is not a generated set.
     """
     meta = {'generator': GENERATOR, 'version': GENERATOR_VERSION, **meta}
     note = folder / META_FILE
@@ -84,7 +84,7 @@ def write_set(folder: Path, meta: dict, draw: Callable[[Path], None]) -> Path:
 def splits(seed: int, train: int, val: int) -> Iterator[tuple[str, Iterator]]:
     """Yield each split's name and an iterator of (index, generator) per image.
 
-    Every image has a generator of its own, so it does not depend on the others.
+    Every image has its own generator, so it does not depend on the others.
     """
     for split, (name, count) in enumerate((('train', train), ('val', val))):
         yield name, ((i, np.random.default_rng([seed, split, i])) for i in range(count))
@@ -127,13 +127,13 @@ def make_digits(root: str | os.PathLike, seed: int = 0) -> Path:
 
 
 def make_figures(root: str | os.PathLike, train: int = 1600, val: int = 200, seed: int = 0) -> Path:
-    """Write drawn people as ``{train,val}/*.jpg`` and COCO key-point files.
+    """Write drawn people as ``{train,val}/*.jpg`` and COCO keypoint annotations.
 
     Args:
         root (str | PathLike): Folder of the demo sets; this one is ``root/figures``.
         train (int): Number of training images.
         val (int): Number of validation images.
-        seed (int): Seed of everything drawn.
+        seed (int): Random seed.
 
     Returns:
         Path: Folder of the set, with ``annotations/person_keypoints_{train,val}.json``.
@@ -167,7 +167,7 @@ def make_scenes(root: str | os.PathLike, train: int = 400, val: int = 60, seed: 
         root (str | PathLike): Folder of the demo sets; this one is ``root/scenes``.
         train (int): Number of training images.
         val (int): Number of validation images.
-        seed (int): Seed of everything drawn.
+        seed (int): Random seed.
 
     Returns:
         Path: Folder of the set; label maps hold indices into ``SCENE_CLASSES`` and
@@ -190,7 +190,7 @@ TASKS = {'cls': make_digits, 'pose': make_figures, 'seg': make_scenes}
 
 
 def main() -> None:
-    """Write the sets that the command line names."""
+    """Write the sets that the command line selects."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='0 or more; same seed, same bytes')
     args = parser.parse_args()
     if args.seed < 0:
-        parser.error(f'--seed {args.seed}: give an integer of 0 or more')
+        parser.error(f'--seed {args.seed}: expected a non-negative integer')
     try:
         for task in TASKS if args.task == 'all' else [args.task]:
             TASKS[task](args.out, seed=args.seed)

@@ -1,4 +1,4 @@
-"""Draw people whose joints are known, as images with COCO key-point annotations."""
+"""Draw people with known joints, as images with COCO keypoint annotations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rotate(points: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def arm_angles(rng: np.random.Generator) -> tuple[float, float]:
-    """Draw the outward angles of upper arm and forearm, within what an elbow can do."""
+    """Draw the outward angles of upper arm and forearm, within the limits of an elbow."""
     kind = rng.random()
     if kind < 0.5:  # hanging, or the hand on the belly
         upper = rng.uniform(5, 40)
@@ -101,7 +101,7 @@ def sample_pose(rng: np.random.Generator) -> np.ndarray:
 
 
 def sample_look(rng: np.random.Generator) -> dict:
-    """Draw the colours and clothes of a figure; left and right sleeves and legs differ."""
+    """Draw the colors and clothes of a figure; left and right sleeves and legs differ."""
     side = rng.choice([-1, 1]) * rng.uniform(0.13, 0.25)
     shirt = hsv(rng.uniform(0, 360), rng.uniform(0.35, 0.9), rng.uniform(0.45, 0.9))
     trousers = hsv(rng.uniform(0, 360), rng.uniform(0.2, 0.8), rng.uniform(0.25, 0.7))
@@ -109,8 +109,8 @@ def sample_look(rng: np.random.Generator) -> dict:
         'skin': hsv(rng.uniform(14, 30), rng.uniform(0.28, 0.6), rng.uniform(0.5, 0.97)),
         'hair': hsv(rng.uniform(15, 45), rng.uniform(0.2, 0.7), rng.uniform(0.1, 0.6)),
         'shirt': shirt,
-        # Which side is lighter is drawn per figure: were it always the left one, a
-        # horizontal flip in the training pipeline would contradict its own labels.
+        # The lighter side is drawn at random: if it were always the left one, horizontal flips
+        # in the training pipeline would contradict their labels.
         'sleeves': (shade(shirt, 1 + side), shade(shirt, 1 - side)),
         'trousers': trousers,
         'legs': (shade(trousers, 1 + side), shade(trousers, 1 - side)),
@@ -123,7 +123,7 @@ def sample_look(rng: np.random.Generator) -> dict:
 
 
 def leg_shapes(joints: np.ndarray, side: int, unit: float, look: dict) -> list:
-    """Return (polygon, colour) pairs of one leg; ``side`` 0 is the person's left."""
+    """Return (polygon, color) pairs of one leg; ``side`` 0 is the person's left."""
     hip, knee, ankle = joints[11 + side], joints[13 + side], joints[15 + side]
     thick, trousers = unit * look['stout'], look['legs'][side]
     heel, toe = ankle + [0, 0.018 * unit], ankle + np.array([0.035 - 0.07 * side, 0.03]) * unit
@@ -138,7 +138,7 @@ def leg_shapes(joints: np.ndarray, side: int, unit: float, look: dict) -> list:
 
 
 def arm_shapes(joints: np.ndarray, side: int, unit: float, look: dict) -> list:
-    """Return (polygon, colour) pairs of one arm; ``side`` 0 is the person's left."""
+    """Return (polygon, color) pairs of one arm; ``side`` 0 is the person's left."""
     shoulder, elbow, wrist = joints[5 + side], joints[7 + side], joints[9 + side]
     thick, sleeve = unit * look['stout'], look['sleeves'][side]
     hand = wrist + 0.06 * (wrist - elbow)
@@ -153,7 +153,7 @@ def arm_shapes(joints: np.ndarray, side: int, unit: float, look: dict) -> list:
 
 
 def torso_shapes(joints: np.ndarray, unit: float, look: dict) -> list:
-    """Return (polygon, colour) pairs of the top of the trousers, neck and shirt."""
+    """Return (polygon, color) pairs of the top of the trousers, neck and shirt."""
     thick, shoulders, hips = unit * look['stout'], joints[SHOULDERS], joints[HIPS]
     waist = hips + 0.2 * (shoulders - hips)
     neck = (shoulders.mean(0), joints[EARS].mean(0))
@@ -165,19 +165,19 @@ def torso_shapes(joints: np.ndarray, unit: float, look: dict) -> list:
 
 
 def head_shapes(joints: np.ndarray, unit: float, look: dict) -> tuple[list, list, list]:
-    """Return (polygon, colour) pairs of the hair behind the neck, the head and the face."""
+    """Return (polygon, color) pairs of the hair behind the neck, the head and the face."""
     skin, hair, radius = look['skin'], look['hair'], HEAD_RADIUS * unit
-    nose, centre = joints[NOSE], joints[EARS].mean(0)
+    nose, center = joints[NOSE], joints[EARS].mean(0)
     across = (joints[3] - joints[4]) / np.linalg.norm(joints[3] - joints[4])
     down, tilt = np.array([-across[1], across[0]]), np.rad2deg(np.arctan2(across[1], across[0]))
 
     def part(at, x, y, first=0.0, last=360.0):
         return ellipse(at, x * radius, y * radius, first, last)
 
-    behind = [(hull((centre, 1.14 * radius), (centre + 1.3 * radius * down, radius)), hair)]
+    behind = [(hull((center, 1.14 * radius), (center + 1.3 * radius * down, radius)), hair)]
     head = [(part(ear, 0.22, 0.27), shade(skin, 0.92)) for ear in joints[EARS]]
-    head.append((part(centre, 0.97, 1.05), skin))
-    head.append((part(centre, 1.02, 1.1, 200 + tilt, 340 + tilt), hair))
+    head.append((part(center, 0.97, 1.05), skin))
+    head.append((part(center, 1.02, 1.1, 200 + tilt, 340 + tilt), hair))
     face = []
     for eye in joints[EYES]:
         face += [(part(eye, 0.22, 0.2), (245.0,) * 3), (part(eye, 0.12, 0.14), (35.0, 20.0, 20.0))]
@@ -196,7 +196,7 @@ def figure_shapes(joints: np.ndarray, unit: float, look: dict) -> list:
         look (dict): From :func:`sample_look`.
 
     Returns:
-        list: (polygon, colour, outline) of each shape; a face is too small for outlines.
+        list: (polygon, color, outline) of each shape; a face is too small for outlines.
     """
     legs, arms = (
         [shape for side in (0, 1) for shape in limb(joints, side, unit, look)]
@@ -224,15 +224,15 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     image = np.clip(image, 0, 255).astype(np.uint8)
     clutter = image.copy()
     for _ in range(rng.integers(2, 8)):
-        colour = hsv(rng.uniform(0, 360), rng.uniform(0.1, 0.6), rng.uniform(0.2, 0.9))
-        centre = rng.uniform(0, 1, 2) * (WIDTH, HEIGHT)
+        color = hsv(rng.uniform(0, 360), rng.uniform(0.1, 0.6), rng.uniform(0.2, 0.9))
+        center = rng.uniform(0, 1, 2) * (WIDTH, HEIGHT)
         size, kind = rng.uniform(6, 32, 2), rng.integers(3)
         if kind == 0:
-            points = ellipse(centre, *size)
+            points = ellipse(center, *size)
         else:  # a rectangle or a triangle
             corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])[: 5 - kind]
-            points = centre + rotate(corners * size, rng.uniform(-25, 25))
-        fill_polygon(clutter, points, colour)
+            points = center + rotate(corners * size, rng.uniform(-25, 25))
+        fill_polygon(clutter, points, color)
     return cv2.addWeighted(image, 0.5, clutter, 0.5, 0)
 
 
@@ -241,16 +241,16 @@ def place_figure(rng: np.random.Generator, left: float, right: float, tallest: f
 
     Args:
         rng (np.random.Generator): Source of randomness.
-        left (float): Where the part of the image begins in which it stands, pixels.
-        right (float): Where that part ends.
-        tallest (float): Upper limit of the body height, pixels.
+        left (float): Left end of the figure's part of the image, in pixels.
+        right (float): Right end of that part.
+        tallest (float): Upper limit of the body height, in pixels.
 
     Returns:
         dict: ``shapes`` (polygons), ``keypoints`` (17, 3), ``box`` (x0, y0, x1, y1) in
         pixels and ``area``, the number of its pixels inside the image.
     """
     pose, unit = sample_pose(rng), rng.uniform(0.62, 1) * tallest
-    # Most figures lie inside the image; the rest may lose up to a third of it.
+    # Most figures lie inside the image; the others may be cropped by up to a third.
     beyond = rng.uniform(0, 0.3) * unit if rng.random() < 0.15 else -0.06 * unit
     low, high = pose.min(0) * unit, pose.max(0) * unit
     x_range = (left - beyond - low[0], right + beyond - high[0])
@@ -274,7 +274,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sample_figures(rng: np.random.Generator) -> list[dict]:
-    """Draw one figure, or, in a quarter of the images, two that keep apart."""
+    """Draw one figure, or in a quarter of the images two that do not overlap."""
     while True:
         if rng.random() < 0.25:
             slots, tallest = [(0, WIDTH / 2), (WIDTH / 2, WIDTH - 1)], 0.75 * HEIGHT
@@ -297,8 +297,8 @@ def draw_figures(rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
     """
     figures, image, annotations = sample_figures(rng), draw_background(rng), []
     for figure in figures:
-        for points, colour, outline in figure['shapes']:
-            fill_polygon(image, points, colour, outline)
+        for points, color, outline in figure['shapes']:
+            fill_polygon(image, points, color, outline)
         x0, y0, x1, y1 = figure['box'].tolist()
         keypoints = [(x, y, int(seen)) for x, y, seen in figure['keypoints'].tolist()]
         annotations.append(

@@ -1,4 +1,4 @@
-"""Draw what the demo models find, and how they learned."""
+"""Draw the predictions of the demo models and their training curves."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def tile(images: list[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
 
 
 def enlarge(images: list[np.ndarray]) -> list[np.ndarray]:
-    """Double the sides of images; those of the demos are small."""
+    """Double the size of images, since those of the demos are small."""
     return [cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for image in images]
 
 
 def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np.ndarray:
-    """Draw what a model finds in some validation images.
+    """Draw the predictions of a model for some validation images.
 
     Args:
         name (str): ``'cls'``, ``'pose'`` or ``'seg'``.
         config (str): Name or path of the config.
         checkpoint (Path): The trained model.
-        data (Path): Folder of the data set.
+        data (Path): Folder of the dataset.
 
     Returns:
         np.ndarray: A sheet of pictures, (H, W, 3) uint8, RGB.
@@ -60,8 +60,8 @@ def draw_predictions(name: str, config: str, checkpoint: Path, data: Path) -> np
             scores = np.asarray(found['pred_scores'])
             for row, label in enumerate(scores.argsort()[::-1][:3]):
                 text, place = f'{label}: {scores[label]:.0%}', (3, 14 + 14 * row)
-                colour = (255, 255, 0) if row == 0 else (200, 200, 200)
-                cv2.putText(image, text, place, FONT, 0.42, colour, lineType=cv2.LINE_AA)
+                color = (255, 255, 0) if row == 0 else (200, 200, 200)
+                cv2.putText(image, text, place, FONT, 0.42, color, lineType=cv2.LINE_AA)
         return tile(images, 5)
     if name == 'pose':
         found = json.loads((data / 'annotations/person_keypoints_val.json').read_text())
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument('name', choices=['cls', 'pose', 'seg'], help='which demo')
     parser.add_argument('config', help='name or path of its config')
     parser.add_argument('checkpoint', type=Path, help='the trained model')
-    parser.add_argument('data', type=Path, help='folder of its data set')
+    parser.add_argument('data', type=Path, help='folder of its dataset')
     parser.add_argument('out', type=Path, help='folder of the demo, with the training in train/')
     args = parser.parse_args()
     sheet = draw_predictions(args.name, args.config, args.checkpoint, args.data)

@@ -1,10 +1,10 @@
-"""Draw landscapes whose pixels have known classes, as images with label maps."""
+"""Draw landscapes as images with label maps."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
-from demo_drawing import Colour, ellipse, expose, fill_polygon, hsv, hull, shade, smooth_noise
+from demo_drawing import Color, ellipse, expose, fill_polygon, hsv, hull, shade, smooth_noise
 
 SCENE_SIZE = 128  # pixels, height and width
 SCENE_CLASSES = ('sky', 'mountain', 'water', 'grass', 'road', 'tree', 'house', 'car')
@@ -30,18 +30,18 @@ class Scene:
         self.labels = np.zeros((size, size), np.uint8)
         self.horizon = rng.uniform(0.3, 0.46) * size
 
-    def colour(self, hue: tuple, saturation: tuple, value: tuple) -> Colour:
-        """Draw a BGR colour from ranges of hue (degrees), saturation and value (0..1)."""
+    def color(self, hue: tuple, saturation: tuple, value: tuple) -> Color:
+        """Draw a BGR color from ranges of hue (degrees), saturation and value (0..1)."""
         return hsv(*(self.rng.uniform(*ends) for ends in (hue, saturation, value)))
 
-    def texture(self, colour: Colour, cells: tuple, amount: float) -> np.ndarray:
-        """Return a (size, size, 3) texture: a colour whose light varies by ``amount``."""
+    def texture(self, color: Color, cells: tuple, amount: float) -> np.ndarray:
+        """Return a (size, size, 3) texture: a color whose light varies by ``amount``."""
         shape = self.labels.shape
         light = smooth_noise(self.rng, shape, cells) + 0.6 * smooth_noise(self.rng, shape, (3, 3))
-        return (np.array(colour) * (1 + amount * light)).astype(np.float32)
+        return (np.array(color) * (1 + amount * light)).astype(np.float32)
 
     def fill(self, points, paint, label: int) -> None:
-        """Paint a polygon with a colour or a texture and label its pixels."""
+        """Paint a polygon with a color or a texture and label its pixels."""
         cover = np.zeros(self.labels.shape, np.uint8)
         fill_polygon(cover, points, 255)
         alpha = cover[..., None].astype(np.float32) / 255
@@ -62,57 +62,57 @@ class Scene:
 
 
 def draw_sky(scene: Scene) -> None:
-    """Sky from blue to sunset or overcast, with clouds and at times a sun."""
+    """Draw a sky, blue, at sunset or overcast, with clouds and sometimes a sun."""
     rng, size = scene.rng, scene.size
     hue, saturation = [
         ((200, 225), (0.35, 0.65)),
         ((18, 40), (0.3, 0.6)),
         ((210, 240), (0.05, 0.15)),
     ][rng.choice(3, p=(0.6, 0.2, 0.2))]
-    top = np.array(scene.colour(hue, saturation, (0.75, 1)))
-    low = 0.4 * top + 0.6 * np.array(scene.colour((30, 60), (0.0, 0.2), (0.85, 1)))
+    top = np.array(scene.color(hue, saturation, (0.75, 1)))
+    low = 0.4 * top + 0.6 * np.array(scene.color((30, 60), (0.0, 0.2), (0.85, 1)))
     ramp = np.clip(np.arange(size) / scene.horizon, 0, 1)[:, None, None]
     scene.box(-1, -1, size, size, top + (low - top) * ramp, SKY)
     if rng.random() < 0.5:
         sun = rng.uniform(0, 1, 2) * (size, 0.6 * scene.horizon)
-        scene.fill(hull((sun, rng.uniform(5, 8))), scene.colour((45, 58), (0.2, 0.6), (1, 1)), SKY)
+        scene.fill(hull((sun, rng.uniform(5, 8))), scene.color((45, 58), (0.2, 0.6), (1, 1)), SKY)
     for _ in range(rng.integers(0, 4)):
-        centre = rng.uniform(0, 1, 2) * (size, 0.7 * scene.horizon)
+        center = rng.uniform(0, 1, 2) * (size, 0.7 * scene.horizon)
         for _ in range(4):
-            puff = centre + rng.normal(0, 1, 2) * (8, 2)
+            puff = center + rng.normal(0, 1, 2) * (8, 2)
             scene.fill(ellipse(puff, *rng.uniform((6, 3), (12, 5))), (248.0, 244.0, 242.0), SKY)
 
 
 def draw_mountains(scene: Scene) -> None:
-    """One or two ridges, grey-blue to brown, the nearer one darker."""
+    """Draw one or two ridges, gray-blue to brown, the nearer one darker."""
     hue, value = scene.rng.choice([(235, 275), (15, 35)]), scene.rng.uniform(0.45, 0.65)
     for height, depth in ((0.26, 1.0), (0.14, 0.8))[: scene.rng.integers(1, 3)]:
-        colour = scene.colour(hue, (0.15, 0.35), (value * depth, value * depth))
+        color = scene.color(hue, (0.15, 0.35), (value * depth, value * depth))
         ridge = scene.ridge(scene.horizon - height * scene.size * 0.6, scene.horizon + 3, 13, 9)
-        scene.fill(ridge, scene.texture(colour, (12, 20), 0.16), MOUNTAIN)
+        scene.fill(ridge, scene.texture(color, (12, 20), 0.16), MOUNTAIN)
 
 
 def draw_grass(scene: Scene) -> None:
-    """Meadow from the horizon down: fresh green to dry yellow."""
-    colour = scene.colour((62, 112), (0.4, 0.75), (0.5, 0.85))
+    """Draw a meadow from the horizon down, fresh green to dry yellow."""
+    color = scene.color((62, 112), (0.4, 0.75), (0.5, 0.85))
     ground = scene.ridge(scene.horizon, scene.size, 2, 4)
-    scene.fill(ground, scene.texture(colour, (64, 64), 0.16), GRASS)
+    scene.fill(ground, scene.texture(color, (64, 64), 0.16), GRASS)
 
 
 def draw_water(scene: Scene) -> None:
-    """A sea along the horizon or a pond in the foreground, with streaks of light."""
+    """Draw a sea along the horizon or a pond in the foreground, with streaks of light."""
     rng, size = scene.rng, scene.size
-    water = scene.texture(scene.colour((188, 222), (0.5, 0.85), (0.4, 0.8)), (56, 6), 0.22)
+    water = scene.texture(scene.color((188, 222), (0.5, 0.85), (0.4, 0.8)), (56, 6), 0.22)
     if rng.random() < 0.6:
         shore = scene.ridge(scene.horizon + rng.uniform(11, 18), scene.horizon, 4, 5)
         scene.fill(shore, water, WATER)
         return
-    centre = (rng.uniform(0, size), rng.uniform(0.86, 0.97) * size)
-    scene.fill(ellipse(centre, rng.uniform(32, 52), rng.uniform(11, 17)), water, WATER)
+    center = (rng.uniform(0, size), rng.uniform(0.86, 0.97) * size)
+    scene.fill(ellipse(center, rng.uniform(32, 52), rng.uniform(11, 17)), water, WATER)
 
 
-def draw_crossing_road(scene: Scene, asphalt: np.ndarray, line: Colour) -> list:
-    """A road from left to right with a dashed line and a lane either way."""
+def draw_crossing_road(scene: Scene, asphalt: np.ndarray, line: Color) -> list:
+    """Draw a road from left to right with a dashed line and two lanes."""
     rng, size = scene.rng, scene.size
     left, right = rng.uniform(0.66, 0.78) * size + rng.uniform(-6, 6, 2)
     half, ends = rng.uniform(11, 15), np.array([(-1, left), (size, right)])
@@ -121,14 +121,14 @@ def draw_crossing_road(scene: Scene, asphalt: np.ndarray, line: Colour) -> list:
         dash = ends[0] + np.array([[start], [start + 0.08]]) * (ends[1] - ends[0])
         scene.fill(np.concatenate([dash - (0, 0.8), dash[::-1] + (0, 0.8)]), line, ROAD)
     spots = []
-    for lane, centre in zip((-0.1, 0.75), rng.permutation([0.27, 0.73]), strict=True):
-        x = centre + rng.uniform(-0.1, 0.1)
+    for lane, center in zip((-0.1, 0.75), rng.permutation([0.27, 0.73]), strict=True):
+        x = center + rng.uniform(-0.1, 0.1)
         spots.append((x * size, left + x * (right - left) + lane * half, rng.uniform(32, 44)))
     return spots
 
 
-def draw_receding_road(scene: Scene, asphalt: np.ndarray, line: Colour) -> list:
-    """A road from the viewer to the horizon."""
+def draw_receding_road(scene: Scene, asphalt: np.ndarray, line: Color) -> list:
+    """Draw a road from the viewer to the horizon."""
     rng, size, top = scene.rng, scene.size, scene.horizon + 2
     far, near = rng.uniform(0.3, 0.7, 2) * size
     far_half, near_half = rng.uniform(4, 8), rng.uniform(34, 48)
@@ -144,23 +144,23 @@ def draw_receding_road(scene: Scene, asphalt: np.ndarray, line: Colour) -> list:
 
 
 def draw_road(scene: Scene) -> list[tuple[float, float, float]]:
-    """A road across the scene or into it.
+    """Draw a road across the scene or into it.
 
     Returns:
-        list: Places for cars: x, y of the wheels and length in pixels, far to near.
+        list: Positions for cars: x, y of the wheels and length in pixels, far to near.
     """
-    asphalt = scene.texture(scene.colour((0, 360), (0, 0.1), (0.28, 0.55)), (64, 64), 0.1)
-    line = scene.colour((40, 55), (0, 0.5), (0.85, 1))
+    asphalt = scene.texture(scene.color((0, 360), (0, 0.1), (0.28, 0.55)), (64, 64), 0.1)
+    line = scene.color((40, 55), (0, 0.5), (0.85, 1))
     draw = draw_crossing_road if scene.rng.random() < 0.6 else draw_receding_road
     return draw(scene, asphalt, line)
 
 
 def draw_house(scene: Scene, x: float, base: float, width: float) -> None:
-    """A house with gable roof, door and windows; ``x``, ``base`` is its bottom centre."""
+    """Draw a house with gable roof, door and windows; ``x``, ``base`` is its bottom center."""
     rng, half = scene.rng, width / 2
-    wall = scene.colour((10, 50), (0.1, 0.55), (0.7, 1))
-    roof = scene.colour((0, 25), (0.45, 0.85), (0.35, 0.7))
-    dark = scene.colour((200, 230), (0.2, 0.5), (0.2, 0.4))
+    wall = scene.color((10, 50), (0.1, 0.55), (0.7, 1))
+    roof = scene.color((0, 25), (0.45, 0.85), (0.35, 0.7))
+    dark = scene.color((200, 230), (0.2, 0.5), (0.2, 0.4))
     eaves = base - width * rng.uniform(0.5, 0.7)
     top = eaves - width * rng.uniform(0.3, 0.45)
 
@@ -176,11 +176,11 @@ def draw_house(scene: Scene, x: float, base: float, width: float) -> None:
 
 
 def draw_tree(scene: Scene, x: float, base: float, height: float) -> None:
-    """A fir or a round tree; ``x``, ``base`` is the foot of its trunk."""
+    """Draw a fir or a round tree; ``x``, ``base`` is the foot of its trunk."""
     rng = scene.rng
     hue = (25, 50) if rng.random() < 0.15 else (100, 150)  # some in autumn
-    leaves = scene.texture(scene.colour(hue, (0.45, 0.8), (0.2, 0.42)), (42, 42), 0.3)
-    bark, half = scene.colour((18, 35), (0.35, 0.6), (0.2, 0.4)), 0.07 * height
+    leaves = scene.texture(scene.color(hue, (0.45, 0.8), (0.2, 0.42)), (42, 42), 0.3)
+    bark, half = scene.color((18, 35), (0.35, 0.6), (0.2, 0.4)), 0.07 * height
     scene.box(x - half, base - 0.4 * height, x + half, base, bark, TREE)
     if rng.random() < 0.45:
         for low, width in ((0.2, 0.3), (0.42, 0.24), (0.62, 0.17)):
@@ -194,10 +194,10 @@ def draw_tree(scene: Scene, x: float, base: float, height: float) -> None:
 
 
 def draw_car(scene: Scene, x: float, base: float, length: float) -> None:
-    """A car from the side; ``x``, ``base`` is the point between its wheels."""
+    """Draw a car from the side; ``x``, ``base`` is the point between its wheels."""
     rng = scene.rng
-    body = scene.colour((0, 360), (0.65, 1), (0.55, 1))
-    glass = scene.colour((190, 220), (0.15, 0.4), (0.2, 0.85))
+    body = scene.color((0, 360), (0.65, 1), (0.55, 1))
+    glass = scene.color((190, 220), (0.15, 0.4), (0.2, 0.85))
     side = rng.choice([-1, 1])
 
     def place(points):
@@ -210,13 +210,13 @@ def draw_car(scene: Scene, x: float, base: float, length: float) -> None:
     scene.fill(place(chassis), scene.texture(body, (24, 24), 0.06), CAR)
     scene.fill(place(window), glass, CAR)
     for wheel in (-0.29, 0.29):
-        centre = place([(wheel, 0.09)])[0]
-        scene.fill(hull((centre, 0.105 * length)), (25.0, 25.0, 25.0), CAR)
-        scene.fill(hull((centre, 0.045 * length)), (190.0, 190.0, 190.0), CAR)
+        center = place([(wheel, 0.09)])[0]
+        scene.fill(hull((center, 0.105 * length)), (25.0, 25.0, 25.0), CAR)
+        scene.fill(hull((center, 0.045 * length)), (190.0, 190.0, 190.0), CAR)
 
 
 def draw_buildings_and_trees(scene: Scene) -> None:
-    """Houses and trees on the meadow, far ones first so that near ones cover them."""
+    """Draw houses and trees on the meadow, far ones first so that near ones cover them."""
     rng, size = scene.rng, scene.size
     columns = rng.permutation(5)[: rng.integers(3, 6)]
     things = []
@@ -263,7 +263,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     draw_buildings_and_trees(scene)
     for spot in spots[rng.integers(0, 2) :]:
         draw_car(scene, *spot)
-    # Time of day: brightness, colour of the light, a shadow somewhere, camera noise.
+    # Time of day: brightness, color of the light, a shadow, camera noise.
     light = rng.uniform(0.65, 1.1) * rng.uniform(0.9, 1.08, 3)
     shadow = 1 + 0.15 * smooth_noise(rng, scene.labels.shape, (3, 3))
     noise = rng.normal(0, rng.uniform(2, 8), scene.image.shape)

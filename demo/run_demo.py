@@ -2,7 +2,7 @@
 
     python demo/run_demo.py [--tasks cls pose seg] [--out demo_output]
 
-writes the demo data sets (``demo/demo_data.py``), trains and tests the configs of
+writes the demo datasets (``demo/demo_data.py``), trains and tests the configs of
 ``configs/demo`` with the train.py and test.py of mmpretrain, mmpose and mmsegmentation, draws
 predictions with their visualizers, and prints a table.
 """
@@ -23,11 +23,11 @@ import demo_data
 from mmengine.runner import find_latest_checkpoint
 
 HERE = Path(__file__).resolve().parent
-DATA = Path('data/demo')  # below the current folder, as the configs have it
+DATA = Path('data/demo')  # relative to the current folder, as in the configs
 
 
 class Task(NamedTuple):
-    """What is learned, by which config, and the metric: in the results, in the table, its unit."""
+    """Title and config of a demo; its metric's key, name in the table and factor to percent."""
 
     title: str
     config: str
@@ -53,20 +53,20 @@ TASKS = {
 
 
 class DemoError(RuntimeError):
-    """A step that failed; says which and where to read on."""
+    """A step of the demo failed; the message has the command and the end of its log."""
 
 
 def run_tool(tool: str, args: list[str], log: Path, threads: int) -> None:
-    """Run one of our tools in a process of its own, its output into a log file.
+    """Run one of our tools in a separate process, with its output in a log file.
 
     Args:
         tool (str): ``'train'``, ``'test'`` or ``'demo_pictures'``.
-        args (list[str]): Its arguments.
-        log (Path): Where the output goes.
-        threads (int): CPU threads it may use.
+        args (list[str]): Arguments of the tool.
+        log (Path): Log file.
+        threads (int): Number of CPU threads.
 
     Raises:
-        DemoError: If it fails; with the end of its output.
+        DemoError: If the tool fails; contains the end of its output.
     """
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS='ignore')
     folder = HERE if tool == 'demo_pictures' else HERE.parent / 'tools'
@@ -75,7 +75,7 @@ def run_tool(tool: str, args: list[str], log: Path, threads: int) -> None:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
     if code:
         tail = '\n'.join(log.read_text().splitlines()[-12:])
-        raise DemoError(f'{" ".join(command)}\nended with code {code}; the end of {log}:\n{tail}')
+        raise DemoError(f'{" ".join(command)}\nexited with code {code}; the end of {log}:\n{tail}')
 
 
 def read_metric(folder: Path, metric: str) -> float:
@@ -85,16 +85,16 @@ def read_metric(folder: Path, metric: str) -> float:
 
 
 def run_task(name: str, out: Path, threads: int, say) -> dict:
-    """Write data, train, test and draw one task.
+    """Generate data, train, test and draw one task.
 
     Args:
         name (str): A key of :data:`TASKS`.
-        out (Path): Folder for everything that is written.
-        threads (int): CPU threads to use.
-        say (Callable): Prints a line.
+        out (Path): Output folder.
+        threads (int): Number of CPU threads.
+        say (Callable): Function that prints a line.
 
     Returns:
-        dict: ``metric`` in per cent, ``seconds`` and ``pictures``.
+        dict: ``metric`` in percent, ``seconds`` and ``pictures``.
     """
     task, start = TASKS[name], time.time()
     folder = out / name
@@ -117,14 +117,14 @@ def run_task(name: str, out: Path, threads: int, say) -> dict:
 
 
 def run_all(names: list[str], out: Path) -> dict[str, dict]:
-    """Run tasks side by side on the cores that there are; returns :func:`run_task`'s by name."""
+    """Run tasks in parallel on the available cores; return results of :func:`run_task` by name."""
     cores, start = len(os.sched_getaffinity(0)), time.time()
     workers = min(cores, len(names))
 
     def say(line: str) -> None:
         print(f'[{time.time() - start:4.0f} s] {line}\n', end='', flush=True)
 
-    # The longest first, so that the others fill the time beside it.
+    # The longest first, so that the others run in parallel to it.
     order = sorted(names, key=['pose', 'seg', 'cls'].index)
     with ThreadPoolExecutor(workers) as pool:
         jobs = {
@@ -134,7 +134,7 @@ def run_all(names: list[str], out: Path) -> dict[str, dict]:
 
 
 def print_table(results: dict[str, dict]) -> None:
-    """Print what was reached, and where the pictures are."""
+    """Print the metrics and the paths of the pictures."""
     print(f'\n{"task":<30}{"metric":<16}{"value":>7}{"time":>9}')
     for name, result in results.items():
         task = TASKS[name]
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()
-    print('Three small HRFormers learn on the CPU; two cores take five to ten minutes.')
+    print('Training three small HRFormers on the CPU; this takes 5 to 10 minutes on two cores.')
     try:
         results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
     except (DemoError, ImportError, OSError, ValueError) as err:

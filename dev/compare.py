@@ -1,11 +1,11 @@
-"""Train several configs at the size of the demo, and print what they reach.
+"""Train several configs at the size of the demo, and compare their metrics.
 
     python dev/compare.py hrformer-tiny_8xb128_in1k hrformer-tiny-no-dwconv_8xb128_in1k
 
-What makes a config different (attention, FFN, another backbone, another head) is put into the demo
-config of its task, which is small enough to learn on a CPU within minutes: the architecture, the
-data and the schedule are the demo's. The stock train.py trains it. OUT/results.json has the
-metrics, and OUT/CONFIG-SEED the logs, of which tools/analyze_logs.py draws curves.
+The distinctive options of a config (attention, FFN, another backbone, another head) are transferred
+to the demo config of its task, which is small enough to train on a CPU within minutes:
+architecture, data and schedule are the demo's. It is trained by the stock train.py.
+OUT/results.json contains the metrics, OUT/CONFIG-SEED the logs for tools/analyze_logs.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmhrformer.configs import find_config, read_config
 
 TASK_OF_SCOPE = {'mmpretrain': 'cls', 'mmpose': 'pose', 'mmseg': 'seg'}
 
-# Options of a backbone that belong to its size, its data or its task, not to what is compared.
+# Options of a backbone that depend on its size, its data or its task, and are not compared.
 OF_THE_DEMO = {
     'arch',
     'drop_path_rate',
@@ -73,7 +73,7 @@ def hrnet_extra(arch: Mapping) -> dict:
 
 
 def small_backbone(backbone: Mapping, demo: Config) -> dict:
-    """Bring a backbone down to the size of the demo's.
+    """Reduce a backbone to the size of the demo's.
 
     Args:
         backbone (Mapping): The backbone of the config to compare.
@@ -83,7 +83,7 @@ def small_backbone(backbone: Mapping, demo: Config) -> dict:
         dict: The small backbone.
 
     Raises:
-        ValueError: If it is of a type that is not known here.
+        ValueError: If its type is not supported.
     """
     kind = backbone['type'].split('.')[-1]
     own = {key: value for key, value in backbone.items() if key not in OF_THE_DEMO}
@@ -96,21 +96,21 @@ def small_backbone(backbone: Mapping, demo: Config) -> dict:
     if kind.endswith('VisionTransformer'):
         size = demo.codec.input_size[::-1] if 'codec' in demo else 32
         return {**own, 'type': backbone['type'], **SMALL_VIT, 'img_size': size}
-    raise ValueError(f'backbone.type={backbone["type"]!r}: give a config of HRFormer, HRNet or ViT')
+    raise ValueError(f'backbone.type={backbone["type"]!r}: expected HRFormer, HRNet, Swin or ViT')
 
 
 def demo_config(name: str) -> tuple[str, Config]:
-    """Put what makes a config different into the demo config of its task.
+    """Transfer the distinctive options of a config to the demo config of its task.
 
     Args:
-        name (str): Path of the config, or name of one of ours.
+        name (str): Path of the config, or name of a shipped one.
 
     Returns:
         tuple[str, Config]: The task, and the config to train.
 
     Raises:
         FileNotFoundError: If there is no such config.
-        ValueError: If it is for none of the three tasks, or has another backbone.
+        ValueError: If it is for another task, or has an unsupported backbone.
     """
     cfg = read_config(find_config(name))
     scope = cfg.get('default_scope')
@@ -131,16 +131,16 @@ def demo_config(name: str) -> tuple[str, Config]:
             demo.model.neck = dict(type='GlobalAveragePooling')
         else:
             demo.model.head.update(deconv_out_channels=(64, 64), deconv_kernel_sizes=(4, 4))
-    demo.pop('arch')  # it is in the backbone now
+    demo.pop('arch')  # now in the backbone
     return task, demo
 
 
 def set_length(cfg: Config, length: int) -> None:
-    """Make a demo training shorter or longer, with its learning rate.
+    """Change the length of a demo training, including its schedules.
 
     Args:
         cfg (Config): The config; changed in place.
-        length (int): Epochs, or iterations where the config counts those.
+        length (int): Epochs, or iterations if the config uses these.
     """
     unit = 'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs'
     before = cfg.train_cfg[unit]
@@ -154,7 +154,7 @@ def set_length(cfg: Config, length: int) -> None:
 
 
 def read_metric(task: str, work: Path) -> float:
-    """Read the last metric that a training wrote, in per cent.
+    """Read the last metric in the log of a training, in percent.
 
     Args:
         task (str): A key of ``TASKS``.
@@ -170,21 +170,21 @@ def read_metric(task: str, work: Path) -> float:
     lines = map(json.loads, log.read_text().splitlines())
     metrics = [line[TASKS[task].metric] for line in lines if TASKS[task].metric in line]
     if not metrics:
-        raise DemoError(f'{log} has no {TASKS[task].metric}: it did not come to a validation')
+        raise DemoError(f'{log} has no {TASKS[task].metric}: there was no validation')
     return metrics[-1] * TASKS[task].percent
 
 
 def compare(names: Sequence[str], out: Path, lengths: Mapping, seeds: Sequence[int]) -> list[dict]:
-    """Train configs and compare what they reach.
+    """Train configs and compare their metrics.
 
     Args:
-        names (Sequence[str]): Paths of configs, or names of ours.
-        out (Path): Folder for everything that is written.
-        lengths (Mapping): Length of the training by task; those left out are as in the demo.
-        seeds (Sequence[int]): Seeds to train each with.
+        names (Sequence[str]): Paths of configs, or names of shipped ones.
+        out (Path): Output folder.
+        lengths (Mapping): Length of the training by task; by default as in the demo.
+        seeds (Sequence[int]): Seeds to train each config with.
 
     Returns:
-        list[dict]: ``config``, ``seed`` and ``metric`` in per cent of each training.
+        list[dict]: ``config``, ``seed`` and ``metric`` in percent of each training.
     """
     configs = {Path(name).stem: demo_config(name) for name in names}
     threads = int(os.environ.get('OMP_NUM_THREADS', len(os.sched_getaffinity(0))))
@@ -212,11 +212,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('configs', nargs='+', help='paths of configs, or names of ours')
-    parser.add_argument('--out', type=Path, default=Path('comparison'), help='folder to write to')
-    parser.add_argument('--epochs', type=int, help='of classification and pose; as in the demo')
-    parser.add_argument('--iters', type=int, help='of segmentation; as in the demo')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='to train each with')
+    parser.add_argument('configs', nargs='+', help='paths of configs, or names of shipped ones')
+    parser.add_argument('--out', type=Path, default=Path('comparison'), help='output folder')
+    parser.add_argument('--epochs', type=int, help="for classification and pose (demo's)")
+    parser.add_argument('--iters', type=int, help="for segmentation (demo's)")
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds for each config')
     args = parser.parse_args()
     lengths = dict(cls=args.epochs, pose=args.epochs, seg=args.iters)
     try:

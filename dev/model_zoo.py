@@ -1,8 +1,8 @@
-"""Keep the counts of the metafiles and the tables of the READMEs true.
+"""Check and update the counts in the metafiles and the tables in the READMEs.
 
-python dev/model_zoo.py --check                           # is everything that is counted true?
-python dev/model_zoo.py --update                          # count anew, write metafiles and tables
-python dev/model_zoo.py --markdown configs/hrformer_pose  # only renew the table of this README.md
+python dev/model_zoo.py --check                           # check all counts and tables
+python dev/model_zoo.py --update                          # count, write metafiles and tables
+python dev/model_zoo.py --markdown configs/hrformer_pose  # only update the table of this README.md
 
 Counting all models takes about a minute on one CPU core.
 """
@@ -24,10 +24,10 @@ from mmengine.registry import MODELS, DefaultScope
 from mmhrformer.analysis.complexity import complexity
 from mmhrformer.configs import config_root
 
-# What is counted -> its name in the result of `complexity`.
+# Field of a metafile -> key in the result of `complexity`.
 COUNTS = {'FLOPs': 'macs', 'FLOPs (official count)': 'flops_official', 'Parameters': 'parameters'}
 
-# Metric of a metafile -> its title in a table, and what makes it per cent.
+# Metric of a metafile -> its title in a table, and the factor to percent.
 METRICS = {
     'Top 1 Accuracy': ('top-1', 1),
     'Top 5 Accuracy': ('top-5', 1),
@@ -39,8 +39,8 @@ METRICS = {
     'mIoU(ms+flip)': ('mIoU, multi-scale', 1),
 }
 
-# Who reports a number -> whose checkpoint it belongs to. Which file the paper's numbers belong to
-# is not said where they differ from the official repository's.
+# Source of a result -> publisher of its checkpoint. Where the paper's numbers differ from those of
+# the official repository, their checkpoint is unknown.
 CHECKPOINTS = {'official repository': 'official', 'mmpose': 'mmpose'}
 
 BEGIN = '<!-- model zoo: written by dev/model_zoo.py --markdown, do not edit -->'
@@ -49,13 +49,13 @@ NOTHING = '–'  # noqa: RUF001
 
 
 def metafiles(root: Path) -> list[Path]:
-    """The metafiles that ``model-index.yml`` in the folder of the configs names."""
+    """The metafiles listed in ``model-index.yml`` in the folder of the configs."""
     index = yaml.safe_load((root / 'model-index.yml').read_text())
     return [root.parent / path for path in index['Import']]
 
 
 def read_models(metafile: Path) -> list[dict]:
-    """The entries of a metafile, one for each config."""
+    """The entries of a metafile, one per config."""
     return yaml.safe_load(metafile.read_text())['Models']
 
 
@@ -67,22 +67,22 @@ def count(model: dict, root: Path) -> dict[str, int]:
         root (Path): The folder of the configs.
 
     Returns:
-        dict[str, int]: A number for each key of ``COUNTS``.
+        dict[str, int]: One number per key of ``COUNTS``.
     """
     cfg = Config.fromfile(root.parent / model['Config'])
     shape = (1, 3, *map(int, model['Metadata']['Input Size'].split('x')))
-    # Swin Transformers of mmpretrain read numbers off tensors while they are built.
+    # Swin Transformers of mmpretrain read values of tensors while they are built.
     device = 'cpu' if 'Swin' in cfg.model.backbone.type else 'meta'
     with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device(device):
         network = MODELS.build(cfg.model).to('meta')
-    # Only shapes are counted: without data it takes seconds instead of minutes.
+    # Counting needs only shapes: without data it takes seconds instead of minutes.
     with torch.device('meta'):
         counts = complexity(network, shape)
     return {field: counts[key] for field, key in COUNTS.items()}
 
 
 def write_counts(text: str, name: str, counts: dict[str, int]) -> str:
-    """Put counts into the text of a metafile; its order and its comments stay as they are.
+    """Insert counts into the text of a metafile, keeping its order and comments.
 
     Args:
         text (str): Text of the metafile.
@@ -93,7 +93,7 @@ def write_counts(text: str, name: str, counts: dict[str, int]) -> str:
         str: The new text.
 
     Raises:
-        ValueError: If the entry lacks the line of a number.
+        ValueError: If the entry lacks the line for a number.
     """
     entry = re.search(rf'^- Name: {re.escape(name)}$.*?(?=^- Name: |\Z)', text, re.M | re.S)
     if entry is None:
@@ -108,14 +108,14 @@ def write_counts(text: str, name: str, counts: dict[str, int]) -> str:
 
 
 def weights_of(model: dict, result: dict) -> list[dict]:
-    """The checkpoints of a result: the one that it belongs to, and those of the backbone only."""
+    """The checkpoints for a result: its own, and those of the backbone only."""
     owner = CHECKPOINTS.get(result.get('Reported By'))
     sources = model.get('Sources', []) if owner else []
     return [s for s in sources if s['From'] == owner or s['Holds'] == 'backbone']
 
 
 def markdown(models: list[dict]) -> str:
-    """The table of a README: a row for each result of a model, one for a model without.
+    """The table of a README: one row per result of a model, or one if it has none.
 
     Args:
         models (list[dict]): Entries of a metafile.
@@ -152,19 +152,19 @@ def markdown(models: list[dict]) -> str:
 def with_table(readme: str, table: str) -> str:
     """The text of a README with the table between its two markers."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f'write two lines into it, the table comes between:\n{BEGIN}\n{END}')
+        raise ValueError(f'add two lines, between which the table goes:\n{BEGIN}\n{END}')
     head, rest = readme.split(BEGIN)
     return f'{head}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}'
 
 
 def renew_table(metafile: Path) -> None:
-    """Write the table of the README beside a metafile."""
+    """Update the table of the README next to a metafile."""
     readme = metafile.with_name('README.md')
     try:
         readme.write_text(with_table(readme.read_text(), markdown(read_models(metafile))))
     except (FileNotFoundError, ValueError) as err:
         sys.exit(f'model_zoo.py: {readme}: {err}')
-    print(f'table written into {readme}')
+    print(f'table written to {readme}')
 
 
 def update(root: Path) -> None:
@@ -173,7 +173,7 @@ def update(root: Path) -> None:
         for model in read_models(metafile):
             counts = count(model, root)
             print(f'{model["Name"]}: {counts["Parameters"]:,} parameters, {counts["FLOPs"]:,} MACs')
-            # After each model, so that an interrupted call leaves what it has counted.
+            # After each model, to keep the counts of an interrupted run.
             try:
                 text = write_counts(metafile.read_text(), model['Name'], counts)
             except ValueError as err:
@@ -183,7 +183,7 @@ def update(root: Path) -> None:
 
 
 def wrong_counts(model: dict, root: Path) -> list[str]:
-    """A message for each number of an entry that its config does not have."""
+    """Messages about the numbers of an entry that do not match its config."""
     return [
         f'{model["Name"]}: {field} is {number:,}, the metafile says {model["Metadata"][field]:,}'
         for field, number in count(model, root).items()
@@ -205,21 +205,21 @@ def check(root: Path) -> list[str]:
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument('--check', action='store_true', help='exit with 1 if something is wrong')
+    action.add_argument('--check', action='store_true', help='exit with 1 if anything is wrong')
     action.add_argument('--update', action='store_true', help='write the metafiles and tables')
     action.add_argument('--markdown', type=Path, metavar='FOLDER', help='write one table')
     args = parser.parse_args()
-    # The frameworks announce what does not matter here.
+    # Silence irrelevant messages of the frameworks.
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     if args.check:
         messages = check(config_root())
-        print('\n'.join(messages) or 'all numbers and tables are right')
+        print('\n'.join(messages) or 'all numbers and tables are correct')
         sys.exit(1 if messages else 0)
     elif args.update:
         update(config_root())

@@ -1,12 +1,12 @@
-"""Test the tests: make small mistakes in a copy of the package, and see which ones are noticed.
+"""Mutation testing: apply small mistakes to a copy of the package, and check that tests fail.
 
     python dev/mutate.py                       # all mutations, in about an hour on two cores
-    python dev/mutate.py --only losses         # those whose name has the word
-    python dev/mutate.py --ids                 # their names
-    python dev/mutate.py --check               # whether each still fits the code; runs no test
+    python dev/mutate.py --only losses         # those whose name contains the word
+    python dev/mutate.py --ids                 # print their names
+    python dev/mutate.py --check               # check that each still applies; runs no tests
 
-The mutations are in mutations.py. Each is applied to a temporary copy of the checkout, where the
-tests named for it run until one fails. The exit status is 0 if at least 95 % are caught.
+The mutations are in mutations.py. Each is applied to a temporary copy of the checkout, where its
+tests run until one fails. The exit status is 0 if at least 95 % are caught.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from typing import NamedTuple
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-WANTED = 0.95  # share of the mutations that are caught
-TIERS = 'not slow and not gpu'  # what `make test` runs
+MIN_CAUGHT = 0.95  # required share of caught mutations
+TIERS = 'not slow and not gpu'  # the tests of `make test`
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = 'caught', 'SURVIVED', 'TIMED OUT', 'NOT RUN'
-# Processes that have imported what takes long, and nothing of ours.
+# Forks processes that have imported the slow dependencies, but not our package.
 SERVER = multiprocessing.get_context('forkserver')
 PRELOADED = ['pytest', 'torch', 'mmengine.runner', 'mmcv.cnn', 'mmpretrain.models', 'mmseg.models']
 PRELOADED += ['mmpose.models', 'mmpose.datasets', 'mmdet.models']
@@ -62,34 +62,35 @@ def mutated(text: str, mutation: Mutation) -> str:
         str: The mutated content.
 
     Raises:
-        ValueError: If the mutation does not apply exactly once, or what it gives is no Python.
+        ValueError: If the mutation does not apply exactly once, or the result is not valid Python.
     """
     count = text.count(mutation.old)
     if count != 1 or mutation.old == mutation.new:
         raise ValueError(
-            f'{mutation.name}: {mutation.old!r} is {count} times in {mutation.file}, to become '
-            f'{mutation.new!r}: give two different texts, the first of which is there once'
+            f'{mutation.name}: {mutation.old!r} occurs {count} times in {mutation.file}, with the '
+            f'replacement {mutation.new!r}: expected two different texts, the first of which '
+            'occurs once'
         )
     text = text.replace(mutation.old, mutation.new)
     try:
         ast.parse(text)
     except SyntaxError as err:
-        raise ValueError(f'{mutation.name}: {mutation.new!r} gives no Python: {err}') from err
+        raise ValueError(f'{mutation.name}: {mutation.new!r} is not valid Python: {err}') from err
     return text
 
 
 def check(mutations: Sequence[Mutation], root: Path) -> list[str]:
-    """Find mutations that do not fit the code.
+    """Find mutations that do not apply to the code.
 
     Args:
         mutations (Sequence[Mutation]): The mutations.
         root (Path): The checkout.
 
     Returns:
-        list[str]: A line for each problem.
+        list[str]: One line per problem.
     """
     names = [mutation.name for mutation in mutations]
-    problems = [f'{name}: two have that name' for name in {*names} if names.count(name) > 1]
+    problems = [f'{name}: the name is not unique' for name in {*names} if names.count(name) > 1]
     for mutation in mutations:
         try:
             mutated((root / mutation.file).read_text(encoding='utf-8'), mutation)
@@ -103,7 +104,7 @@ def check(mutations: Sequence[Mutation], root: Path) -> list[str]:
 
 
 def copy_checkout(folder: Path) -> None:
-    """Copy the files of the checkout, as they are now, to a folder; not what git ignores."""
+    """Copy the current files of the checkout to a folder, except those that git ignores."""
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split('\0')):
@@ -113,14 +114,14 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_pytest(folder: Path, out: str, args: Sequence[str]) -> None:
-    """Run pytest in a copy of the checkout; the whole life of a process."""
-    os.setsid()  # to be ended with all that the tests start
+    """Run pytest in a copy of the checkout, as the target of a process."""
+    os.setsid()  # a process group, to kill it with its children
     os.chdir(folder)
     with open(out, 'wb') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE='1')
-    sys.dont_write_bytecode = True  # by size and second, mutated code would look like the old one
+    sys.dont_write_bytecode = True  # may be stale, since it is checked by size and second only
     sys.path.insert(0, str(folder))
     import pytest
 
@@ -128,7 +129,7 @@ def run_pytest(folder: Path, out: str, args: Sequence[str]) -> None:
 
 
 def pytest_in(folder: Path, *args: str, limit: float | None = None) -> tuple[int | None, str]:
-    """Exit status of pytest in a copy of the checkout, None if it took too long; its output."""
+    """Run pytest in a copy of the checkout; exit status (None if too slow) and output."""
     with tempfile.NamedTemporaryFile('r', errors='replace') as out:
         process = SERVER.Process(target=run_pytest, args=(folder, out.name, args))
         process.start()
@@ -141,7 +142,7 @@ def pytest_in(folder: Path, *args: str, limit: float | None = None) -> tuple[int
 
 
 def try_mutation(mutation: Mutation, folder: Path, limit: float) -> Outcome:
-    """Apply a mutation to a copy of the checkout, run its tests there, and take it back."""
+    """Apply a mutation to a copy of the checkout, run its tests there, and revert it."""
     path, start = folder / mutation.file, time.monotonic()
     original = path.read_text(encoding='utf-8')
     path.write_text(mutated(original, mutation), encoding='utf-8')
@@ -162,7 +163,7 @@ def try_mutation(mutation: Mutation, folder: Path, limit: float) -> Outcome:
 
 
 def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> list[Outcome]:
-    """Try mutations, several at a time, each in a copy of the checkout that no other is in."""
+    """Try mutations in parallel, each in its own copy of the checkout."""
     with tempfile.TemporaryDirectory(prefix='mmhrformer-mutations-') as place:
         folders = SimpleQueue()
         for number in range(jobs):
@@ -178,28 +179,28 @@ def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> list[Outcome]
 
         with ThreadPoolExecutor(jobs) as pool:
             outcomes = list(pool.map(attempt, mutations))
-        # A test that fails without the mutation, too, proves nothing.
+        # A test that also fails without the mutation proves nothing.
         tests = sorted({outcome.test for outcome in outcomes if outcome.word == CAUGHT})
         folder = folders.get()
         failed = FAILURE.findall(pytest_in(folder, *tests)[1]) if tests else []
-        broken = [test for test in failed if pytest_in(folder, test)[0]]  # alone, too
+        broken = [test for test in failed if pytest_in(folder, test)[0]]  # also alone
     return [o._replace(word=NOT_RUN) if o.test in broken else o for o in outcomes]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 if enough is caught, or with ``--check`` if all mutations fit."""
+    """Run the command; return 0 if enough are caught, or with ``--check`` if all apply."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--only', metavar='PATTERN', default='', help='regular expression of names')
     parser.add_argument('--ids', action='store_true', help='print the names')
-    parser.add_argument('--check', action='store_true', help='see whether the mutations apply')
-    parser.add_argument('--jobs', type=int, default=2, help='mutations at a time (%(default)s)')
-    parser.add_argument('--limit', type=float, default=600, help='seconds for each (%(default)s)')
+    parser.add_argument('--check', action='store_true', help='only check that all mutations apply')
+    parser.add_argument('--jobs', type=int, default=2, help='mutations in parallel (%(default)s)')
+    parser.add_argument('--limit', type=float, default=600, help='seconds per run (%(default)s)')
     options = parser.parse_args(args)
     chosen = [mutation for mutation in MUTATIONS if re.search(options.only, mutation.name)]
     if not chosen:
-        parser.error(f'--only {options.only!r}: no mutation has such a name, see --ids')
+        parser.error(f'--only {options.only!r}: no mutation matches, see --ids')
     problems = [] if options.ids else check(chosen, ROOT)
     if problems or options.check or options.ids:
         lines = [mutation.name for mutation in chosen] if options.ids else problems
@@ -213,7 +214,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for outcome in left:
         print(f'{outcome.word}: {outcome.mutation.name}  {outcome.test}')
     print(f'{len(outcomes) - len(left)} of {len(outcomes)} mutations caught, {share:.1%}')
-    return int(share < WANTED)
+    return int(share < MIN_CAUGHT)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""The small mistakes that dev/mutate.py makes: what is wrong, the text, what replaces it.
+"""The mutations of dev/mutate.py: description, original text and replacement.
 
-Each is one that a person could make, changes what the package computes, keeps or refuses, and is
-to be noticed by the tests that mirror its file. The texts are short, so that they stay true when
-the code around them moves; ``python dev/mutate.py --check`` tells which do not.
+Each is a plausible mistake that changes what the package computes, saves or refuses, and should be
+caught by the tests that mirror its file. The texts are short, so that they still apply when the
+code around them changes; ``python dev/mutate.py --check`` lists those that do not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class Mutation(NamedTuple):
     """A small mistake.
 
     Attributes:
-        name (str): The file without ``mmhrformer/`` and ``.py``, and what is wrong.
-        file (str): The file, from the checkout.
-        tests (tuple[str, ...]): The tests that should notice, as arguments of pytest.
-        old (str): The right text, which is in the file once.
-        new (str): The wrong one.
+        name (str): The file without ``mmhrformer/`` and ``.py``, and a description.
+        file (str): The file, relative to the checkout.
+        tests (tuple[str, ...]): The tests that should fail, as arguments of pytest.
+        old (str): The original text, which occurs once in the file.
+        new (str): The replacement.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Mutation(NamedTuple):
 
 
 def of(file: str, tests: str, *rows: tuple[str, str, str]) -> Iterator[Mutation]:
-    """Mutations of a file: what is wrong, the right text, the wrong one.
+    """Mutations of a file.
 
     Args:
-        file (str): The file, from the checkout.
-        tests (str): The tests that should notice, from ``tests``, separated by blanks.
-        *rows (tuple[str, str, str]): The mutations.
+        file (str): The file, relative to the checkout.
+        tests (str): The tests that should fail, relative to ``tests``, separated by spaces.
+        *rows (tuple[str, str, str]): Description, original text and replacement of each.
 
     Yields:
         Mutation: Each of them.
@@ -202,7 +202,7 @@ CHECKPOINTS = (
     *of(
         'mmhrformer/checkpoints/contents.py', 'checkpoints/test_contents.py',
         ('compiled models unknown', "'_orig_mod', ", ''),
-        ('doubles accepted', '    refuse_doubles(own)\n', ''),
+        ('doubles accepted', '    refuse_duplicates(own)\n', ''),
         ('averaged weights not named so', "'ema|average|swa'", "'ema|swa'"),
         ('first of several models taken',
          'if not all(start.startswith(prefix)', 'if not any(start.startswith(prefix)'),
@@ -303,7 +303,7 @@ ENGINE = (
         'mmhrformer/engine/optim.py', 'engine/test_optim.py',
         ('matrices spared, too', 'parameter.ndim <= 1', 'parameter.ndim <= 2'),
         ('spared only if all rules hold', 'any(NO_DECAY', 'all(NO_DECAY'),
-        ('the others spared', 'if spared:', 'if not spared:'),
+        ('the others spared', 'if exempt:', 'if not exempt:'),
         ('rates one layer too low', 'self.rate**above', 'self.rate**(above + 1)'),
         ('rates rise towards the images', 'layers - 1 - depth', 'depth'),
         ('foreach overruled', "{'fused', 'foreach'} &", "{'fused'} &"),
@@ -354,7 +354,7 @@ ENGINE = (
     *of(
         'mmhrformer/engine/data_check.py', 'engine/test_config_check.py',
         ('addresses are missing files', "if '://' not in path and not Path", 'if not Path'),
-        ('data sets that fetch themselves reported', "if dataset.get('download'):",
+        ('datasets that fetch themselves reported', "if dataset.get('download'):",
          "if not dataset.get('download', True):"),
         ('other storage reported', "not in ('local', 'disk') or", "in ('local', 'disk') or"),
     ),

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Make the Python environment of this checkout, or bring it up to date.
+"""Create the Python environment of this checkout, or update it.
 
     python3 dev/setup_env.py [--stack classic] [--venv .venv] [--cache DIR]
 
 It installs the pinned packages of requirements/STACK.txt, mmcv with its compiled operators (built
 once per user, then taken from the cache folder) and this project as an editable install. If
-nothing changed since, nothing is done; if only configs, tools or benchmarks did, their installed
-copies are renewed; else the environment is made anew, from what uv keeps of its downloads.
+nothing has changed, nothing is done; if only configs, tools or benchmarks have, their installed
+copies are updated; otherwise, the environment is recreated, using uv's download cache.
 
 Only the standard library is used, and no syntax newer than Python 3.6, so that an old Python
-gets as far as the sentence that says which Python is needed.
+reaches the message about the required version.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STACKS = {  # the Pythons that their packages exist for, and what has to import in the end
+STACKS = {  # supported Python versions, and modules that must be importable
     'classic': (('3.10', '3.11'), 'mmcv.ops, mmpretrain.models, mmpose.models, mmseg.models'),
     'modern': (('3.11', '3.12', '3.13'), 'mmcv, mmpretrain.models'),
     'modern-all': (('3.11',), 'mmcv.ops, mmpretrain.models, mmpose.models, mmseg.models'),
@@ -36,7 +36,7 @@ UV = 'uv>=0.13.8,<1'
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmhrformer'
 COMPILE_JOB_GB = 1.5  # memory of one compiler process on torch's headers
 
-# To compile for a GPU takes a CUDA compiler that torch accepts.
+# Compiling for a GPU requires a CUDA compiler that torch accepts.
 PRINT_ACCELERATOR = """
 import subprocess, torch
 from torch.utils.cpp_extension import CUDA_HOME
@@ -50,17 +50,17 @@ print(tag)
 FIX = (
     'see the output above. If the package index could not be reached, set HTTPS_PROXY (and '
     'SSL_CERT_FILE and PIP_CERT to its certificate) or PIP_INDEX_URL to a mirror. If the compiler '
-    'was killed, memory was short: MAX_JOBS=1. Then call this again; downloads are kept.'
+    'was killed, it ran out of memory: set MAX_JOBS=1. Then run this again; downloads are kept.'
 )
 
 
 def fail(what, fix):
-    """End with what is wrong and what to do."""
+    """Exit with an error and its fix."""
     sys.exit(f'\nerror: {what}\n  Fix: {fix}')
 
 
 def apt_install(packages):
-    """The command that installs Debian packages, for the user who is asking."""
+    """The command that installs Debian packages, for the current user."""
     return f'{"" if os.geteuid() == 0 else "sudo "}apt-get install {packages}'
 
 
@@ -70,7 +70,7 @@ def check_python(version, stack):
     if version not in fitting:
         fail(
             f'This needs Python {" or ".join(fitting)}; this is Python {version}.',
-            'name a fitting one: make PYTHON=/path/to/python3.11. If there is none: '
+            'specify another one: make PYTHON=/path/to/python3.11. If there is none: '
             + apt_install('python3.11-venv python3.11-dev')
             + ' (Debian 12; python3.10-... on Ubuntu 22.04), or on newer systems '
             '"uv python install 3.11" and make PYTHON="$(uv python find 3.11)".',
@@ -78,12 +78,12 @@ def check_python(version, stack):
 
 
 def compile_jobs(environ, cores, memory_gb):
-    """One compiler per core, unless the user says otherwise or the memory is small."""
+    """Number of compilers: one per core, unless set by the user or limited by memory."""
     return environ.get('MAX_JOBS') or str(max(1, min(cores, int(memory_gb / COMPILE_JOB_GB))))
 
 
 def digest(place, paths):
-    """One hash over a place, and over names and contents of files."""
+    """Hash of a folder's path, and of names and contents of files."""
     result = hashlib.sha256(str(place).encode())
     for path in sorted(paths):
         content = path.read_bytes()
@@ -104,32 +104,32 @@ class Setup:
         self.env = dict(os.environ, PATH=f'{self.venv}/bin:{os.environ.get("PATH", os.defpath)}')
 
     def wanted_stamp(self):
-        """What an up-to-date environment was made from, and what was copied into it."""
+        """Hashes of the sources of an up-to-date environment, and of the files copied into it."""
         sources = [self.requirements, ROOT / 'pyproject.toml', ROOT / 'dev/setup_env.py']
         paths = [p for top in ('configs', 'tools', 'benchmarks') for p in (ROOT / top).rglob('*.*')]
         copied = [path for path in paths if path.is_file() and path.suffix != '.pyc']
         return [digest(self.venv, sources), digest(self.venv, copied)]
 
     def have_stamp(self):
-        """The stamp of the environment; an empty one if it has none, or no Python."""
+        """The stamp of the environment; empty if it has no stamp or no Python."""
         whole = self.stamp.exists() and self.python.exists()
         return self.stamp.read_text().split() if whole else []
 
     def pinned(self, name):
-        """The version that the requirements ask for."""
+        """The version pinned in the requirements."""
         text = self.requirements.read_text()
         return re.search(rf'^{name}==([^\s;]+)', text, flags=re.MULTILINE).group(1)
 
     def wheel_folder(self, accelerator):
-        """Where a compiled mmcv is kept; it only fits the torch it was built with."""
+        """Cache folder of a compiled mmcv, which works only with the torch it was built for."""
         torch, python = self.pinned('torch'), self.version.replace('.', '')
         return self.wheels / f'mmcv{MMCV}-torch{torch}-cp{python}-{accelerator}'
 
     def check(self):
-        """Refuse to begin what cannot be finished, or would destroy something."""
+        """Fail early if the set-up cannot be completed or would overwrite something."""
         if self.venv.exists() and os.listdir(self.venv) and not (self.venv / 'pyvenv.cfg').exists():
-            what = f'{self.venv} exists and is no virtual environment; it is left as it is.'
-            fail(what, 'name another folder: make VENV=/path/to/venv')
+            what = f'{self.venv} exists and is not a virtual environment; it was not changed.'
+            fail(what, 'specify another folder: make VENV=/path/to/venv')
         if self.has_operators and not any(self.wheels.glob(f'{self.wheel_folder("*").name}/*.whl')):
             compiler = (os.environ.get('CXX') or 'g++').split()[0]
             header = os.path.join(sysconfig.get_path('include'), 'Python.h')
@@ -138,11 +138,11 @@ class Setup:
                 fail(what, apt_install(f'build-essential python{self.version}-dev'))
 
     def call(self, *command, cwd=ROOT, **env):
-        """Run a command, whose output is shown."""
+        """Run a command and show its output."""
         command = [str(part) for part in command]
         code = subprocess.run(command, cwd=cwd, env=dict(self.env, **env)).returncode
         if code:
-            fail(f'"{" ".join(command)}" ended with code {code}.', FIX)
+            fail(f'"{" ".join(command)}" exited with code {code}.', FIX)
 
     def ask(self, *arguments):
         """Output and errors of the environment's Python."""
@@ -155,7 +155,7 @@ class Setup:
         self.call('uv', 'pip', 'install', '--python', self.python, *arguments)
 
     def run(self):
-        """Do what is to be done, one set-up of a user at a time: they share the cache."""
+        """Create or update the environment if needed, one set-up per user at a time."""
         if self.have_stamp() != self.wanted_stamp():
             self.wheels.mkdir(parents=True, exist_ok=True)
             with (self.wheels / '.lock').open('w') as lock:
@@ -165,31 +165,34 @@ class Setup:
         print(f'The environment {self.venv} is ready.')
 
     def update(self, have, wanted):
-        """Bring the environment up to date and note what it was made from."""
-        if have == wanted:  # by the set-up that was waited for
+        """Update the environment, and record its sources."""
+        if have == wanted:  # done by a concurrent set-up
             return
         if have[:1] != wanted[:1]:
             self.check()
             self.make()
-        # The reinstall renews the copies that `mim` reads.
+        # Reinstall to update the copies that `mim` reads.
         options = ('--no-deps', '--no-build-isolation', '--reinstall-package', 'mmhrformer')
         self.install(*options, '-e', ROOT)
-        # From another folder, or the checkout itself would be found instead of the install.
+        # From another folder, to import the installed package instead of the checkout.
         self.call(self.python, '-c', f'import {self.imports}, mmhrformer', cwd=self.venv)
         self.stamp.write_text('\n'.join(wanted) + '\n')
 
     def make(self):
-        """Make the environment anew, all but this project."""
-        print('A minute; the first time up to 10, and 16 on one core to compile mmcv', flush=True)
-        # The Python below an activated environment, which may be the one to make anew.
+        """Recreate the environment, except for this project."""
+        print(
+            'This takes a minute; the first time up to 10, or 16 on one core, to compile mmcv',
+            flush=True,
+        )
+        # The base Python of an activated environment, which may be the one to recreate.
         python = getattr(sys, '_base_executable', sys.executable)
         self.call(python, '-m', 'venv', '--clear', self.venv)
         self.call(self.python, '-m', 'pip', 'install', '--quiet', UV)
         self.point_uv_to_index()
         self.install('-r', self.requirements)
-        # Both OpenCV packages are required by name and own the same files. The one that is
-        # installed last wins: the headless one needs no graphics libraries of the system. (uv's
-        # own --reinstall would download it again.)
+        # Both OpenCV packages are required by name and install the same files. Install the headless
+        # one last: it needs no graphics libraries of the system. (uv's --reinstall would download
+        # it again.)
         name = 'opencv-python-headless'
         self.call('uv', 'pip', 'uninstall', '--python', self.python, name)
         self.install('--no-deps', f'{name}=={self.pinned(name)}')
@@ -202,7 +205,7 @@ class Setup:
             self.install('--no-deps', *folder.glob('*.whl'))
 
     def point_uv_to_index(self):
-        """Take packages from where pip would; uv does not read pip's settings."""
+        """Use pip's package index, since uv does not read pip's settings."""
         for setting, name in (('index-url', 'DEFAULT_INDEX'), ('find-links', 'FIND_LINKS')):
             value = os.environ.get('PIP_' + setting.upper().replace('-', '_'))
             value = value or self.ask('-m', 'pip', 'config', 'get', f'global.{setting}')[0]
@@ -210,14 +213,14 @@ class Setup:
                 self.env.setdefault(f'UV_{name}', ','.join(value.split()))
 
     def declare_operators(self):
-        """Make torchvision importable where its library does not fit torch."""
+        """Make torchvision importable if its library does not match torch."""
         if 'operator torchvision::nms does not exist' in self.ask('-c', 'import torchvision')[1]:
             folder = next(self.venv.glob('lib/python3*/site-packages'))
             shutil.copy(ROOT / 'requirements/torchvision_operators.py', folder)
             (folder / 'torchvision_operators.pth').write_text('import torchvision_operators\n')
 
     def build_mmcv(self, folder):
-        """Compile mmcv next to its place in the cache, then move it there in one go."""
+        """Compile mmcv in a temporary folder of the cache, then move it atomically."""
         self.install('wheel', 'ninja', 'psutil')
         memory_gb = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
         jobs = compile_jobs(os.environ, len(os.sched_getaffinity(0)), memory_gb)
@@ -225,11 +228,11 @@ class Setup:
         if folder.name.endswith('-cpu'):
             env.update(CUDA_VISIBLE_DEVICES='', FORCE_CUDA='0')
         with tempfile.TemporaryDirectory(prefix='.build-', dir=self.wheels) as work:
-            # Never pip's own wheel cache: it hands an mmcv built for one torch to every other.
+            # Without pip's wheel cache, which would reuse an mmcv built for another torch.
             options = ['--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary', 'mmcv']
             command = [self.python, '-m', 'pip', 'wheel', *options, '-w', work, f'mmcv=={MMCV}']
             self.call(*command, TMPDIR=work, **env)
-            wheels = list(Path(work).glob('mmcv-*-cp*.whl'))  # else it is pure Python
+            wheels = list(Path(work).glob('mmcv-*-cp*.whl'))  # otherwise it is pure Python
             if not wheels:
                 fail('mmcv was built without its operators.', FIX)
             folder.mkdir(parents=True, exist_ok=True)
@@ -237,9 +240,11 @@ class Setup:
 
 
 def main(argv=None):
-    """Run the command line; tell foreseeable failures in words instead of a traceback."""
+    """Run the command line; report foreseeable failures without a traceback."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--stack', choices=STACKS, default='classic', help='(%(default)s)')
+    parser.add_argument(
+        '--stack', choices=STACKS, default='classic', help='pinned packages (%(default)s)'
+    )
     parser.add_argument('--venv', default='.venv', help='environment folder (%(default)s)')
     parser.add_argument('--cache', default=CACHE, help='for the compiled mmcv (%(default)s)')
     args = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Find out what works in this environment, and write the support matrix of the documentation.
+"""Test this environment, and write the support matrix of the documentation.
 
     python dev/support.py run [--parts core cls pose seg]    in the environment in question
     python dev/support.py table                              docs/compatibility.md, from all records
 
 ``run`` runs the fast tests (core), and trains the demo of each task with the stock tools, stops it
-half way, resumes and tests it. What came out is written to a file in ``docs/support``, one for each
-environment, and from all of them to the page. A part that fails is written down as well.
+halfway, resumes and tests it. The results are written to a file in ``docs/support``, one per
+environment, and from all files to the page. Failures are recorded as well.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HALF = {
 
 
 def find_versions() -> dict[str, str]:
-    """The versions of Python and of all that matters, by distribution, without local parts."""
+    """The versions of Python and of relevant distributions, without local version labels."""
     found = {'python': platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -61,25 +61,25 @@ def name_of_record(versions: dict[str, str]) -> str:
     """The file name of an environment's record.
 
     Args:
-        versions (dict[str, str]): Of Python and the packages.
+        versions (dict[str, str]): Versions of Python and the packages.
 
     Returns:
         str: The name.
 
     Raises:
-        ValueError: If there are two packages that bring mmcv, or none.
+        ValueError: If two packages provide mmcv, or none does.
     """
     found = [f'{name}{versions[name]}' for name in OWNERS['mmcv'] if name in versions]
     if len(found) != 1:
         raise ValueError(
-            f'mmcv is brought by {found or "no package"}: "python -m mmhrformer env" tells the fix'
+            f'mmcv is provided by {found or "no package"}: see "python -m mmhrformer env"'
         )
     python = versions['python'].rpartition('.')[0]
     return f'py{python}-torch{versions["torch"]}-numpy{versions["numpy"]}-{found[0]}.json'
 
 
 def run_core(processes: int) -> dict:
-    """Run the fast tests and count, see :func:`count_tests`; ``processes`` share them."""
+    """Run the fast tests in several processes, and count, see :func:`count_tests`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not e2e and not gpu and not slow']
@@ -98,17 +98,17 @@ def count_tests(report: Path) -> dict:
 
 
 def run_task(name: str, folder: Path) -> dict:
-    """Train half of a demo, resume it, and test what came out.
+    """Train half of a demo, resume it, and test the result.
 
     Args:
         name (str): A key of ``TASKS``.
-        folder (Path): For what the tools write.
+        folder (Path): Output folder of the tools.
 
     Returns:
-        dict: ``metric``, its title, and ``value`` in per cent.
+        dict: ``metric``, its title, and ``value`` in percent.
 
     Raises:
-        DemoError: If a tool failed, or did not go on where the run had been stopped.
+        DemoError: If a tool failed, or did not resume.
     """
     task, work, test = TASKS[name], folder / 'train', folder / 'test'
     folder.mkdir(parents=True)
@@ -117,14 +117,14 @@ def run_task(name: str, folder: Path) -> dict:
     run_tool('train', [*args, '--cfg-options', HALF[name]], folder / 'half.log', threads=1)
     run_tool('train', [*args, '--resume'], folder / 'resumed.log', threads=1)
     if 'resumed epoch' not in (folder / 'resumed.log').read_text():
-        raise DemoError(f'{folder}/resumed.log does not tell of resuming')
+        raise DemoError(f'{folder}/resumed.log shows no resuming')
     args = [task.config, find_latest_checkpoint(work), '--work-dir', str(test)]
     run_tool('test', args, folder / 'test.log', threads=1)
     return dict(metric=task.metric_title, value=read_metric(test, task.metric) * task.percent)
 
 
 def run_part(part: str, versions: dict[str, str], processes: int, report: Path | None) -> dict:
-    """Run the fast tests or the demo of a task; what fails or lacks its framework is a result."""
+    """Run the fast tests or the demo of a task; failures and absent frameworks are results."""
     try:
         if part == 'core':
             return count_tests(report) if report else run_core(processes)
@@ -138,12 +138,12 @@ def run_part(part: str, versions: dict[str, str], processes: int, report: Path |
 
 
 def run(parts: list[str], processes: int, report: Path | None = None) -> Path:
-    """Run parts in this environment and write down what came out.
+    """Run parts in this environment and record the results.
 
     Args:
-        parts (list[str]): Of ``'core'``, ``'cls'``, ``'pose'``, ``'seg'``.
-        processes (int): How many processes share the fast tests.
-        report (Path, optional): What ``pytest --junitxml`` wrote in this environment, to be taken
+        parts (list[str]): Some of ``'core'``, ``'cls'``, ``'pose'``, ``'seg'``.
+        processes (int): Number of processes for the fast tests.
+        report (Path, optional): Output of ``pytest --junitxml`` in this environment, to be used
             instead of running the fast tests. Defaults to None.
 
     Returns:
@@ -200,7 +200,7 @@ def make_table(records: list[dict]) -> str:
 
 
 def put_table(page: str, table: str) -> str:
-    """A page with the table between its marks."""
+    """The page with the table between its markers."""
     before, rest = page.split(START)
     return f'{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}'
 
@@ -211,15 +211,15 @@ def read_records() -> list[dict]:
 
 
 def main() -> None:
-    """Run what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('command', choices=['run', 'table'])
     parts = ['core', *SCOPES]
     parser.add_argument('--parts', nargs='+', choices=parts, default=parts)
-    parser.add_argument('--processes', type=int, default=2, help='for the fast tests')
-    parser.add_argument('--report', type=Path, help='of fast tests that were run here already')
+    parser.add_argument('--processes', type=int, default=2, help='processes for the fast tests')
+    parser.add_argument('--report', type=Path, help='JUnit report of fast tests that have been run')
     args = parser.parse_args()
     if args.command == 'run':
         try:

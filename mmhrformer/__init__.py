@@ -1,6 +1,6 @@
 """HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks.
 
-Importing the package registers its classes with mmengine, and does nothing else.
+Importing the package registers its classes with mmengine and has no other side effects.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 from .utils.install_hints import check_core
 
-check_core()  # first, so that the error says how to fix the installation
+check_core()  # before the other imports, so that the error says how to fix the installation
 
 from . import datasets, engine, models
 from .apis import (

@@ -1,4 +1,4 @@
-"""The public API: models by name, inference, and faster forms of a model."""
+"""The public API: models by name, inference, and optimized versions of a model."""
 
 from __future__ import annotations
 

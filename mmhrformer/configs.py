@@ -1,4 +1,4 @@
-"""Our configs: find and read them."""
+"""Finding and reading the shipped configs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from .utils.suggest import did_you_mean
 
-# default_scope of a config -> the package whose tools run it.
+# default_scope of a config -> the package whose tools run it
 PACKAGES = {
     'mmpretrain': 'mmpretrain',
     'mmpose': 'mmpose',
@@ -18,7 +18,7 @@ PACKAGES = {
 
 
 def config_root() -> Path:
-    """The folder of our configs: beside the package in a checkout, inside it when installed.
+    """Locate our configs: next to the package in a checkout, inside it when installed.
 
     Returns:
         Path: The folder.
@@ -30,7 +30,7 @@ def config_root() -> Path:
     for folder in (package.parent / 'configs', package / '.mim' / 'configs'):
         if (folder / 'model-index.yml').is_file():
             return folder
-    raise FileNotFoundError(f'no configs beside {package}: reinstall mmhrformer')
+    raise FileNotFoundError(f'no configs found next to {package}: reinstall mmhrformer')
 
 
 def find_config(name: str) -> Path:
@@ -43,7 +43,7 @@ def find_config(name: str) -> Path:
         Path: The config file.
 
     Raises:
-        FileNotFoundError: If there is none; the message suggests similar names.
+        FileNotFoundError: If there is no such config; the message suggests similar names.
 
     Examples:
         >>> find_config('hrformer-tiny_8xb128_in1k').name
@@ -69,33 +69,33 @@ def read_config(path: str | Path) -> Config:
         Config: The config.
 
     Raises:
-        ValueError: If it is not valid Python; the error names the file, which mmengine's does not.
+        ValueError: If it is not valid Python; unlike mmengine's, the error names the file.
     """
     try:
         return Config.fromfile(path)
     except SyntaxError as err:
         raise ValueError(
-            f'cannot read the config {str(path)!r}, or one in its _base_: {err.msg}, line '
+            f'cannot read the config {str(path)!r} or one of its _base_ files: {err.msg}, line '
             f'{err.lineno}. Correct that line'
         ) from err
 
 
 def open_config(model: str | Path | Config) -> Config:
-    """Find and read the config of a model, once.
+    """Find and read the config of a model, unless it has been read already.
 
     Args:
-        model (str | Path | Config): As for :func:`find_config`, or a config that is read already.
+        model (str | Path | Config): As for :func:`find_config`, or a config.
 
     Returns:
-        Config: The config, or the given one.
+        Config: The config; the given one if it was a config.
 
     Raises:
-        FileNotFoundError: If there is none; the message suggests similar names.
+        FileNotFoundError: If there is no such config; the message suggests similar names.
         ValueError: If it cannot be read.
     """
     return model if isinstance(model, Config) else read_config(find_config(str(model)))
 
 
 def name_of(cfg: Config) -> str:
-    """Name of a config: that of its file without folder and suffix, empty if it has none."""
+    """Name of a config: its file name without folder and suffix, empty if it has no file."""
     return Path(cfg.filename or '').stem

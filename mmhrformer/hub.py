@@ -1,4 +1,4 @@
-"""Models by name, and our models in mmpretrain's hub."""
+"""Models by name, and registration of our models in mmpretrain's hub."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def get_model(
 
     Args:
         name (str | Path | Config): Name of a model of the zoo (:func:`list_models`), path of a
-            config with an HRFormer backbone, or such a config.
-        pretrained (bool | str | Path): Whether to load the published checkpoint of a whole model;
-            or a checkpoint of any dialect: a path, or a name of the zoo such as ``NAME@official``.
-            Defaults to False: random weights.
+            config with an HRFormer backbone, or the config itself.
+        pretrained (bool | str | Path): Whether to load the published checkpoint of the whole
+            model; or a checkpoint in any supported format: a path, or a name of the zoo such as
+            ``NAME@official``. Defaults to False: random weights.
         device (str): Device of the model. Defaults to ``'cpu'``.
-        cfg_options (dict, optional): Options of the config to change, by dotted name.
+        cfg_options (dict, optional): Options of the config to override, by dotted name.
 
     Returns:
         nn.Module: The classifier, pose estimator or segmentor, with its config in ``model.cfg`` and
-        the checkpoint's description of its training data, a dict, in ``model.dataset_meta``.
+        the checkpoint's description of its training data (a dict) in ``model.dataset_meta``.
 
     Raises:
         FileNotFoundError: If there is no such config, or the checkpoint must be downloaded by hand.
         ImportError: If the framework of the model is not installed.
         RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint, or the config has no model.
+        ValueError: If there is no such checkpoint, or the config defines no model.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
     """
     cfg = copy.deepcopy(open_config(name))
-    path, content = _read_weights(cfg, pretrained)  # whose errors come before the time of building
+    path, content = _read_weights(cfg, pretrained)  # fail before the model is built
     cfg.merge_from_dict(cfg_options or {})
     model = _build(cfg)
     if pretrained:
@@ -63,7 +63,7 @@ def get_model(
 
 
 def _read_weights(cfg: Config, pretrained: bool | str | Path) -> tuple[Path | None, dict]:
-    """Read the checkpoint that was asked for."""
+    """Path and content of the requested checkpoint."""
     if not pretrained:
         return None, {}
     whole = pretrained is True
@@ -71,12 +71,12 @@ def _read_weights(cfg: Config, pretrained: bool | str | Path) -> tuple[Path | No
 
 
 def _build(cfg: Config) -> nn.Module:
-    """Build the model of a config in its scope, for one process."""
+    """Build the model of a config in its scope, for a single process."""
     for option in ('default_scope', 'model'):
         if option not in cfg:
             raise ValueError(
-                f'name={cfg.filename!r}: that config has no {option}; give one that can be '
-                'trained, such as a name of mmhrformer.list_models()'
+                f'name={cfg.filename!r}: this config has no {option}; pass one that can be '
+                'trained, such as a name from mmhrformer.list_models()'
             )
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -85,13 +85,13 @@ def _build(cfg: Config) -> nn.Module:
 
 
 def register_in_mmpretrain() -> list[str]:
-    """Make ``mmpretrain.get_model`` and ``mmpretrain.list_models`` know our classifiers.
+    """Register our classifiers for ``mmpretrain.get_model`` and ``mmpretrain.list_models``.
 
-    They are those of ``list_models('*_in1k')``, with the ablations. Their weights come through
-    ``mmhrformer://``, so that they are checked and translated.
+    These are the models of ``list_models('*_in1k')``, ablations included. Their weights load
+    through ``mmhrformer://``, so they are verified and converted.
 
     Returns:
-        list[str]: The names that mmpretrain knows now.
+        list[str]: The names now available in mmpretrain.
 
     Raises:
         ImportError: If mmpretrain is not installed.

@@ -1,7 +1,7 @@
-"""The registries of mmhrformer: children of mmengine's, scope ``mmhrformer``.
+"""The registries of mmhrformer: children of mmengine's, with the scope ``mmhrformer``.
 
-Configs always write the scope, ``type='mmhrformer.HRFormer'``: mmpose owns a class of the bare
-name ``HRFormer`` and would silently build that one.
+Configs always spell out the scope, ``type='mmhrformer.HRFormer'``: mmpose has a class of its own
+named ``HRFormer`` and would silently build that one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from mmengine.registry import Registry
 
 from .utils.install_hints import explain
 
-# Classes that are built on a framework: name -> (module that defines it, framework, our extra).
-# They are imported on demand, so that the rest works without the framework.
+# Classes that depend on a framework: name -> (module that defines it, framework, our extra).
+# They are imported on demand, so that everything else works without the framework.
 FRAMEWORK_CLASSES = {
     'OCRHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
     'OCRAuxHead': ('mmhrformer.models.ocr_head', 'mmsegmentation', 'seg'),
@@ -34,13 +34,12 @@ def import_framework_class(name: str) -> type:
         type: The class.
 
     Raises:
-        ImportError: If the framework that the class is built on is missing or does not fit the
-            other installed packages.
+        ImportError: If the framework is missing or incompatible with the other installed packages.
     """
     module, framework, extra = FRAMEWORK_CLASSES[name]
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AssertionError) as err:  # mmseg asserts the version of mmcv
+    except (ImportError, AssertionError) as err:  # mmseg asserts mmcv's version
         fix = explain(err) or f"pip install 'mmhrformer[{extra}]'"
         raise ImportError(
             f"'mmhrformer.{name}' needs {framework}, which could not be imported ({err}). "

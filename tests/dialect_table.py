@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint of each dialect, and how far its outputs are from the golden ones.
+"""Conversion of a checkpoint of each dialect, and differences from the golden outputs.
 
 python tests/dialect_table.py
 """

@@ -1,4 +1,4 @@
-"""What tests of ``torch.compile`` share: a backend that tells what it was given."""
+"""A backend for tests of ``torch.compile`` that records its graphs."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Answer:
-    """How to answer a request; by default as a good server does.
+    """An answer to a request, by default a correct one.
 
     Attributes:
         status (int): Status of an answer without a file; 0 is 200 or 404, as is right.

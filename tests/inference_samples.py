@@ -1,4 +1,4 @@
-"""What the tests of inferencers share: models, images, and checks of predictions."""
+"""Shared helpers of the inferencer tests: models, images, and checks of predictions."""
 
 from __future__ import annotations
 

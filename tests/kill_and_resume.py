@@ -51,7 +51,7 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Tally:
-    """What happened in all runs."""
+    """Statistics of all runs."""
 
     kills: int = 0
     while_writing: int = 0
@@ -171,7 +171,7 @@ def check_resumed(said: str, epoch: int, cut: list[Path], tally: Tally) -> None:
         cut.remove(path)
     tally.passed_over += len(warned)
     resumed = re.search(r'resumed epoch: (\d+), iter', said)
-    anew = 'training starts from the beginning' in said
+    anew = 'training starts from scratch' in said
     if not resumed and not anew:
         tally.before_resuming += 1
         return

@@ -59,7 +59,7 @@ def graph_size(loss: Tensor) -> int:
 
 @dataclass
 class Figures:
-    """What was measured.
+    """The measurements.
 
     Args:
         seconds (list[float]): CPU time of each iteration; the clock would count other work, too.

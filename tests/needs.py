@@ -1,4 +1,4 @@
-"""What tests need: frameworks that an environment may be without, such as that of test-modern."""
+"""Requirements of tests: frameworks that an environment may lack, such as that of test-modern."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def may_need(*names: str) -> pytest.MarkDecorator:
 
 
 def needed_by(err: BaseException | None, declared: set[str], ours: set[str]) -> str:
-    """What an error would not have come up with; empty if it has to do with no framework.
+    """The missing framework behind an error; empty if there is none.
 
     Args:
         err (BaseException, optional): The error; those that it comes from are looked at, too.

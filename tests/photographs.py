@@ -1,4 +1,4 @@
-"""Data sets of a user's own, cut from two photographs of scikit-learn, as docs/own_data.md says."""
+"""Custom datasets, cut from two photographs of scikit-learn, as docs/own_data.md says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = {
     'tulip': ('china.jpg', (370, 210, 260, 200)),
 }
 FLOWER = CLASSES['daisy'][1]
-# Marked by hand in flower.jpg: its middle, two petals beside it, two at the rim.
+# Marked by hand in flower.jpg: its middle, two petals next to it, two at the rim.
 KEYPOINTS = ((307, 222), (352, 236), (262, 236), (398, 122), (222, 122))
 SHIFTS = {'train': ((0, 0), (-12, 9)), 'val': ((8, -6), (-9, -10))}  # of the crops, in pixels
 
@@ -42,7 +42,7 @@ def make_flowers(root: Path) -> None:
 
 
 def make_cats(root: Path) -> None:
-    """Key points in COCO format, 20 pixels of the photograph around each box."""
+    """Keypoints in COCO format, 20 pixels of the photograph around each box."""
     (root / 'annotations').mkdir(parents=True)
     left, top, width, height = FLOWER
     around = (left - 20, top - 20, width + 40, height + 40)

@@ -31,7 +31,7 @@ ITERATIONS = SHORT.format(length='max_iters=4', loader='num_workers=1')
 
 @dataclass(frozen=True)
 class Task:
-    """What all recipes of a task have in common.
+    """Common options of all recipes of a task.
 
     Args:
         metric (str): The main metric of the evaluator.

@@ -1,4 +1,4 @@
-"""What users get wrong: each mistake is an error that names argument, value and remedy.
+"""User mistakes: each is an error that names argument, value and remedy.
 
 ``BAD`` lists the mistakes, ``GOOD`` what looks like one and has to work.
 """
@@ -55,7 +55,7 @@ class Bad(NamedTuple):
 
 
 class Good(NamedTuple):
-    """What has to work: returns tensors and their shapes."""
+    """A valid call, which returns tensors and their shapes."""
 
     name: str
     call: Callable[[Path], object]
@@ -85,7 +85,7 @@ def field(words: str, **fields) -> Bad:
 
 
 ATTENTION = 'mmhrformer.LocalWindowSelfAttention'
-ONE_OR_FOUR = 'at least 1 token|4 streams'
+ONE_OR_FOUR = 'expected a positive integer|4 streams'
 CONFIGS = [
     option("'smal'|choose one of|'tiny', 'small', 'base'", arch='smal'),
     option("3|choose one of|'small'", arch=3),
@@ -94,50 +94,50 @@ CONFIGS = [
     option(
         "missing fields ['num_heads']", arch=dict(channels=(8, 16, 24, 32), num_modules=[1] * 3)
     ),
-    field('(8, 16, 24)|give 4 numbers', channels=(8, 16, 24)),
-    field("'abcd'|give 4 numbers|whole", channels='abcd'),
-    field('(8.0, 16, 24, 32)|give 4 numbers|whole', channels=(8.0, 16, 24, 32)),
-    field("(8, 16, 24, 'x')|give 4 numbers|whole", channels=(8, 16, 24, 'x')),
-    field('(8, 16, 24, -32)|at least 1', channels=(8, 16, 24, -32)),
-    field('(1, 2, 5, 4)|5 heads cannot share 24 channels', num_heads=(1, 2, 5, 4)),
-    field('None|give 4 numbers', num_heads=None),
-    field('(1, 2, 2, 4, 4)|give 4 numbers', num_heads=(1, 2, 2, 4, 4)),
-    field('(1, 0, 1)|at least 1', num_modules=(1, 0, 1)),
-    field('3|give 3 numbers', num_modules=3),
-    field('(1, 1, 1, 1)|give 3 numbers', num_modules=(1, 1, 1, 1)),
-    field('0|whole number of at least 1', num_blocks=0),
-    field('1.5|whole number of at least 1', num_blocks=1.5),
-    field("'2'|whole number of at least 1", num_blocks='2'),
-    field('-1|above 0', mlp_ratio=-1),
-    field('0.01|above 0|such as 4', mlp_ratio=0.01),
-    field('inf|above 0', mlp_ratio=float('inf')),
-    field("'4'|above 0", mlp_ratio='4'),
+    field('(8, 16, 24)|expected 4 positive integers', channels=(8, 16, 24)),
+    field("'abcd'|expected 4 positive integers", channels='abcd'),
+    field('(8.0, 16, 24, 32)|expected 4 positive integers', channels=(8.0, 16, 24, 32)),
+    field("(8, 16, 24, 'x')|expected 4 positive integers", channels=(8, 16, 24, 'x')),
+    field('(8, 16, 24, -32)|expected 4 positive integers', channels=(8, 16, 24, -32)),
+    field('(1, 2, 5, 4)|24 channels cannot be split into 5 heads', num_heads=(1, 2, 5, 4)),
+    field('None|expected 4 positive integers', num_heads=None),
+    field('(1, 2, 2, 4, 4)|expected 4 positive integers', num_heads=(1, 2, 2, 4, 4)),
+    field('(1, 0, 1)|expected 3 positive integers', num_modules=(1, 0, 1)),
+    field('3|expected 3 positive integers', num_modules=3),
+    field('(1, 1, 1, 1)|expected 3 positive integers', num_modules=(1, 1, 1, 1)),
+    field('0|expected a positive integer', num_blocks=0),
+    field('1.5|expected a positive integer', num_blocks=1.5),
+    field("'2'|expected a positive integer", num_blocks='2'),
+    field('-1|expected a positive number', mlp_ratio=-1),
+    field('0.01|expected a positive number|such as 4', mlp_ratio=0.01),
+    field('inf|expected a positive number', mlp_ratio=float('inf')),
+    field("'4'|expected a positive number", mlp_ratio='4'),
     option(f'(7, 7, 7)|{ONE_OR_FOUR}', window_size=(7, 7, 7)),
     option(f'0|{ONE_OR_FOUR}', window_size=0),
     option(f'(7, 7, 0, 7)|{ONE_OR_FOUR}', window_size=(7, 7, 0, 7)),
-    option(f"[7, 7, 7, '7']|{ONE_OR_FOUR}|whole", window_size=[7, 7, 7, '7']),
-    option(f'7.5|{ONE_OR_FOUR}|whole', window_size=7.5),
+    option(f"[7, 7, 7, '7']|{ONE_OR_FOUR}", window_size=[7, 7, 7, '7']),
+    option(f'7.5|{ONE_OR_FOUR}', window_size=7.5),
     option(f"'7777'|{ONE_OR_FOUR}", window_size='7777'),
     option(f'None|{ONE_OR_FOUR}', window_size=None),
-    option('-0.1|choose a number in [0, 1)', drop_path_rate=-0.1),
-    option('1.0|choose a number in [0, 1)', drop_path_rate=1.0),
-    option('nan|choose a number in [0, 1)', drop_path_rate=float('nan')),
-    option("'0.1'|choose a number in [0, 1)", drop_path_rate='0.1'),
-    option('(4,)|choose some of the streams (0, 1, 2, 3)', out_indices=(4,)),
-    option('(-5,)|choose some of the streams (0, 1, 2, 3)', out_indices=(-5,)),
-    option('(0, 0)|choose some of the streams (0, 1, 2, 3)', out_indices=(0, 0)),
-    option('()|choose some of the streams (0, 1, 2, 3)', out_indices=()),
-    option('(1.0,)|choose some of the streams (0, 1, 2, 3)', out_indices=(1.0,)),
-    option('4|choose some of the streams (0, 1, 2, 3)', out_indices=4),
-    option("'0'|choose some of the streams (0, 1, 2, 3)", out_indices='0'),
-    option('None|choose some of the streams (0, 1, 2, 3)', out_indices=None),
-    option('5|choose -1 to 4', frozen_stages=5),
-    option('-2|choose -1 to 4', frozen_stages=-2),
-    option("'1'|choose -1 to 4", frozen_stages='1'),
-    option('1.5|choose -1 to 4', frozen_stages=1.5),
-    option('0|at least 1', in_channels=0),
-    option("'3'|whole number", in_channels='3'),
-    option("'cubic'|choose 'nearest' or 'bilinear'", upsample='cubic'),
+    option('-0.1|expected a number in [0, 1)', drop_path_rate=-0.1),
+    option('1.0|expected a number in [0, 1)', drop_path_rate=1.0),
+    option('nan|expected a number in [0, 1)', drop_path_rate=float('nan')),
+    option("'0.1'|expected a number in [0, 1)", drop_path_rate='0.1'),
+    option('(4,)|expected distinct streams of (0, 1, 2, 3)', out_indices=(4,)),
+    option('(-5,)|expected distinct streams of (0, 1, 2, 3)', out_indices=(-5,)),
+    option('(0, 0)|expected distinct streams of (0, 1, 2, 3)', out_indices=(0, 0)),
+    option('()|expected distinct streams of (0, 1, 2, 3)', out_indices=()),
+    option('(1.0,)|expected distinct streams of (0, 1, 2, 3)', out_indices=(1.0,)),
+    option('4|expected distinct streams of (0, 1, 2, 3)', out_indices=4),
+    option("'0'|expected distinct streams of (0, 1, 2, 3)", out_indices='0'),
+    option('None|expected distinct streams of (0, 1, 2, 3)', out_indices=None),
+    option('5|expected an integer from -1 to 4', frozen_stages=5),
+    option('-2|expected an integer from -1 to 4', frozen_stages=-2),
+    option("'1'|expected an integer from -1 to 4", frozen_stages='1'),
+    option('1.5|expected an integer from -1 to 4', frozen_stages=1.5),
+    option('0|expected a positive integer', in_channels=0),
+    option("'3'|expected a positive integer", in_channels='3'),
+    option("'cubic'|expected 'nearest' or 'bilinear'", upsample='cubic'),
     option("None|dict(type='BN')", norm_cfg=None),
     option("{'typ': 'BN'}|dict(type='BN')", norm_cfg=dict(typ='BN')),
     option('(B, 8, H, W)|mmpretrain.LN2d|expected input with shape', norm_cfg=dict(type='LN')),
@@ -150,7 +150,9 @@ CONFIGS = [
     option("'epsilon'|dict(type='BN')", norm_cfg=dict(type='BN', epsilon=1e-3)),
     option("'BN'|dict(type='BN')", norm_cfg='BN'),
     option("None|dict(type='mmhrformer.NAME'", attn_cfg=None),
-    option('window_size|set those', attn_cfg=dict(type=ATTENTION, window_size=3)),
+    option(
+        'window_size|remove it and set the argument', attn_cfg=dict(type=ATTENTION, window_size=3)
+    ),
     option("{'hidden': 3}|dict(type='mmhrformer.NAME'", ffn_cfg=dict(hidden=3)),
     Bad(
         'attention that is not registered',
@@ -180,13 +182,13 @@ CONFIGS = [
         'drop path rate of a block',
         lambda _: HRFormerBlock(8, 2, drop_path_rate=1.5),
         ValueError,
-        ['drop_path_rate=1.5', 'choose a number in [0, 1)'],
+        ['drop_path_rate=1.5', 'expected a number in [0, 1)'],
     ),
     Bad(
         'no hidden channels in a block',
         lambda _: HRFormerBlock(8, 2, mlp_ratio=0),
         ValueError,
-        ['mlp_ratio=0', 'embed_dims=8', 'give a number above 0'],
+        ['mlp_ratio=0', 'embed_dims=8', 'use a larger number'],
     ),
 ]
 
@@ -249,21 +251,21 @@ HEADS = [
         'neck with three streams',
         lambda _: neck()(streams()[:3]),
         ValueError,
-        ['got 3 streams', 'fuses 4', 'out_indices'],
+        ['got 3 streams', 'expects 4', 'out_indices'],
     ),
-    Bad('neck for one number', lambda _: neck(8), ValueError, ['in_channels=8', 'each stream']),
+    Bad('neck for one number', lambda _: neck(8), ValueError, ['in_channels=8', 'one per stream']),
     Bad(
         'neck with no channels',
         lambda _: neck((8, 16, 24, 0)),
         ValueError,
-        ['in_channels=(8, 16, 24, 0)', 'at least 1'],
+        ['in_channels=(8, 16, 24, 0)', 'expected positive integers'],
     ),
     Bad('neck with no output', lambda _: neck(out_channels=0), ValueError, ['out_channels=0']),
     Bad(
         'neck with lists of different lengths',
         lambda _: neck(mid_channels=(4, 4)),
         ValueError,
-        ['in_channels=(8, 16, 24, 32)', 'mid_channels=(4, 4)', 'equal lengths'],
+        ['in_channels=(8, 16, 24, 32)', 'mid_channels=(4, 4)', 'must have the same length'],
     ),
     *(
         Bad(
@@ -284,13 +286,13 @@ HEADS = [
         'head without attention channels',
         lambda _: head(ocr_channels=0),
         ValueError,
-        ['ocr_channels=0', 'at least 1'],
+        ['ocr_channels=0', 'expected a positive integer'],
     ),
     Bad(
         'head with a negative dropout',
         lambda _: head(dropout_ratio=-0.5),
         ValueError,
-        ['dropout_ratio=-0.5', 'choose a number in [0, 1)'],
+        ['dropout_ratio=-0.5', 'expected a number in [0, 1)'],
     ),
     *(
         Bad(
@@ -306,7 +308,7 @@ HEADS = [
         'labels of another size',
         lambda _: loss([0, 1]),
         ValueError,
-        ['(1, 1, 2)', '(1, 3, 1, 4)', 'give class indices of shape (1, 1, 4)'],
+        ['(1, 1, 2)', '(1, 3, 1, 4)', 'expected class indices of shape (1, 1, 4)'],
     ),
     Bad(
         'labels of another type',
@@ -324,19 +326,19 @@ HEADS = [
         'class weights that are a name',
         lambda _: loss([0, 1, 2, 0], class_weight='cityscapes'),
         ValueError,
-        ["class_weight='cityscapes'", 'for each class'],
+        ["class_weight='cityscapes'", 'per class'],
     ),
     Bad(
         'negative class weight',
         lambda _: loss([0, 1, 2, 0], class_weight=[1, 1, -1]),
         ValueError,
-        ['class_weight=[1, 1, -1]', 'from 0 on'],
+        ['class_weight=[1, 1, -1]', 'non-negative'],
     ),
     Bad(
         'negative loss weight',
         lambda _: loss([0, 1, 2, 0], loss_weight=-1),
         ValueError,
-        ['loss_weight=-1', 'from 0 on'],
+        ['loss_weight=-1', 'non-negative'],
     ),
     Bad(
         'threshold of OHEM',
@@ -372,8 +374,8 @@ TENSORS = [
         tensor(str(dtype), lambda dtype=dtype: image(dtype=dtype), TypeError, str(dtype), *TO_FLOAT)
         for dtype in (torch.float64, torch.float16, torch.int64, torch.uint8, torch.complex64)
     ),
-    tensor('numpy', lambda: image().numpy(), TypeError, 'ndarray', 'give a tensor'),
-    tensor('list', lambda: [image()], TypeError, 'list', 'give a tensor'),
+    tensor('numpy', lambda: image().numpy(), TypeError, 'ndarray', 'expected a tensor'),
+    tensor('list', lambda: [image()], TypeError, 'list', 'expected a tensor'),
     # torch's own words: how much was wanted. More than a process can address, so that no machine
     # tries to find the memory.
     Bad(
@@ -389,7 +391,7 @@ TENSORS = [
 
 
 class Classifier(nn.Module):
-    """What load_checkpoint takes for a whole model: a backbone, and a head for classes."""
+    """A minimal whole model for load_checkpoint: a backbone and a classification head."""
 
     def __init__(self, classes: int = 10, **options) -> None:
         super().__init__()
@@ -399,7 +401,7 @@ class Classifier(nn.Module):
 
 
 class Code:
-    """What an attacker saves: unpickling it makes a file."""
+    """A malicious object: unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -445,24 +447,32 @@ CHECKPOINTS = [
     checkpoint('empty file', lambda _: b'', ValueError, 'a.pth', 'empty', 'download it again'),
     checkpoint('text', lambda _: b'notes', ValueError, 'a.pth', 'text', 'check the path'),
     checkpoint('web page', lambda _: PAGE, ValueError, 'a.pth', 'web page', 'download the file'),
-    checkpoint('truncated', truncated, ValueError, 'a.pth', 'cut off', 'download it again'),
+    checkpoint('truncated', truncated, ValueError, 'a.pth', 'truncated', 'download it again'),
     checkpoint(
         'code for a weight',
         lambda folder: {**weights(), 'backbone.conv1.weight': Code(folder / 'made')},
         ValueError,
-        *('a.pth', "'backbone.conv1.weight' is stored as posix.mkdir", 'make ordinary tensors'),
+        *(
+            'a.pth',
+            "'backbone.conv1.weight' is stored as posix.mkdir",
+            'convert such weights to ordinary tensors',
+        ),
     ),
     checkpoint(
         'NumPy weights',
         lambda _: dict(state_dict={key: tensor.numpy() for key, tensor in weights().items()}),
         ValueError,
-        *('a.pth', "'backbone.conv1.weight' is stored as numpy.", 'make ordinary tensors'),
+        *(
+            'a.pth',
+            "'backbone.conv1.weight' is stored as numpy.",
+            'convert such weights to ordinary tensors',
+        ),
     ),
     checkpoint(
         'quantized weights',
         lambda _: {key: tensor.to(torch.int8) for key, tensor in weights().items()},
         RuntimeError,
-        *('a.pth', 'torch.int8', 'quantized', 'before it was quantized'),
+        *('a.pth', 'torch.int8', 'quantized', 'before quantization'),
     ),
     checkpoint(
         'a whole model',
@@ -489,7 +499,7 @@ CHECKPOINTS = [
             for key, tensor in weights().items()
         },
         ValueError,
-        *('168 rows', 'no square window'),
+        *('168 rows', 'does not match any square window'),
     ),
     checkpoint(
         'other classes',
@@ -501,37 +511,37 @@ CHECKPOINTS = [
         'half the keys',
         lambda _: half(weights()),
         RuntimeError,
-        *('not of this model', 'missing in the checkpoint: head.fc.weight'),
+        *('does not match the model', 'missing in the checkpoint: head.fc.weight'),
     ),
     checkpoint(
         'a key too many',
         lambda _: {**weights(), 'head.fc2.weight': torch.ones(1)},
         RuntimeError,
-        *('not of this model', 'not used by the model: head.fc2.weight'),
+        *('does not match the model', 'not used by the model: head.fc2.weight'),
     ),
     checkpoint(
         'NaN',
         lambda _: spoil('backbone.stage2.0.branches.0.0.ffn.fc1.bias', float('nan')),
         ValueError,
-        *('NaN or infinite', 'ffn.fc1.bias', 'Take an earlier checkpoint'),
+        *('NaN or infinite', 'ffn.fc1.bias', 'Use an earlier checkpoint'),
     ),
     checkpoint(
         'infinity',
         lambda _: {k: v.half() for k, v in spoil('head.fc.bias', float('inf')).items()},
         ValueError,
-        *('NaN or infinite', 'head.fc.bias', 'Take an earlier checkpoint'),
+        *('NaN or infinite', 'head.fc.bias', 'Use an earlier checkpoint'),
     ),
     checkpoint(
         'nested in an unknown key',
         lambda _: dict(net=weights(), epoch=3),
         ValueError,
-        *("['net', 'epoch']", "'state_dict' and 'model'", "key='net'", '--key net'),
+        *("['net', 'epoch']", "'state_dict' or 'model'", "key='net'", '--key net'),
     ),
     checkpoint(
         'nested where nothing is known of it',
         lambda _: dict(net=dict(tensors={'fc.weight': torch.ones(1)}), epoch=3),
         ValueError,
-        *("['net', 'epoch']", "'state_dict' and 'model'", "['net']['tensors'], NEW_FILE)"),
+        *("['net', 'epoch']", "'state_dict' or 'model'", "['net']['tensors'], NEW_FILE)"),
     ),
     checkpoint(
         'two models',
@@ -543,7 +553,7 @@ CHECKPOINTS = [
         'another network',
         lambda _: nn.Conv2d(1, 1, 1).state_dict(),
         ValueError,
-        *('no HRFormer checkpoint', "['weight', 'bias']", 'Check that it is the file you mean'),
+        *('not an HRFormer checkpoint', "['weight', 'bias']", 'Check that it is the intended file'),
     ),
     checkpoint('a list', lambda _: [torch.ones(1)], ValueError, 'a.pth', 'list', 'tensors by name'),
     Bad(
@@ -594,7 +604,7 @@ def transform(name: str, call: Callable[[], object], *words: str) -> Bad:
     return Bad(name, lambda _: call(), ValueError, list(words))
 
 
-NO_PIXELS = ('a/b.jpg', 'with pixels', 'remove damaged files')
+NO_PIXELS = ('a/b.jpg', 'expected a non-empty array', 'remove damaged files')
 DATA = [
     # The loaders are the frameworks': a missing or broken file is at least named.
     Bad(
@@ -630,9 +640,9 @@ DATA = [
         for t in (PLACE, SCALE)
     ),
     transform(
-        'colour around an image of another number of channels',
+        'color around an image of another number of channels',
         lambda: PLACE(sample(channels=1)),
-        *('pad_val=(0, 0, 0)', '1 channels', 'one number for each channel'),
+        *('pad_val=(0, 0, 0)', '1 channels', 'one number per channel'),
     ),
     transform(
         'brightness of floats',
@@ -665,7 +675,7 @@ DATA = [
         )
     ),
     Bad(
-        'missing data set',
+        'missing dataset',
         lambda folder: check_config(dict(train_dataloader=data_of(folder / 'coco'))),
         FileNotFoundError,
         ['train_dataloader.dataset.data_root', 'coco', 'docs/datasets.md#coco-keypoints'],
@@ -744,7 +754,7 @@ COMMANDS = [
     command(
         'get_flops',
         './a.py',
-        words=['a.py', 'no model', 'give a config'],
+        words=['a.py', 'no model', 'use a config'],
         files={'a.py': 'a = 1\n'},
     ),
     command(
@@ -756,13 +766,13 @@ COMMANDS = [
     command('get_flops', OURS, '--shape', 'a', 'b', words=['--shape', "'a'", 'usage']),
     command('get_flops', './b.py', words=["arch='smal'"], files={'b.py': CONFIG.format("'smal'")}),
     command(*TO, './b.pth', words=["'no.pth'", 'list_models()']),
-    command(*TO, './no/b.pth', words=['no folder', 'make it first']),
+    command(*TO, './no/b.pth', words=['no folder', 'create it first']),
     command(*TO, './c.pth', words=['c.pth', 'exists', '--overwrite'], files={'c.pth': ''}),
     command(*TO, './b.pth', '--to', 'timm', words=['--to', "'timm'", 'choose from', 'mmpose']),
     command(
         'convert_checkpoint',
         *('./a.pth', './b.pth'),
-        words=['a.pth', 'is text', 'check the path'],
+        words=['a.pth', 'is a text file', 'check the path'],
         files={'a.pth': 'notes'},
     ),
     Bad(
@@ -787,7 +797,7 @@ COMMANDS = [
         'get_model: wrong option',
         lambda folder: built(folder, cfg_options={'model.frozen_stages': 9}),
         ValueError,
-        ['frozen_stages=9', 'choose -1 to 4'],
+        ['frozen_stages=9', 'expected an integer from -1 to 4'],
     ),
     Bad(
         'get_model: unknown device',
@@ -817,7 +827,7 @@ def test_the_table_has_every_case_once():
 
 
 def heatmaps_without_positions(_: Path) -> list[Tensor]:
-    """As the pose configs make targets, of keypoints that nobody could find."""
+    """Targets as in the pose configs, for keypoints that cannot be predicted."""
     from mmpose.codecs import UDPHeatmap
 
     codec = UDPHeatmap(input_size=(64, 64), heatmap_size=(16, 16))
@@ -828,7 +838,7 @@ def heatmaps_without_positions(_: Path) -> list[Tensor]:
 
 
 def outside(_: Path) -> list[Tensor]:
-    """Of a person who left the image only the centre is outside, not the size."""
+    """For a person who left the image, only the center is outside; the size is unchanged."""
     results = TURN({**boxes(100, 200), 'bbox_center': np.array([[-50.0, 900.0]])})
     return [torch.from_numpy(results['bbox_scale']), torch.from_numpy(results['bbox_center'])]
 

@@ -96,7 +96,7 @@ def test_links_lead_somewhere(page):
 
 
 def facts(readme: Path) -> tuple[set, set, set]:
-    """What does not depend on the language: links, numbers, lines of code without comments."""
+    """Language-independent parts: links, numbers, lines of code without comments."""
     text = readme.read_text()
     prose = FENCE.sub('', text)
     links = {link for link in re.findall(r'\]\((.*?)\)', prose) if 'README' not in link}

@@ -1,4 +1,4 @@
-"""The examples in the documentation of the code run, and the public classes have documentation."""
+"""The examples in docstrings run, and public classes are documented."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES = [
 
 @pytest.fixture
 def _logger():
-    """A logger that exists already; else its messages are taken for the output of an example."""
+    """A logger that already exists; otherwise its messages would count as output of an example."""
     MMLogger.get_current_instance()
 
 
@@ -40,7 +40,7 @@ def test_examples_run(name):
 
 
 def test_examples_exist():
-    """Else the tests above would pass for the wrong reason."""
+    """Otherwise the tests above would pass for the wrong reason."""
     parser = doctest.DocTestFinder()
     examples = [e for test in parser.find(models.HRFormer) for e in test.examples]
     assert len(examples) >= 2

@@ -1,6 +1,6 @@
-"""Every command and every block of Python in the pages is run, or stands in a list with the reason.
+"""Every command and Python block of the pages is run, or listed with the reason.
 
-The blocks of Python are executed. The shell reads the commands, with programs that only write down
+Python blocks are executed. The shell runs the commands with programs that only write down
 what they are called with; each call is then run in this process up to the point where it would
 train, test or take its time: arguments are parsed by the tool itself, configs are read and merged.
 ``>>>`` examples and complete configs are run in test_docs.py and test_own_data.py.
@@ -47,30 +47,30 @@ TEXTS = [*PAGES, ROOT / 'README.md', ROOT / 'CONTRIBUTING.md',
          *sorted(ROOT.glob('configs/*/README.md'))]  # fmt: skip
 # Kinds of blocks that have nothing to run: output, folders, a citation, directives of Sphinx.
 NOT_CODE = re.compile(r'|text|bibtex|\{.*')
-# Beginnings of blocks of Python that are not run -> why.
+# Beginnings of Python blocks that are not run -> reason.
 NOT_RUN = {
     'fused = fuse_for_inference(model.cuda()': 'needs a GPU; tests/gpu captures such graphs',
     'program = torch.export.export(': 'needs torch 2.5; tests/deploy/test_onnx.py exports likewise',
     'import openvino': 'OpenVINO is not installed; its outputs and times are those of the page',
     'from peft import': 'peft is not installed; tried with peft 0.21 and torch 2.13',
 }
-# What is written otherwise for the time or the device of a test.
+# Replacements that save time or need no GPU.
 SMALLER = {
     'torch.rand(1, 3, 512, 1024)': 'torch.rand(1, 3, 64, 128)',
     "device='cuda', dtype='float16'": "device='cpu', dtype='bfloat16'",
 }
-# Programs whose calls are not looked into -> why.
+# Programs whose calls are not checked -> reason.
 OTHERS = {
     'git': 'network',
-    'tar': 'archives of the real data sets',
-    'unzip': 'archives of the real data sets',
-    'mv': 'archives of the real data sets',
-    'rm': 'archives of the real data sets',
-    'mkdir': 'folders for the real data sets',
+    'tar': 'archives of the real datasets',
+    'unzip': 'archives of the real datasets',
+    'mv': 'archives of the real datasets',
+    'rm': 'archives of the real datasets',
+    'mkdir': 'folders for the real datasets',
     'ln': 'a folder with real data',
     'trtexec': "NVIDIA's",
 }
-# Words in capitals that stand for what a user has.
+# Placeholders in capitals -> values.
 STANDS_FOR = {
     'CONFIG': 'td-hm_hrformer-tiny_8xb32-210e_coco-256x192',
     'CONFIG_PATH': 'configs/hrformer_pose/td-hm_hrformer-tiny_8xb32-210e_coco-256x192.py',
@@ -93,7 +93,7 @@ def is_config(code: str) -> bool:
 
 
 def test_nothing_else_is_shown():
-    """A new kind of block needs a test, and the lists above have nothing in excess."""
+    """A new kind of block needs a test, and the lists above have no unused entries."""
     known = {'pycon', 'python', 'bash', 'shell'}
     for page, line, kind, code in all_blocks():
         assert kind in known or NOT_CODE.fullmatch(kind), f'{name_of(page)}:{line}: {kind!r}'
@@ -117,7 +117,7 @@ def few(name: str) -> dict:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder as the pages suppose it, small architectures, and a zoo without network."""
+    """A folder as the pages assume, small architectures, and a zoo without network."""
     monkeypatch.chdir(tmp_path)
     for name in list(ARCHS):
         monkeypatch.setitem(ARCHS, name, few(name))
@@ -182,7 +182,7 @@ def for_faq(folder: Path) -> dict:
     return dict(np=np, Image=Image)
 
 
-# What the blocks of a page suppose -> the files are written, and names given.
+# Names that the blocks of a page assume; the files are written.
 SUPPOSED: dict[str, Callable[[Path], dict]] = {
     'README': for_readme,
     'checkpoints': for_checkpoints,
@@ -206,7 +206,7 @@ WITH_PYTHON = [
 
 @pytest.mark.parametrize('page', WITH_PYTHON)
 def test_python(page, workplace):
-    """The blocks of a page, one after the other."""
+    """Run the blocks of a page in order."""
     names = SUPPOSED.get(page.stem, lambda folder: {})(workplace)
     for line, code in python_of(page):
         if '_base_ =' in code:  # part of a config
@@ -264,7 +264,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def shims(tmp_path_factory) -> Path:
-    """Programs that only write down how they are called."""
+    """Programs that only record their arguments."""
     folder = tmp_path_factory.mktemp('shims')
     for name in PROGRAMS:
         (folder / name).write_text(SHIM)
@@ -274,7 +274,7 @@ def shims(tmp_path_factory) -> Path:
 
 
 def calls_of(page: Path, shims: Path, folder: Path) -> list[list[str]]:
-    """What the commands of a page call, as a shell reads them."""
+    """Calls made by the commands of a page, as a shell parses them."""
     activate = folder / '.venv/bin/activate'
     activate.parent.mkdir(parents=True)
     activate.touch()
@@ -295,12 +295,12 @@ def calls_of(page: Path, shims: Path, folder: Path) -> list[list[str]]:
 
 
 class Parsed(Exception):  # noqa: N818
-    """The arguments of a tool are valid; it goes no further."""
+    """Raised once the arguments of a tool are valid."""
 
 
 @pytest.fixture
 def stops(monkeypatch, clone) -> list:
-    """Tools stop after their arguments, runs before they start; what was reached is listed."""
+    """Stop tools after parsing and runs before they start; list those that were reached."""
     reached: list = []
     parse = argparse.ArgumentParser.parse_args
 
@@ -327,7 +327,7 @@ def stops(monkeypatch, clone) -> list:
 
 
 def check_words(words: list[str]) -> None:
-    """Configs exist, and their options begin with something that is read."""
+    """Configs exist, and options begin with a name that is read."""
     for word in words:
         if re.fullmatch(r'(td-hm|ocrnet|hrformer|hrnet|retinanet)[\w-]*_[\w-]+', word):
             assert find_config(word)
@@ -337,7 +337,7 @@ def check_words(words: list[str]) -> None:
 
 
 def run_module(name: str, args: list[str]) -> None:
-    """What ``python -m`` runs; pytest and sphinx get no further than their options."""
+    """Run ``python -m``; for pytest and sphinx, only check the options."""
     if name == 'mmhrformer':
         assert args[0] in COMMANDS
         main(args)
@@ -352,8 +352,8 @@ def run_module(name: str, args: list[str]) -> None:
 
 
 def run_python(args: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of Python in this process."""
-    if args[0] in ('-c', '-'):  # the name of a folder; a script for a real data set
+    """Run a Python call in this process."""
+    if args[0] in ('-c', '-'):  # the name of a folder; a script for a real dataset
         return
     check_words(args)
     reached = len(stops)
@@ -363,7 +363,7 @@ def run_python(args: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
             run_module(args[1], args[2:])
             return
         script = find_script(args[0])
-        if 'FOLDER_OF_' in args[0]:  # of a framework, for a real data set
+        if 'FOLDER_OF_' in args[0]:  # of a framework, for a real dataset
             options = [word for word in args if word.startswith('--')]
             assert all(f"'{option}'" in script.read_text() for option in options)
             return
@@ -375,7 +375,7 @@ def run_python(args: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def find_script(name: str) -> Path:
-    """A script in the checkout, or in a framework where a command names its folder."""
+    """Run a script of the checkout, or of a framework if the command names its folder."""
     if package := re.match(r'FOLDER_OF_(\w+)/(.*)', name):
         return Path(__import__(package[1]).__path__[0], package[2])
     return ROOT / name
@@ -413,7 +413,7 @@ def check_call(call: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_script_that_checks_a_data_set(clone, tmp_path, monkeypatch, capsys):
-    """The one that the shell gives to Python, on data laid out as COCO."""
+    """Run the script that the shell pipes to Python, on data laid out as COCO."""
     (script,) = re.findall(r"^python - CONFIG_PATH <<'EOF'\n(.*?)^EOF$",
                            shell_of(DOCS / 'datasets.md'), re.M | re.S)  # fmt: skip
     make('coco', tmp_path / 'data')
@@ -433,7 +433,7 @@ def test_commands(page, shims, stops, tmp_path, monkeypatch):
 
 
 def test_commands_are_found(shims, tmp_path):
-    """Else the test above would pass for the wrong reason."""
+    """Otherwise the test above would pass for the wrong reason."""
     pages = [DOCS / 'training.md', ROOT / 'README.md']
     for page in pages:
         (tmp_path / page.stem).mkdir()

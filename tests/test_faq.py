@@ -1,4 +1,4 @@
-"""What stock packages say where the FAQ quotes them, and that its remedies help."""
+"""The messages of stock packages quoted in the FAQ, and its remedies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_batch_of_one_image():
 
 
 def pose_loss(input_size: tuple, heatmap_size: tuple, visibility: float = 1) -> float:
-    """Of a pose model and one person."""
+    """Loss of a pose model for one person."""
     structures = pytest.importorskip('mmpose.structures')
     from mmengine.structures import InstanceData, PixelData
     from mmpose.registry import KEYPOINT_CODECS, MODELS

@@ -131,7 +131,7 @@ def images(batch: int, height: int, width: int, layout: str) -> Tensor:
 
 
 def expected_shapes(model: HRFormer, x: Tensor) -> list[tuple[int, ...]]:
-    """As the class documents them."""
+    """The options as documented by the class."""
     return [
         (
             len(x),
@@ -286,12 +286,12 @@ def test_tensors_marked_as_folders_are_noticed(weights, tmp_path):
     damaged = bytearray(content)
     damaged[entry + 38] ^= 0x10
     (tmp_path / 'a.pth').write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"a\.pth.*it is damaged.*data/0' is no file.*again"):
+    with pytest.raises(ValueError, match=r"a\.pth.*it is damaged.*data/0' is not a file.*again"):
         load_checkpoint(HRFormer(arch=MICRO), tmp_path / 'a.pth')
 
 
 def tensor_bytes(content: bytes, weights: dict[str, Tensor]) -> set[int]:
-    """Where the numbers of the tensors are, in formats without checksums."""
+    """Positions of the tensors' data, in formats without checksums."""
     places: set[int] = set()
     for tensor in weights.values():
         data = tensor.contiguous().numpy().tobytes()

@@ -55,18 +55,18 @@ def test_weights_of_any_dialect(tmp_path):
     model = get_model(name, pretrained=file)
     head = golden.official_state_dict('keys_pose_tiny.json')['keypoint_head.final_layer.weight']
     assert torch.equal(model.head.final_layer.weight, head)
-    with pytest.raises(RuntimeError, match='the checkpoint is not of this model'):
+    with pytest.raises(RuntimeError, match='the checkpoint does not match the model'):
         get_model(TINY, pretrained=file)
 
 
 def bytes_read() -> int:
-    """What this process has read from files so far."""
+    """Number of bytes that this process has read so far."""
     return int(Path('/proc/self/io').read_text().split()[1])
 
 
 @pytest.mark.skipif(not Path('/proc/self/io').is_file(), reason='counts as Linux does')
 def test_checkpoints_are_read_once(tmp_path):
-    """Also where the hash in the name and the checksums are compared, and classes looked up."""
+    """Even though the hash and the checksums are verified, and class names looked up."""
     model = get_model(TINY)
     assert model.dataset_meta == {}
     classes = [f'class {i}' for i in range(1000)]

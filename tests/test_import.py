@@ -56,7 +56,7 @@ print(json.dumps(dict(
 
 
 def test_importing_does_nothing_else():
-    """As under a launcher, on a machine without a GPU."""
+    """An environment as under a launcher, on a machine without a GPU."""
     env = dict(ENV, RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, '-c', WATCHED]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)

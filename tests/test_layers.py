@@ -1,4 +1,4 @@
-"""Modules import those below them only, so that no import goes round in a circle.
+"""Modules import only those in lower layers, so there are no import cycles.
 
 Imports inside functions count, and so do those that Python adds: of a package before what is in it.
 Imports that only type checkers see do not.
@@ -71,7 +71,7 @@ def with_parents(name: str) -> Iterator[str]:
 
 
 def part_of(module: str) -> str:
-    """What is in the table of layers for a module."""
+    """The entry of a module in the table of layers."""
     return f'{module}.'.split('.')[1]
 
 
@@ -99,7 +99,7 @@ def test_imports_point_down():
 
 
 def test_functions_fit_on_a_screen():
-    """But for Triton kernels and what calls them."""
+    """Except for Triton kernels and their callers."""
     long = [
         f'{file.relative_to(ROOT)}: {node.name}, {lines} lines'
         for folder in ('mmhrformer', 'tools', 'benchmarks', 'demo', 'dev')
@@ -127,7 +127,7 @@ def test_functions_fit_on_a_screen():
     ],
 )
 def test_all_forms_of_import_are_seen(text, tmp_path):
-    """Else the tests above would pass for the wrong reason."""
+    """Otherwise the tests above would pass for the wrong reason."""
     root = tmp_path / 'p'
     (root / 'above').mkdir(parents=True)
     (root / '__init__.py').write_text('from . import above')

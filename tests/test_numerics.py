@@ -291,7 +291,7 @@ def test_extreme_images_give_finite_streams(mode, half):
 @pytest.mark.parametrize('half', [False, True], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('mode', MODES)
 def test_nan_in_a_pixel_shows_in_every_stream(mode, half):
-    """And only in the image it is in, unless the batch is normalized together."""
+    """And only in its own image, unless the batch is normalized together."""
     model, x = MODES[mode](make_backbone()), make_images()
     x[0, 1, 30, 30] = float('nan')
     with torch.no_grad(), torch.autocast('cpu', enabled=half):

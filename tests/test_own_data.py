@@ -1,4 +1,4 @@
-"""From a folder of photographs to a tested checkpoint, by the configs and commands of the pages."""
+"""From a folder of photographs to a tested checkpoint, with the documented configs and commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = needs('mmpretrain', 'mmpose', 'mmseg')
 COMMANDS, FINE_TUNING = map(commands_of, OWN_DATA)
 DATA = {'flowers': make_flowers, 'cats': make_cats, 'leaves': make_leaves}
 LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
-FEW = dict(num_modules=(1, 1, 1), num_blocks=1)  # streams as the heads want them, but few blocks
+FEW = dict(num_modules=(1, 1, 1), num_blocks=1)  # streams as the heads expect, but few blocks
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +44,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _in_the_clone(clone, monkeypatch):
-    """Commands run there, with an HRFormer-S of few blocks."""
+    """Run commands in the clone, with an HRFormer-S of few blocks."""
     monkeypatch.chdir(clone)
     monkeypatch.setattr('mmhrformer.configs.config_root', lambda: clone / 'configs')
     monkeypatch.setitem(ARCHS, 'small', dict(ARCHS['small'], **FEW))
@@ -55,7 +55,7 @@ def read(name: str) -> Config:
 
 
 def adapt(words: list[str], name: str, last: str) -> list[str]:
-    """A command for flowers as the page says to change it for other data."""
+    """A command for flowers, adapted to other data as the page says."""
     words = [word.replace('my_flowers', name).replace('epoch_30', last) for word in words]
     no_weights = 'load_from=None' if name == 'my_flowers' else 'model.backbone.init_cfg=None'
     return [no_weights if word == 'load_from=None' else word for word in words]
@@ -69,7 +69,7 @@ NARROW = [f'model.decode_head.{i}.channels=32' for i in (0, 1)]
 
 @pytest.fixture
 def tensorboard(monkeypatch) -> list[tuple]:
-    """What is written to TensorBoard, which needs not be installed."""
+    """What is written to TensorBoard, with a stand-in so that it need not be installed."""
     written = []
 
     class SummaryWriter(SimpleNamespace):
@@ -169,7 +169,7 @@ def test_other_sizes_and_heads(name, size):
 
 
 def test_own_leaves_in_the_size_of_the_paper():
-    """Its model is trained above, in another size."""
+    """The same model is trained above, at another size."""
     cfg = read('my_leaves')
     assert dead_options(cfg) == late_variables(cfg) == {}
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -181,7 +181,7 @@ def test_own_leaves_in_the_size_of_the_paper():
 
 
 def test_lora(tmp_path):
-    """Updates and head are trained and saved; they give the same over the frozen weights."""
+    """Only updates and head are trained and saved; outputs on the frozen weights are the same."""
     cfg = read('my_lora_cats')
     backbone = dict(cfg.model.backbone.module, init_cfg=None)
     with DefaultScope.overwrite_default_scope('mmpose'):
@@ -243,7 +243,7 @@ def test_weights_and_biases_beside_the_files(monkeypatch, tmp_path):
     assert calls == [('init', dict(project='cats', dir=str(tmp_path / 'vis_data'))),
                      ('log', dict(loss=0.5))]  # fmt: skip
     assert json.loads((tmp_path / 'vis_data/scalars.json').read_text())['loss'] == 0.5
-    # By the command line, in the place of the files.
+    # From the command line, in place of the files.
     (command,) = (words for words in FINE_TUNING if 'Wandb' in words[-1])
     plain.merge_from_dict(dict([command[-1].split('=')]))
     assert dead_options(plain) == late_variables(plain) == {}
@@ -255,7 +255,7 @@ def test_weights_and_biases_beside_the_files(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name', ['my_flowers', 'my_cats', 'my_leaves'])
 def test_without_a_clone(name, clone, tmp_path, monkeypatch):
-    """The same config comes of a base that print_config wrote beside it."""
+    """A base that print_config wrote next to the config gives the same config."""
     expected = read(name)
     monkeypatch.chdir(tmp_path)
     text = (clone / f'configs/my/{name}.py').read_text()
@@ -276,7 +276,7 @@ def test_without_a_clone(name, clone, tmp_path, monkeypatch):
 
 
 def test_own_classes_keep_backbone_and_neck(tmp_path):
-    """Of the published classifier, all but the last layer."""
+    """All but the last layer of the published classifier is loaded."""
     cfg = read('my_flowers')
     assert cfg.load_from == 'mmhrformer://hrformer-small_8xb128_in1k'
     published = Config.fromfile(ROOT / 'configs/hrformer_cls/hrformer-small_8xb128_in1k.py')

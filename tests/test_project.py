@@ -93,7 +93,7 @@ def test_hub(monkeypatch):
 def test_the_example_runs():
     said = run([sys.executable, str(ROOT / 'examples/minimal.py')], ROOT)
     assert said.splitlines()[0] == '(2, 18, 64, 48)'
-    assert 'parameters learn' in said
+    assert 'parameters with grad' in said
 
 
 def test_a_tag_has_to_be_the_version(tmp_path):

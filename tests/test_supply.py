@@ -1,4 +1,4 @@
-"""What SECURITY.md promises about importing, and what the environments are made of."""
+"""The promises of SECURITY.md about importing, and the composition of the environments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ mmhrformer.load_checkpoint(model, model.state_dict())
 
 
 def events(code: str, before: str = '') -> list[list[str]]:
-    """What code does in a fresh process: connections, changes of files, other processes."""
+    """Side effects of code in a fresh process: connections, file changes, other processes."""
     code = f'{before}{WATCH}{code}\njson.dump(seen, sys.stdout)'
     done = subprocess.run(
         [sys.executable, '-c', code],

@@ -1,9 +1,9 @@
-"""Tiny data sets, laid out as the real ones, for the stock dataset classes to read.
+"""Tiny datasets, laid out as the real ones, for the stock dataset classes to read.
 
 ``python tests/tiny_datasets.py data`` makes all of them. The files have the names, the formats and
-the oddities of the real ones, so that a config reads them as it stands: grey and CMYK pictures,
+the oddities of the real ones, so that a config reads them as it stands: gray and CMYK pictures,
 crowds, people without key points, images that belong to no split. Only the content is drawn: every
-class has a colour, every joint a dot, each the same in all images.
+class has a color, every joint a dot, each the same in all images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 SEED = 0
-COLOURS = np.random.default_rng(SEED).integers(0, 256, (256, 3))  # of the labels
+COLORS = np.random.default_rng(SEED).integers(0, 256, (256, 3))  # of the labels
 # Height and width of the images of a split, in turn: smaller than any crop, odd, high, wide.
 SIZES = ((41, 53), (120, 151), (97, 73), (64, 128))
 
 
 def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
-    """Write an image, in another colour mode of Pillow if one is given."""
+    """Write an image, in another color mode of Pillow if one is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels)
     (image.convert(mode) if mode else image).save(path)
@@ -53,7 +53,7 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 # Three of the classes, and which ones of the 1000 they are.
 CLASSES = {'n01440764': 0, 'n02099601': 207, 'n15075141': 999}
-PICTURES = {  # with the colour modes that occur among the real ones, too
+PICTURES = {  # with the color modes that occur among the real ones, too
     'train': {
         'n01440764/n01440764_10026': None,
         'n01440764/n01440764_10027': 'L',
@@ -162,7 +162,7 @@ def draw_people(rng: np.random.Generator, size: tuple[int, int], people: list[di
     for person in people:
         for joint, (x, y, seen) in enumerate(np.reshape(person['keypoints'], (17, 3)).tolist()):
             if seen:
-                cv2.circle(image, (x, y), 4, COLOURS[joint].tolist(), -1)
+                cv2.circle(image, (x, y), 4, COLORS[joint].tolist(), -1)
     return image
 
 
@@ -182,7 +182,7 @@ def make_people(rng: np.random.Generator, root: Path, split: str) -> tuple[dict,
 
     Args:
         rng (np.random.Generator): Source of randomness.
-        root (Path): Folder of the data set.
+        root (Path): Folder of the dataset.
         split (str): ``'train2017'``, ``'val2017'`` or ``'test2017'``.
 
     Returns:
@@ -218,7 +218,7 @@ def make_coco(root: Path) -> None:
 
 @dataclass(frozen=True)
 class LabelMaps:
-    """What a segmentation data set looks like on disk.
+    """Layout of a segmentation dataset on disk.
 
     Args:
         splits (dict): The names of the images of each split.
@@ -296,7 +296,7 @@ ADE20K = LabelMaps(
 def draw_labels(
     rng: np.random.Generator, size: tuple[int, int], kind: LabelMaps
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene of coloured rectangles.
+    """Draw a scene of colored rectangles.
 
     Args:
         rng (np.random.Generator): Source of randomness.
@@ -309,14 +309,14 @@ def draw_labels(
     coarse = rng.choice(kind.classes, (4, 5)).astype(np.uint8)
     coarse.flat[[0, 7, 19]] = kind.classes[0], kind.ignored, kind.classes[-1]
     labels = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
-    return add_noise(rng, COLOURS[labels]), labels
+    return add_noise(rng, COLORS[labels]), labels
 
 
 def make_label_maps(root: Path, kind: LabelMaps) -> None:
-    """Write images, label maps and lists of a segmentation data set.
+    """Write images, label maps and lists of a segmentation dataset.
 
     Args:
-        root (Path): Folder of the data set.
+        root (Path): Folder of the dataset.
         kind (LabelMaps): What it looks like.
     """
     rng = np.random.default_rng(SEED)
@@ -333,7 +333,7 @@ def make_label_maps(root: Path, kind: LabelMaps) -> None:
 
 # ---------------------------------------------------------------- all
 
-# Name -> its folder in the folder of all data sets, and what writes it.
+# Name -> its folder in the folder of all datasets, and what writes it.
 DATASETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     'imagenet': ('imagenet', make_imagenet),
     'coco': ('coco', make_coco),
@@ -345,11 +345,11 @@ DATASETS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def make(name: str, data: Path) -> Path:
-    """Write a tiny data set.
+    """Write a tiny dataset.
 
     Args:
         name (str): A key of ``DATASETS``.
-        data (Path): Folder of all data sets, ``data`` for our configs.
+        data (Path): Folder of all datasets, ``data`` for our configs.
 
     Returns:
         Path: Folder of this one, what the configs call ``data_root``.

@@ -1,4 +1,4 @@
-"""Measure speed and memory of our models and of their peers: ``benchmarks/benchmark.py``."""
+"""Measure speed and memory of HRFormer and of other models: ``benchmarks/benchmark.py``."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Draw what a data set gives to the model: images and labels behind all of the augmentation.
+"""Draw samples of a dataset as the model gets them: images and labels after augmentation.
 
 Example:
   python -m mmhrformer browse_dataset hrformer-demo_1xb64-6e_digits --number 4 --out digits
 
-It builds the data set of any of the three frameworks as a training run does, and draws with the
-framework's own visualizer. The images are taken at even distances from the whole data set. It
-stands in for the browse_dataset.py of mmpretrain and mmsegmentation, which fail with current
-versions of matplotlib and OpenCV.
+The dataset of any of the three frameworks is built as for training, and drawn by the framework's
+own visualizer. The images are evenly spaced over the whole dataset. This tool replaces the
+browse_dataset.py of mmpretrain and mmsegmentation, which fail with current versions of matplotlib
+and OpenCV.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from mmhrformer.engine.config_check import missing_data
 from mmhrformer.inferencers.image_loading import displayable
 from mmhrformer.inferencers.media import reason
 
-MIN_SIDE = 224  # smaller images are enlarged, so that the name of the class can be read
+MIN_SIDE = 224  # smaller images are enlarged to make the class name legible
 
 
 def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
-    """Build a data set and the visualizer of a config.
+    """Build a dataset and the visualizer of a config.
 
     Args:
         cfg (Config): The config.
-        loader (str): Which of its data loaders, such as ``'train_dataloader'``.
+        loader (str): Data loader of the dataset, such as ``'train_dataloader'``.
 
     Returns:
-        tuple[BaseDataset, Visualizer]: Both.
+        tuple[BaseDataset, Visualizer]: The dataset and the visualizer.
 
     Raises:
         ValueError: If the config has no such data loader or no visualizer.
-        FileNotFoundError: If files of the data set are missing.
+        FileNotFoundError: If files of the dataset are missing.
     """
     for option in ('default_scope', loader, 'visualizer'):
         if not cfg.get(option):
-            raise ValueError(f'the config has no {option}: give one that can be trained')
+            raise ValueError(f'the config has no {option}: use one that can be trained')
     if missing := missing_data(cfg, [loader]):
-        raise FileNotFoundError('files of the data set are missing\n  ' + '\n  '.join(missing))
+        raise FileNotFoundError('files of the dataset are missing\n  ' + '\n  '.join(missing))
     for pipeline in pipelines(cfg[loader].dataset):
         if pipeline[-1].type.endswith('PackPoseInputs'):
-            pipeline[-1].pack_transformed = True  # else the key points are those of the whole image
+            pipeline[-1].pack_transformed = True  # otherwise keypoints are in original coordinates
     dataset = DATASETS.build(cfg[loader].dataset)
-    # Pictures are written where the command line says, not to the backends of the runs.
+    # Images are written to --out, not to the config's backends.
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': 'browse', 'vis_backends': None})
     visualizer.dataset_meta = dataset.metainfo
-    if hasattr(visualizer, 'skeleton'):  # mmpose takes its lines and colors by this call only
+    if hasattr(visualizer, 'skeleton'):  # mmpose sets links and colors only by this call
         visualizer.set_dataset_meta(dataset.metainfo)
     return dataset, visualizer
 
 
 def pipelines(dataset: dict) -> Iterator[list]:
-    """The pipelines of a data set and of those that it wraps or joins."""
+    """The pipelines of a dataset and of those that it wraps or concatenates."""
     if dataset.get('pipeline'):
         yield dataset['pipeline']
     for inner in filter(None, [dataset.get('dataset'), *dataset.get('datasets', [])]):
@@ -70,12 +70,12 @@ def pipelines(dataset: dict) -> Iterator[list]:
 
 
 def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
-    """Draw a sample of a data set.
+    """Draw a sample of a dataset.
 
     Args:
         visualizer (Visualizer): The visualizer of its framework.
-        sample (dict): What the pipeline returns: ``inputs``, and ``data_samples`` with the labels.
-        file (Path): Picture to write.
+        sample (dict): Output of the pipeline: ``inputs``, and ``data_samples`` with the labels.
+        file (Path): Image file to write.
     """
     bgr = displayable(sample['inputs'].permute(1, 2, 0).numpy())
     image = np.ascontiguousarray(bgr[..., ::-1])
@@ -88,13 +88,13 @@ def draw(visualizer: Visualizer, sample: dict, file: Path) -> None:
 
 
 def browse(args: argparse.Namespace) -> None:
-    """Draw what the command line asks for.
+    """Draw the samples that the command line selects.
 
     Args:
         args (argparse.Namespace): The command line.
     """
     if args.number < 1:
-        raise ValueError(f'--number {args.number}: give how many images to draw, 1 or more')
+        raise ValueError(f'--number {args.number}: expected a positive number of images')
     config = find_config(args.config)
     cfg = read_config(config)
     cfg.merge_from_dict(args.cfg_options or {})
@@ -108,9 +108,9 @@ def browse(args: argparse.Namespace) -> None:
                 sample = dataset[index]
                 source = Path(sample['data_samples'].get('img_path') or 'image').stem
                 draw(visualizer, sample, out / f'{index:06d}_{source}.jpg')
-            except Exception as err:  # whatever a single image lets happen
+            except Exception as err:  # a single image must not stop the others
                 failed.append(f'image {index}: {reason(err)}')
-                print(f'{failed[-1]}; left out', file=sys.stderr)
+                print(f'{failed[-1]}; skipped', file=sys.stderr)
     if len(failed) == number:
         raise ValueError(f'none of {number} images could be drawn, {failed[0]}')
     drawn = number - len(failed)
@@ -118,17 +118,20 @@ def browse(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Draw what the command line asks for; tell failures in words."""
+    """Run the command line; exit with a message on failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='path of a config, or name of one of ours')
+    parser.add_argument('config', help='path of a config, or name of a shipped one')
     parser.add_argument(
-        '--split', choices=('train', 'val', 'test'), default='train', help='(%(default)s)'
+        '--split',
+        choices=('train', 'val', 'test'),
+        default='train',
+        help='split of the dataset (%(default)s)',
     )
-    parser.add_argument('--number', type=int, default=16, help='of images (%(default)s)')
-    parser.add_argument('--out', type=Path, help='folder (work_dirs/browse/NAME_OF_CONFIG)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
+    parser.add_argument('--number', type=int, default=16, help='number of images (%(default)s)')
+    parser.add_argument('--out', type=Path, help='output folder (work_dirs/browse/NAME_OF_CONFIG)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='config overrides')
     try:
         browse(parser.parse_args())
     except (ImportError, KeyError, OSError, TypeError, ValueError) as err:

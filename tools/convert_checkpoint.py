@@ -1,13 +1,13 @@
-"""Convert a checkpoint of any dialect and format to another.
+"""Convert a checkpoint to the format of another code, or to safetensors.
 
     python -m mmhrformer convert_checkpoint hrt_small.pth hrformer-small.pth
     python -m mmhrformer convert_checkpoint epoch_210.pth hrt_small_coco.pth --to official
     python -m mmhrformer convert_checkpoint epoch_300.pth backbone.pth --to mmpose --backbone-only
     python -m mmhrformer convert_checkpoint trained.pth averaged.pth --key state_dict_ema
 
-Only the weights are converted; what a training run saves beside them, such as the optimizer, is
-left out. A DST that ends in .safetensors is written in that format. The file is read without
-running code from it, and written completely or not at all.
+Only the weights are converted; other content, such as the state of the optimizer, is dropped. A DST
+that ends in .safetensors is written in that format. The file is read without running code from it,
+and written completely or not at all.
 """
 
 from __future__ import annotations
@@ -33,38 +33,40 @@ from mmhrformer.version import __version__
 
 OFFICIAL_POSE_NOTE = (
     'note: the official pose code, as published, does not add the relative position bias; a model '
-    'that was trained with it gives other results there'
+    'trained with it gives different results there'
 )
 MMPOSE_NOTE = "note: there is no relative position bias; mmpose's config needs with_rpe=False"
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        'src', metavar='SRC', help='file to read, or mmhrformer://NAME of a model of the zoo'
+        'src', metavar='SRC', help='file to read, or mmhrformer://NAME for a model of the zoo'
     )
     parser.add_argument('dst', metavar='DST', help='file to write')
     parser.add_argument(
         '--to',
         choices=TARGETS,
         default='mmhrformer',
-        help='whose names to give; for official the head tells which of the codes (%(default)s)',
+        help='target format; for official, the head determines which code (%(default)s)',
     )
     parser.add_argument(
-        '--backbone-only', action='store_true', help='leave neck and head out, to train from it'
+        '--backbone-only',
+        action='store_true',
+        help='drop neck and head, for use as pretrained weights',
     )
     parser.add_argument(
-        '--key', help='which weights of a file with several, such as state_dict_ema'
+        '--key', help='key of the weights, if the file has several, such as state_dict_ema'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert a checkpoint and tell what was done.
+    """Convert a checkpoint and print a summary.
 
     Args:
         args (argparse.Namespace): The command line.
@@ -83,12 +85,12 @@ def run(args: argparse.Namespace) -> None:
         f'read     {path}: {report.dialect}, {len(contents.tensors)} tensors, '
         f'{decimal(path.stat().st_size)}\n'
         f'         {len(report.renamed)} renamed, {len(report.joined)} joined from query, key and '
-        f'value, {len(report.dropped)} dropped that are computed\n'
+        f'value, {len(report.dropped)} computed ones dropped\n'
         f'written  {args.dst}: {dialect}, {len(theirs)} tensors, '
         f'{decimal(Path(args.dst).stat().st_size)}, {seconds:.1f} s'
     )
     for name in contents.outside:
-        print(f'left out {name}: outside of the model')
+        print(f'dropped  {name}: outside of the model')
     for line in describe_other_weights(contents.key, contents.others):
         print(line.strip())
     if dialect == 'official-pose' != report.dialect:
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Convert what the command line asks for; tell failures in words."""
+    """Run the command line; exit with a message on failure."""
     try:
         run(parse_args())
     except (OSError, ValueError, ImportError, RuntimeError) as err:

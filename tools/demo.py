@@ -1,13 +1,13 @@
-"""Find people, scenes or classes in images and videos, and draw them.
+"""Run a model on images and videos: classes, poses or segmentation, drawn and as JSON.
 
     python -m mmhrformer demo data/demo/digits/val/3/0003.png --task cls
     python -m mmhrformer demo street.mp4 --model ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024
     python -m mmhrformer demo people.jpg --task pose --boxes 10,20,110,320 130,15,240,310
 
-INPUT is an image, a video, a folder of images, the address of an image or video, or a stream
-(rtsp://...); --webcam 0 is a camera. Without --model, the small model of the task that "make demo"
-has trained is used, which needs no network.
---show-features and --show-attention draw what goes on inside the model.
+INPUT is an image, a video, a folder of images, the URL of an image or video, or a stream
+(rtsp://...); --webcam 0 reads from a camera. Without --model, the task's small model trained by
+"make demo" is used, which needs no network access.
+--show-features and --show-attention visualize the inside of the model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DEMOS = {
     'pose': 'td-hm_hrformer-demo_1xb16-2e_figures-96x128',
     'seg': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
 }
-DEMO_OUTPUT = Path('demo_output')  # where "make demo" writes, below the current folder
-DIGIT_SIDE = 256  # pixels of the pictures of the digits, which have 32
+DEMO_OUTPUT = Path('demo_output')  # output of "make demo", in the current folder
+DIGIT_SIDE = 256  # pixels; the digits have only 32
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,30 +46,30 @@ def parse_args() -> argparse.Namespace:
         'inputs',
         metavar='INPUT',
         nargs='?',
-        help='image, video, folder, address or stream',
+        help='image, video, folder, URL or stream',
     )
     parser.add_argument(
-        '--webcam', type=int, metavar='N', help='a camera instead of INPUT, until Ctrl-C'
+        '--webcam', type=int, metavar='N', help='read from a camera instead of INPUT, until Ctrl-C'
     )
-    parser.add_argument('--task', choices=DEMOS, help='what to find; else what --model is for')
+    parser.add_argument('--task', choices=DEMOS, help='the task (that of --model)')
     parser.add_argument('--model', help='name of a model of the zoo, or path of a config')
     parser.add_argument(
-        '--checkpoint', help='weights for the model: a file, or a name of the zoo (its own)'
+        '--checkpoint', help='weights of the model: a file, or a name of the zoo (published ones)'
     )
+    parser.add_argument('--out', default='demo_output/pictures', help='output folder (%(default)s)')
+    parser.add_argument('--device', help="device, such as 'cpu' or 'cuda:0' (best available)")
     parser.add_argument(
-        '--out', default='demo_output/pictures', help='folder to write to (%(default)s)'
+        '--dtype', choices=DTYPES, default='float32', help='precision (%(default)s)'
     )
-    parser.add_argument('--device', help="such as 'cpu' or 'cuda:0' (the best that there is)")
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='(%(default)s)')
-    parser.add_argument('--batch-size', type=int, default=1, help='at a time (%(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, help='images per batch (%(default)s)')
     parser.add_argument(
-        '--boxes', nargs='+', metavar='L,T,R,B', help='people, in pixels (the whole image)'
+        '--boxes', nargs='+', metavar='L,T,R,B', help='boxes of people, in pixels (whole image)'
     )
     parser.add_argument(
         '--detector',
         nargs='?',
         const=True,
-        help="find people by mmdet: mmpose's detector, or the model or config named here",
+        help="detect people with mmdet: mmpose's default detector, or this model or config",
     )
     parser.add_argument('--detector-weights', help='checkpoint of the detector')
     add_inside_options(parser)
@@ -77,66 +77,68 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_inside_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that look inside the model."""
+    """Add the options that visualize the inside of the model."""
     parser.add_argument(
-        '--show-features', action='store_true', help='draw the four streams of the first image'
+        '--show-features', action='store_true', help='draw the four streams for the first image'
     )
     parser.add_argument(
-        '--show-attention', action='store_true', help='draw attention weights, likewise'
+        '--show-attention',
+        action='store_true',
+        help='draw attention weights for the first image',
     )
     parser.add_argument(
         '--query',
         default='0.5,0.5',
         metavar='X,Y',
-        help='place that attends, as fractions of what the model sees (%(default)s)',
+        help="position of the query, as fractions of the model's input (%(default)s)",
     )
     parser.add_argument(
         '--block',
         metavar='NAME',
-        help='block that attends, such as stage3.0.branches.1.0 (the last one of each stream)',
+        help='block to show, such as stage3.0.branches.1.0 (the last one of each stream)',
     )
 
 
 def numbers(text: str, count: int, option: str) -> list[float]:
-    """Read ``count`` numbers with commas between them."""
+    """Parse ``count`` numbers, separated by commas."""
     try:
         values = [float(part) for part in text.split(',')]
     except ValueError:
         values = []
     if len(values) != count:
-        raise ValueError(f'{option} {text}: give {count} numbers with commas between them')
+        raise ValueError(f'{option} {text}: expected {count} numbers, separated by commas')
     return values
 
 
 def choose_model(args: argparse.Namespace) -> tuple[str, str | bool]:
-    """The model and checkpoint of the command line, else those of the demo of the task.
+    """Model and checkpoint of the command line, or by default those of the task's demo.
 
     Args:
         args (argparse.Namespace): The command line.
 
     Returns:
-        tuple[str, str | bool]: Model and checkpoint, as :func:`get_inferencer` wants them.
+        tuple[str, str | bool]: Model and checkpoint, as arguments of :func:`get_inferencer`.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint of the demo.
-        ValueError: If neither a model nor a task was given.
+        FileNotFoundError: If the demo has no checkpoint.
+        ValueError: If neither a model nor a task is given.
     """
     if args.model:
         return args.model, args.checkpoint or True
     if not args.task:
-        raise ValueError(f'give --task, one of {", ".join(DEMOS)}, or --model')
+        raise ValueError(f'set --task, one of {", ".join(DEMOS)}, or --model')
     model = DEMOS[args.task]
     if args.checkpoint:
         return model, args.checkpoint
     folder = DEMO_OUTPUT / args.task / 'train'
     if not (folder / 'last_checkpoint').is_file():
         raise FileNotFoundError(
-            f'there is no checkpoint in {folder.resolve()}: give --checkpoint, or --model with a '
+            f'there is no checkpoint in {folder.resolve()}: set --checkpoint, or --model to a '
             f'name of the zoo; or train one in a clone of {repository() or "the repository"}: '
             f'"make demo", or "python demo/run_demo.py --tasks {args.task}"'
         )
     noted = Path(find_latest_checkpoint(folder))
-    return model, str(noted if noted.is_file() else folder / noted.name)  # the folder was moved
+    return model, str(noted if noted.is_file() else folder / noted.name)  # in a moved folder
 
 
 def write_inside(
@@ -146,7 +148,7 @@ def write_inside(
     boxes: np.ndarray | None,
     query: tuple[float, ...],
 ) -> list[str]:
-    """Draw what goes on inside the model; returns the files."""
+    """Draw features and attention as requested; return the files."""
     drawn = {}
     if args.show_features:
         drawn['features'] = draw_features(inferencer, picture, boxes)
@@ -163,13 +165,13 @@ def write_inside(
 
 
 def summary(prediction: dict) -> str:
-    """One line about what was found."""
+    """One-line summary of a prediction."""
     if 'error' in prediction:
         return prediction['error']
     if 'instances' in prediction:
         scores = [np.mean(one['keypoint_scores']) for one in prediction['instances']]
         people = ', '.join(f'{score:.2f}' for score in scores)
-        return f'{len(scores)} people, mean scores of their joints: {people or "-"}'
+        return f'{len(scores)} people, mean keypoint scores: {people or "-"}'
     if 'areas' in prediction:
         areas = list(prediction['areas'].items())[:5]
         return ', '.join(f'{name} {share:.0%}' for name, share in areas)
@@ -178,14 +180,14 @@ def summary(prediction: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for.
+    """Run the command line.
 
     Args:
         args (argparse.Namespace): The command line.
     """
     if (args.inputs is None) == (args.webcam is None):
-        raise ValueError('give either INPUT or --webcam N')
-    # Before a model is built.
+        raise ValueError('expected either INPUT or --webcam N')
+    # Check inputs and arguments before building the model.
     media = open_media(f'webcam:{args.webcam}' if args.inputs is None else args.inputs)
     boxes = None
     if args.boxes:
@@ -199,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
         model, checkpoint, args.task, device=args.device, dtype=args.dtype, **options
     )
     if args.show_attention:
-        find_attention(inferencer, query, args.block)  # an error before the work, not after it
+        find_attention(inferencer, query, args.block)  # to fail before inference
     draw = dict(resize=DIGIT_SIDE) if args.task == 'cls' and not args.model else {}
     result = inferencer(media, batch_size=args.batch_size, boxes=boxes, out_dir=args.out, **draw)
     for prediction in result['predictions'][:10]:
@@ -217,14 +219,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run, and end with one line about what is wrong, if anything is."""
-    # What the frameworks say about their own insides helps nobody who looks at pictures.
+    """Run the command line; exit with a message on failure."""
+    # Internal warnings of the frameworks are of no use here.
     warnings.filterwarnings('ignore', module=r'mm(cv|engine|pose|pretrain|seg)\b')
     try:
         run(parse_args())
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as err:
         sys.exit(f'demo.py: {err}')
-    except KeyboardInterrupt:  # how a camera ends; every frame was written when it was done
+    except KeyboardInterrupt:  # the way to stop a camera; finished frames have been written
         sys.exit('demo.py: stopped')
 
 

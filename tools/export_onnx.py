@@ -1,11 +1,11 @@
-"""Write a trained model to an ONNX file, and compare it with torch.
+"""Export a trained model to an ONNX file, and compare it with torch.
 
     python -m mmhrformer export_onnx hrformer-demo_1xb64-6e_digits epoch_6.pth --out digits.onnx
     python -m mmhrformer export_onnx td-hm_hrformer-small_8xb32-210e_coco-256x192 hrt_small_coco.pth
     python -m mmhrformer export_onnx ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024 seg.pth
 
-The files take any number of images, those for segmentation of any size from 32x32 pixels on. The
-checkpoint may be of any dialect.
+By default, the files take batches of any size; those for segmentation also images of any size of at
+least 32x32 pixels. The checkpoint may be in any supported format.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ HELP = f'{__doc__}\nSee {find_page("docs/export.md")}.'
 
 
 def batch_size(text: str) -> int | None:
-    """Read the argument of --batch."""
+    """Parse the argument of --batch."""
     return None if text == 'dynamic' else int(text)
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', metavar='CONFIG', help='path, or name of a config of ours')
+    parser.add_argument('config', metavar='CONFIG', help='path, or name of a shipped config')
     parser.add_argument(
-        'checkpoint', metavar='CHECKPOINT', help='file, or mmhrformer://NAME of a model of the zoo'
+        'checkpoint', metavar='CHECKPOINT', help='file, or mmhrformer://NAME for a model of the zoo'
     )
     parser.add_argument('--out', metavar='FILE', help='file to write (CONFIG.onnx)')
     parser.add_argument(
-        '--size', type=int, nargs='+', metavar='N', help="H W, or one side for both (the config's)"
+        '--size', type=int, nargs='+', metavar='N', help="H W, or one number for both (config's)"
     )
     parser.add_argument(
         '--dynamic-size',
@@ -62,31 +62,31 @@ def parse_args() -> argparse.Namespace:
         help='take images of any size (only for segmentation)',
     )
     parser.add_argument(
-        '--batch', type=batch_size, metavar='N', help='number of images, or dynamic (dynamic)'
+        '--batch', type=batch_size, metavar='N', help='batch size, or dynamic (dynamic)'
     )
     parser.add_argument(
         '--opset',
         type=int,
         default=OPSETS[-1],
         metavar='N',
-        help=f'version of the operators, {OPSETS[0]} to {OPSETS[-1]} (%(default)s)',
+        help=f'operator set version, {OPSETS[0]} to {OPSETS[-1]} (%(default)s)',
     )
     parser.add_argument(
         '--with-normalization',
         action='store_true',
-        help='take pixels of 0 to 255, normalize them in the file',
+        help='take pixels from 0 to 255, and normalize them in the graph',
     )
-    parser.add_argument('--no-simplify', action='store_true', help='leave the graph as traced')
+    parser.add_argument('--no-simplify', action='store_true', help='do not simplify the graph')
     parser.add_argument('--no-verify', action='store_true', help='do not compare with torch')
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of the config'
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='config overrides'
     )
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export a model and tell what was done.
+    """Export a model and print a summary.
 
     Args:
         args (argparse.Namespace): The command line.
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         names=names_of_outputs(model.cfg, model.dataset_meta),
         overwrite=args.overwrite,
     )
-    pixels = 'pixels of 0 to 255' if args.with_normalization else 'normalized'
+    pixels = 'pixels from 0 to 255' if args.with_normalization else 'normalized'
     print(f'input    {INPUT}: {channel_order(model)}, {pixels}')
     print(f'output   {OUTPUTS[task_of(model)][0]}')
     if rows:
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Export what the command line asks for; tell failures in words."""
+    """Run the command line; exit with a message on failure."""
     try:
         run(parse_args())
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as err:

@@ -1,12 +1,11 @@
-"""Count parameters and operations of a config's model, at the size that it trains with or another.
+"""Count parameters and operations of a config's model, at its training size or another.
 
 Example:
   python -m mmhrformer get_flops hrformer-tiny_8xb128_in1k --shape 256 192
 
-Operations are counted by two rules, since publications use both. Multiply-accumulates (MACs) are
-those of convolutions, linear layers and matrix products, nothing else. The rule of the official
-code, whose results the paper calls FLOPs, adds biases, normalization, softmax and element-wise
-operations.
+Operations are counted by two rules, since publications use both. Multiply-accumulates (MACs) count
+only convolutions, linear layers and matrix products. The rule of the official code, whose results
+the paper calls FLOPs, adds biases, normalization, softmax and element-wise operations.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from mmhrformer.datasets.meta import default_size
 def count(
     config: str, shape: Sequence[int] | None = None, cfg_options: dict | None = None
 ) -> dict[str, int]:
-    """Build the model of a config and count.
+    """Build the model of a config and count its operations.
 
     Args:
-        config (str): Path of a config, or name of one of ours.
+        config (str): Path of a config, or name of a shipped one.
         shape (Sequence[int], optional): Height and width of the image in pixels, or the side of a
-            square. Defaults to None: as the config trains with.
-        cfg_options (dict, optional): Options of the config to change, by dotted name.
+            square. Defaults to None: the training size of the config.
+        cfg_options (dict, optional): Options of the config to override, by dotted name.
 
     Returns:
         dict[str, int]: As :func:`mmhrformer.analysis.complexity.complexity` returns it, and the
@@ -42,14 +41,14 @@ def count(
         ValueError: If the config has no model, or the image is too small for it.
     """
     if shape and (len(shape) > 2 or min(shape) < 1):
-        told = ' '.join(map(str, shape))
-        raise ValueError(f'--shape {told}: give height and width in pixels, or one number for both')
+        text = ' '.join(map(str, shape))
+        raise ValueError(f'--shape {text}: expected height and width, or one number for both')
     cfg = read_config(find_config(config))
     cfg.merge_from_dict(cfg_options or {})
     if 'model' not in cfg:
-        raise ValueError(f'the config {config!r} has no model: give a config that can be trained')
+        raise ValueError(f'the config {config!r} has no model: use a config that can be trained')
     height, width = (shape[0], shape[-1]) if shape else default_size(cfg)
-    # Nothing is normalized here, and stock ones assert that images have one or three channels.
+    # Not needed here, and the stock ones assert that images have one or three channels.
     options = {k: v for k, v in cfg.model.items() if k != 'data_preprocessor'}
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         model = MODELS.build(options)
@@ -58,18 +57,18 @@ def count(
 
 
 def main() -> None:
-    """Count what the command line asks for."""
+    """Run the command line; exit with a message on failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='path of a config, or name of one of ours')
+    parser.add_argument('config', help='path of a config, or name of a shipped one')
     parser.add_argument(
         '--shape',
         type=int,
         nargs='+',
-        help="height and width, or one number for both (the config's)",
+        help="height and width, or one number for both (config's)",
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='config overrides')
     args = parser.parse_args()
     try:
         counts = count(args.config, args.shape, args.cfg_options)

@@ -1,11 +1,12 @@
-"""Find the joints of a person with an exported pose model: NumPy, OpenCV and onnxruntime only.
+"""Pose estimation with an exported model, using only NumPy, OpenCV and onnxruntime.
 
     python tools/onnx_pose.py pose.onnx people.jpg --box 50 20 250 420 --out joints.jpg
 
-This file may be copied: it imports neither torch nor OpenMMLab, nor mmhrformer. It reads what it
-needs from the metadata of a file of tools/export_onnx.py, and does what our configs do in mmpose:
-the box is widened to the shape of the input and by a quarter; the heatmaps of the image and of its
-mirror image are averaged; a peak is shifted by a quarter towards its higher neighbor.
+This file is self-contained and may be copied: it imports neither torch nor OpenMMLab packages nor
+mmhrformer. It reads its settings from the metadata of a file written by tools/export_onnx.py, and
+works like our configs in mmpose: the box is extended to the aspect ratio of the input and by a
+quarter; the heatmaps of the image and of its mirror image are averaged; peaks are shifted by a
+quarter pixel toward the higher neighbor.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ import cv2
 import numpy as np
 import onnxruntime
 
-MARGIN = 1.25  # of mmpose's GetBBoxCenterScale
+MARGIN = 1.25  # as in mmpose's GetBBoxCenterScale
 
 
 class PoseModel:
     """An exported pose model.
 
     Args:
-        file (str): The ONNX file, of a fixed size.
-        flip (bool): Whether to average with the mirror image, at twice the time, where the names
-            tell which keypoints change sides. Defaults to True.
+        file (str): The ONNX file, with a fixed input size.
+        flip (bool): Whether to average with the mirror image, which takes twice as long, if the
+            names of the keypoints tell which ones swap sides. Defaults to True.
     """
 
     def __init__(self, file: str, flip: bool = True) -> None:
         self.session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
         self.meta = self.session.get_modelmeta().custom_metadata_map
         if self.meta.get('task') != 'pose':
-            raise ValueError(f'{file} is no pose model of tools/export_onnx.py')
+            raise ValueError(f'{file} is not a pose model exported by tools/export_onnx.py')
         if self.meta.get('decoder') != 'MSRAHeatmap':
-            raise ValueError(f'{file} is decoded by {self.meta.get("decoder")}, not MSRAHeatmap')
+            decoder = self.meta.get('decoder')
+            raise ValueError(f'{file} needs the decoder {decoder}, only MSRAHeatmap is supported')
         self.height, self.width = self.session.get_inputs()[0].shape[2:]
         if not isinstance(self.height, int):
-            raise ValueError(f'{file} takes any size: export it without --dynamic-size')
+            raise ValueError(f'{file} has a dynamic input size: export it without --dynamic-size')
         self.names = json.loads(self.meta['names'])
         mirrored = str.maketrans({'<': 'left', '>': 'right'})
         swapped = [name.replace('left', '>').replace('right', '<') for name in self.names]
@@ -47,18 +49,18 @@ class PoseModel:
         self.swap = [self.names.index(name) for name in swapped] if flip and self.names else None
 
     def __call__(self, image: np.ndarray, box: list[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the joints of one person.
+        """Estimate the pose of one person.
 
         Args:
             image (np.ndarray): Image of shape (H, W, 3), uint8, BGR.
             box (list[float]): Left, top, right and bottom of the person, in pixels.
 
         Returns:
-            tuple[np.ndarray, np.ndarray]: Places (keypoints, 2) as x and y in the image, and
+            tuple[np.ndarray, np.ndarray]: Positions (keypoints, 2) as x and y in the image, and
             scores (keypoints,).
         """
         left, top, right, bottom = box
-        # Pixels of the image for each pixel of the input.
+        # Image pixels per input pixel.
         scale = max((right - left) / self.width, (bottom - top) / self.height) * MARGIN
         corner = np.array([left + right - scale * self.width, top + bottom - scale * self.height])
         corner /= 2
@@ -72,7 +74,7 @@ class PoseModel:
         return places * stride * scale + corner, scores
 
     def prepare(self, person: np.ndarray) -> np.ndarray:
-        """Make a batch (1, 3, H, W) of an image (H, W, 3)."""
+        """Convert an image (H, W, 3) to a batch (1, 3, H, W)."""
         if self.meta['channel_order'] == 'RGB':
             person = person[..., ::-1]
         person = person.astype(np.float32)
@@ -88,18 +90,18 @@ class PoseModel:
             return heatmaps
         ((mirrored,),) = self.session.run(None, {'image': batch[..., ::-1].copy()})
         mirrored = mirrored[self.swap, :, ::-1].copy()
-        mirrored[..., 1:] = mirrored[..., :-1].copy()  # align, as shift_heatmap of the configs
+        mirrored[..., 1:] = mirrored[..., :-1].copy()  # align, like the configs' shift_heatmap
         return (heatmaps + mirrored) / 2
 
 
 def decode(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the peaks of heatmaps, as mmpose's MSRAHeatmap does.
+    """Find the peaks of heatmaps, like mmpose's MSRAHeatmap.
 
     Args:
         heatmaps (np.ndarray): Heatmaps of shape (keypoints, H, W).
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Places (keypoints, 2) as x and y, and scores (keypoints,).
+        tuple[np.ndarray, np.ndarray]: Positions (keypoints, 2), x and y, and scores (keypoints,).
     """
     rows, cols = heatmaps.shape[1:]
     scores = heatmaps.max((1, 2))
@@ -116,24 +118,30 @@ def decode(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Find, print and draw the joints."""
+    """Estimate, print and draw the keypoints."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add('model', metavar='MODEL', help='ONNX file of a pose model')
     add('image', metavar='IMAGE', help='image file')
-    add('--box', type=float, nargs=4, metavar='N', help='left top right bottom (the whole image)')
-    add('--out', default='joints.jpg', metavar='FILE', help='picture to write (%(default)s)')
-    add('--threshold', type=float, default=0.3, metavar='X', help='least score drawn (%(default)s)')
-    add('--no-flip', action='store_true', help='leave out the mirror image: half the time')
+    add('--box', type=float, nargs=4, metavar='N', help='left top right bottom (whole image)')
+    add('--out', default='joints.jpg', metavar='FILE', help='image file to write (%(default)s)')
+    add(
+        '--threshold',
+        type=float,
+        default=0.3,
+        metavar='X',
+        help='minimum score to draw (%(default)s)',
+    )
+    add('--no-flip', action='store_true', help='skip the mirror image, in half the time')
     args = parser.parse_args()
     image = cv2.imread(args.image)
     if image is None:
-        sys.exit(f'onnx_pose.py: {args.image} is no image that OpenCV reads')
+        sys.exit(f'onnx_pose.py: OpenCV cannot read {args.image}')
     try:
         model = PoseModel(args.model, flip=not args.no_flip)
-    except Exception as err:  # onnxruntime has a class for each kind of failure
+    except Exception as err:  # onnxruntime has many error classes
         sys.exit(f'onnx_pose.py: {err}')
     places, scores = model(image, args.box or [0, 0, image.shape[1], image.shape[0]])
     names = model.names or [f'keypoint {i}' for i in range(len(places))]
@@ -142,7 +150,7 @@ def main() -> None:
         if score >= args.threshold:
             cv2.circle(image, (round(x), round(y)), 4, (0, 255, 0), -1)
     if not cv2.imwrite(args.out, image):
-        sys.exit(f'onnx_pose.py: {args.out} cannot be written')
+        sys.exit(f'onnx_pose.py: cannot write {args.out}')
 
 
 if __name__ == '__main__':

@@ -16,13 +16,13 @@ from mmhrformer.configs import find_config, read_config
 
 
 def main() -> None:
-    """Print what the command line asks for."""
+    """Run the command line; exit with a message on failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='path of a config, or name of one of ours')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='options to change')
-    parser.add_argument('--out', type=Path, help='file to write it to, instead of printing it')
+    parser.add_argument('config', help='path of a config, or name of a shipped one')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='config overrides')
+    parser.add_argument('--out', type=Path, help='write the config to this file instead')
     args = parser.parse_args()
     try:
         cfg = read_config(find_config(args.config))

@@ -1,4 +1,4 @@
-"""Test a config of any of the three tasks: runs the stock test.py of the config's framework."""
+"""Test a config of any of the three tasks, by the stock test.py of the config's framework."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a config of any of the three tasks: runs the stock train.py of the config's framework."""
+"""Train a config of any of the three tasks, by the stock train.py of the config's framework."""
 
 import sys
 

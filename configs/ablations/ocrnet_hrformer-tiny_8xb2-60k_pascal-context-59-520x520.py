@@ -1,4 +1,4 @@
-# HRFormer-T on PASCAL-Context, what Tables 7, 9 and 11 compare with; the recipe is that of HRFormer-S.
+# HRFormer-T on PASCAL-Context, the baseline of Tables 7, 9 and 11, with the recipe of HRFormer-S.
 _base_ = ['../hrformer_seg/ocrnet_hrformer-small_8xb2-60k_pascal-context-59-520x520.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# Classify scikit-learn's hand-written digits. `make demo` writes the data.
+# Classify scikit-learn's handwritten digits. `make demo` writes the data.
 _base_ = ['../_base_/models/hrformer_demo.py', '../_base_/runtime/cls.py']
 
 data_root = 'data/demo/digits'

@@ -1,4 +1,4 @@
-# Find the joints of drawn people, in COCO format. `make demo` draws the data.
+# Estimate the poses of drawn people, in COCO format. `make demo` draws the data.
 _base_ = [
     '../_base_/models/hrformer_demo.py',
     '../_base_/models/hrformer_pose.py',
@@ -48,7 +48,7 @@ train_dataloader = dict(
         data_mode=data_mode,
         ann_file='annotations/person_keypoints_train.json',
         data_prefix=dict(img='train/'),
-        indices=1680,  # people, of 1,980: enough
+        indices=1680,  # people, out of 1,980
         pipeline=train_pipeline,
     ),
 )

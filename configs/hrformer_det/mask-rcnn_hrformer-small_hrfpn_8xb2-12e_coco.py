@@ -1,4 +1,4 @@
-# Beyond the paper: nobody reports a number for this model. The neck is that of HRNet in mmdet.
+# Beyond the paper: no results are reported for this model. The neck is that of HRNet in mmdet.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',

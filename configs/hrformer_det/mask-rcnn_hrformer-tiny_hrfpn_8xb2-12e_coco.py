@@ -1,4 +1,4 @@
-# Beyond the paper: nobody reports a number for this model.
+# Beyond the paper: no results are reported for this model.
 _base_ = ['mask-rcnn_hrformer-small_hrfpn_8xb2-12e_coco.py']
 model = dict(
     backbone=dict(

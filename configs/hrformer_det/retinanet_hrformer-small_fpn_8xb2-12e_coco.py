@@ -1,4 +1,4 @@
-# Beyond the paper: nobody reports a number for this model.
+# Beyond the paper: no results are reported for this model.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/datasets/coco_detection.py',

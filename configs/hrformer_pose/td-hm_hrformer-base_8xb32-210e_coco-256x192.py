@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/runtime/pose.py',
 ]
 
-# The paper's text says 128 images a step for HRFormer-B; the official config has 32 on each of 8 GPUs.
+# The paper's text says 128 images per step for HRFormer-B; the official config has 8 GPUs x 32.
 model = dict(
     backbone=dict(
         arch='base',

@@ -5,9 +5,9 @@ _base_ = [
     '../_base_/runtime/seg.py',
 ]
 
-# 16 images a step: the official README says 8, but its scripts leave the 16 of their data set file.
+# 16 images per step: the official README says 8, but the scripts use the 16 of their data config.
 model = dict(
-    # Images are tested with sides that are multiples of 8, padded with the mean colour.
+    # Images are tested with sides that are multiples of 8, padded with the mean color.
     data_preprocessor=dict(size=_base_.crop_size, test_cfg=dict(size_divisor=8)),
     decode_head=[dict(head, num_classes=150) for head in _base_.model.decode_head],
 )

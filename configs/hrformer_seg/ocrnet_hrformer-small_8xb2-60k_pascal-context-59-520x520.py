@@ -7,7 +7,7 @@ _base_ = [
 
 aux_head, ocr_head = _base_.model.decode_head
 aux_head.num_classes = ocr_head.num_classes = 59
-# The official README says OHEM, the scripts that produced its numbers train without.
+# The official README says OHEM, but the scripts that produced its numbers train without it.
 ocr_head.loss_decode = dict(type='mmhrformer.WeightedCrossEntropyLoss')
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),

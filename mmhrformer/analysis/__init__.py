@@ -1,1 +1,1 @@
-"""What models cost and what happens inside them."""
+"""Analysis of models: complexity, feature maps and attention."""

@@ -1,10 +1,10 @@
 """Parameters and operations of a model, counted by two rules.
 
-``macs`` are the multiply-accumulates of convolutions, linear layers and matrix products, nothing
-else, as torch's own counter finds them. ``flops_official`` follows the counter of the official
-code, whose results the paper gives (Table 6): the same, plus 1 for each bias of a linear layer, 4
-for each value of a batch normalization, 5 for each of a softmax, and 1 for each of a ReLU, sum,
-scaling or dropout; GELU, layer normalization, padding and resizing are free.
+``macs`` are the multiply-accumulates of convolutions, linear layers and matrix products only, from
+torch's own counter. ``flops_official`` follows the counter of the official code, whose results are
+in the paper (Table 6): the same, plus 1 per bias of a linear layer, 4 per value of a batch
+normalization, 5 per value of a softmax, and 1 per value of a ReLU, sum, scaling or dropout; GELU,
+layer normalization, padding and resizing are free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..models.fusion_neck import HRFormerFusion
 from ..models.hr_module import HRModule
 from ..ops import use, window_count
 
-# torch's counter does not know its attention for CPUs. Both products, 2 FLOPs for each MAC.
+# torch's counter lacks its attention for CPUs. Two products, 2 FLOPs per MAC.
 CPU_ATTENTION = getattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu', None)
 FORMULAS = {CPU_ATTENTION: lambda query, key, *_, **__: 4 * math.prod(query) * key[-2]}
 
@@ -43,14 +43,14 @@ def _attention(module: LocalWindowSelfAttention, x: Tensor, out: Tensor) -> int:
 
 
 def _stock_attention(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    """The same for mmpretrain's transformers: (B, N, C), where B counts windows, too."""
+    """The same for mmpretrain's transformers, (B, N, C), where B includes the windows."""
     weights = x.shape[0] * module.num_heads * x.shape[1] ** 2
     has_bias = hasattr(module, 'relative_position_bias_table')
     return x.numel() + weights * (5 + 1 + has_bias)
 
 
 def _object_attention(module: nn.Module, pixels: Tensor, regions: Tensor, out: Tensor) -> int:
-    """Two softmaxes and two scalings, of a weight for each pixel and region of the OCR head."""
+    """Two softmaxes and two scalings, of one weight per pixel and region of the OCR head."""
     return 2 * (5 + 1) * pixels[:, 0].numel() * regions.shape[2]
 
 
@@ -67,7 +67,7 @@ def _ffn_dropout(module: DWConvFFN, x: Tensor, out: Tensor) -> int:
     return out.numel() + x[..., 0].numel() * module.feedforward_channels
 
 
-# What a module itself does beside multiply-accumulates, by the rule of the official code.
+# Operations of a module itself besides multiply-accumulates, by the rule of the official code.
 OFFICIAL_RULE: dict[type, Callable[..., int]] = {
     nn.Linear: lambda module, x, out: out.numel(),  # the bias
     _BatchNorm: lambda module, x, out: 4 * out.numel(),
@@ -81,10 +81,10 @@ OFFICIAL_RULE: dict[type, Callable[..., int]] = {
 
 
 def _rules_for(model: nn.Module) -> dict[type, Callable[..., int]]:
-    """The official rule, with the modules of frameworks and tasks that the model may have."""
+    """The official rule, extended for the modules of frameworks and tasks."""
     rules = dict(OFFICIAL_RULE)
     if any(isinstance(module, HRFormerFusion) for module in model.modules()):
-        rules[DWConvFFN] = _ffn_dropout  # only the code for classification has it
+        rules[DWConvFFN] = _ffn_dropout  # only in the classification code
     if ocr_head := sys.modules.get('mmhrformer.models.ocr_head'):  # needs mmseg
         rules[ocr_head.ObjectAttention] = _object_attention
     if stock := sys.modules.get('mmpretrain.models.utils.attention'):
@@ -93,7 +93,7 @@ def _rules_for(model: nn.Module) -> dict[type, Callable[..., int]]:
 
 
 def input_shape(model: nn.Module, height: int = 224, width: int = 224) -> tuple[int, ...]:
-    """Shape of one image of a model, with the channels that its first convolution takes.
+    """Shape of one input image of a model, with the channels of its first convolution.
 
     Args:
         model (nn.Module): A model built from a config, or a backbone.
@@ -112,8 +112,8 @@ def complexity(model: nn.Module, shape: tuple[int, ...] | None = None) -> dict[s
     """Count parameters, multiply-accumulates and FLOPs by the official rule.
 
     Args:
-        model (nn.Module): A model built from a config, or a backbone. It is left as it is. On the
-            device ``'meta'`` only shapes are computed, which takes the least time.
+        model (nn.Module): A model built from a config, or a backbone. It is not changed. On the
+            device ``'meta'`` only shapes are computed, which is fastest.
         shape (tuple[int, ...], optional): Shape (B, C, H, W) of the input. Defaults to None:
             one image of 224x224.
 
@@ -127,7 +127,7 @@ def complexity(model: nn.Module, shape: tuple[int, ...] | None = None) -> dict[s
     """
     model = revert_sync_batchnorm(copy.deepcopy(model))
     model.train(False)
-    others = []  # operations that are no multiply-accumulates
+    others = []  # operations other than multiply-accumulates
 
     def count_by(rule: Callable[..., int]) -> Callable:
         return lambda module, args, out: others.append(rule(module, *args, out)) if args else None

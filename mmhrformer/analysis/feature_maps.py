@@ -1,4 +1,4 @@
-"""Pictures of the inside of the backbone: the four streams, and attention in windows."""
+"""Visualization of the backbone: the four streams, and attention in windows."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Attention:
 
     Attributes:
         block (str): Name of the block in the backbone.
-        weights (np.ndarray): (heads, window, window), each head's sum is 1.
+        weights (np.ndarray): (heads, window, window); each head sums to 1.
         window (tuple[float, float, float, float]): Left, top, width and height of the window, as
-            fractions of the map; parts of it may be padding outside the map.
+            fractions of the map; it may extend into the padding outside the map.
         query (tuple[int, int]): Row and column of the query in the window.
         size (tuple[int, int]): Height and width of the map.
     """
@@ -52,7 +52,7 @@ class Attention:
 
 @contextmanager
 def recorded(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str, Tensor]]:
-    """Keep the outputs of modules, or else their inputs, by name, of the first call of each."""
+    """Record the outputs (or inputs) of modules by name, in the first call of each."""
     kept: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -74,8 +74,8 @@ def block_names(backbone: nn.Module) -> list[str]:
     names = [name for name, module in backbone.named_modules() if isinstance(module, BLOCKS)]
     if not names:
         raise ValueError(
-            f'backbone is a {type(backbone).__name__}, without transformer blocks: give a model '
-            'with a checkpoint of torch; an exported file hides its blocks'
+            f'backbone is a {type(backbone).__name__}, without transformer blocks: use a model '
+            'with a torch checkpoint; the blocks of an exported file are not accessible'
         )
     return names
 
@@ -90,10 +90,10 @@ def last_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
 def first_input(
     inferencer: Inferencer, image: Picture, boxes: np.ndarray | None
 ) -> tuple[dict, np.ndarray]:
-    """Input of the model for an image, or for its first person (pose), and that as RGB pixels."""
+    """Model input for an image, or for its first person (pose), and the same as RGB pixels."""
     items = inferencer.prepare(image, boxes)
     if not items:
-        raise ValueError(f'inputs={image.name!r}: nobody in it, nothing to draw; give boxes')
+        raise ValueError(f'inputs={image.name!r}: no people found, nothing to draw; pass boxes')
     pixels = displayable(items[0]['inputs'].numpy().transpose(1, 2, 0))[..., ::-1]
     return items[0], np.ascontiguousarray(pixels)
 
@@ -106,7 +106,7 @@ def stream_maps(
     Args:
         inferencer (Inferencer): The model.
         image (Picture): The image.
-        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is used.
 
     Returns:
         list[np.ndarray]: Maps of shape (H, W, C), finest first.
@@ -118,9 +118,9 @@ def stream_maps(
 
 
 def principal_component(features: np.ndarray) -> np.ndarray:
-    """Direction in which the tokens of a map differ most, (H, W, C) to (H, W) in [0, 1].
+    """First principal component of the tokens of a map, (H, W, C) to (H, W) in [0, 1].
 
-    The first and last percent are cut off.
+    Values below the 1st and above the 99th percentile are clipped.
     """
     tokens = features.reshape(-1, features.shape[-1]).astype(np.float64)
     tokens = tokens - tokens.mean(0)
@@ -135,12 +135,12 @@ def draw_features(
 ) -> np.ndarray:
     """Draw the four streams side by side, each at its own resolution.
 
-    Above, the first principal component of each stream; below, the same over the image.
+    Top row: the first principal component of each stream; bottom row: the same over the image.
 
     Args:
         inferencer (Inferencer): The model.
         image (Picture): The image.
-        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is used.
 
     Returns:
         np.ndarray: The picture, (H, W, 3) uint8, RGB.
@@ -163,22 +163,22 @@ def draw_features(
         axes[0, i].imshow(values, COLORS, interpolation='nearest', extent=(0, width, height, 0))
         axes[0, i].set_title(f'1/{2 ** (i + 1)}\n{rows} x {columns}, {channels} channels')
         _overlay(axes[1, i], pixels, values)
-    figure.suptitle('The four streams: their first principal component, and it over the image')
+    figure.suptitle('The four streams: first principal component, alone and over the image')
     return _render(figure)
 
 
 def _same_sign(maps: list[np.ndarray]) -> list[np.ndarray]:
-    """Turn maps around that show light what the one before shows dark: signs mean nothing."""
-    turned = maps[:1]
-    # The border is mostly background: dark.
-    border = np.concatenate([turned[0][[0, -1]].ravel(), turned[0][:, [0, -1]].ravel()])
-    if border.mean() > turned[0].mean():
-        turned = [1 - turned[0]]
+    """Invert maps where needed to match the previous one: the sign of a component is arbitrary."""
+    aligned = maps[:1]
+    # The border is mostly background, which should be dark.
+    border = np.concatenate([aligned[0][[0, -1]].ravel(), aligned[0][:, [0, -1]].ravel()])
+    if border.mean() > aligned[0].mean():
+        aligned = [1 - aligned[0]]
     for values in maps[1:]:
-        finer = cv2.resize(turned[-1], values.shape[::-1], interpolation=cv2.INTER_AREA)
+        finer = cv2.resize(aligned[-1], values.shape[::-1], interpolation=cv2.INTER_AREA)
         same = ((finer - finer.mean()) * (values - values.mean())).sum() >= 0
-        turned.append(values if same else 1 - values)
-    return turned
+        aligned.append(values if same else 1 - values)
+    return aligned
 
 
 def attention_of(
@@ -188,22 +188,22 @@ def attention_of(
     block: str | None = None,
     boxes: np.ndarray | None = None,
 ) -> list[Attention]:
-    """Compute how much a place attends to each place of its window.
+    """Compute the attention of one position to all positions of its window.
 
     Args:
         inferencer (Inferencer): The model, not folded.
         image (Picture): The image.
-        query (tuple[float, float]): The place, x and y, as fractions of the width and height of
-            what the model sees. Defaults to the middle.
+        query (tuple[float, float]): The position, x and y, as fractions of the width and height of
+            the model's input. Defaults to the center.
         block (str, optional): Name of a block, such as ``'stage3.0.branches.1.0'``. Defaults to
             None: the last block of each of the four streams.
-        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is used.
 
     Returns:
-        list[Attention]: For each block.
+        list[Attention]: One per block.
 
     Raises:
-        ValueError: If there is no such block or place, or the attention is of another kind.
+        ValueError: If there is no such block or position, or the attention is of another kind.
     """
     attentions = find_attention(inferencer, query, block)
     item, _ = first_input(inferencer, image, boxes)
@@ -218,30 +218,30 @@ def attention_of(
 def find_attention(
     inferencer: Inferencer, query: tuple[float, float], block: str | None
 ) -> dict[str, LocalWindowSelfAttention]:
-    """Check the arguments of :func:`attention_of`; the attention of the blocks, by name."""
+    """Check the arguments of :func:`attention_of`; return the blocks' attention, by name."""
     if len(query) != 2 or not all(0 <= value < 1 for value in query):
-        raise ValueError(f'query={tuple(query)}: give x and y, at least 0 and less than 1')
+        raise ValueError(f'query={tuple(query)}: expected x and y in [0, 1)')
     backbone = inferencer.model.backbone
     names = block_names(backbone)
     if block is not None and block not in names:
         raise ValueError(
-            f'block={block!r}: the backbone has no such block. {did_you_mean(block, names)} They '
-            f'are called stageS.MODULE.branches.STREAM.BLOCK, {names[0]} to {names[-1]}'
+            f'block={block!r}: the backbone has no such block. {did_you_mean(block, names)} Blocks '
+            f'are named stageS.MODULE.branches.STREAM.BLOCK, {names[0]} to {names[-1]}'
         )
     blocks = {block: backbone.get_submodule(block)} if block else last_blocks(backbone)
     attentions = {name: module.attn for name, module in blocks.items()}
     for name, module in attentions.items():
         if not isinstance(module, LocalWindowSelfAttention):
             raise ValueError(
-                f'block={name!r} has attention of type {type(module).__name__}, whose weights are '
-                'not known; build the inferencer with fuse=False and LocalWindowSelfAttention'
+                f'block={name!r} has attention of type {type(module).__name__}, which is not '
+                'supported; build the inferencer with fuse=False and LocalWindowSelfAttention'
             )
     return attentions
 
 
 @torch.no_grad()
 def attention_weights(attention: LocalWindowSelfAttention, x: Tensor) -> Tensor:
-    """Weights of all queries of a map (B, H, W, C), by the parts of the module itself.
+    """Attention weights of all queries of a map (B, H, W, C), from the module's own layers.
 
     Args:
         attention (LocalWindowSelfAttention): The module.
@@ -261,7 +261,7 @@ def attention_weights(attention: LocalWindowSelfAttention, x: Tensor) -> Tensor:
 def _one_query(
     name: str, attention: LocalWindowSelfAttention, x: Tensor, query: tuple[float, float]
 ) -> Attention:
-    """Cut the weights of one place out."""
+    """Select the weights of one query."""
     height, width = x.shape[1:3]
     side = attention.window_size
     top, left = window_padding(height, side)[0], window_padding(width, side)[0]
@@ -286,17 +286,17 @@ def draw_attention(
     block: str | None = None,
     boxes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw how much a place attends to each place of its window.
+    """Draw the attention of one position to all positions of its window.
 
-    A row for each block: the window in the image with the mean over the heads, the same enlarged,
-    and single heads. A frame marks the query; dots, the border of the map where it was padded.
+    One row per block: the window in the image with the mean over the heads, the same enlarged, and
+    individual heads. A frame marks the query, a dotted line the border between map and padding.
 
     Args:
         inferencer (Inferencer): The model, not folded.
         image (Picture): The image.
         query (tuple[float, float]): See :func:`attention_of`. Defaults to the middle.
         block (str, optional): See :func:`attention_of`. Defaults to None.
-        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is taken.
+        boxes (np.ndarray, optional): (N, 4) boxes of people, for pose; the first is used.
 
     Returns:
         np.ndarray: The picture, (H, W, 3) uint8, RGB.
@@ -317,12 +317,12 @@ def draw_attention(
             _frame_map(axis, one)
         for axis in row[1 + len(panels) :]:
             axis.set_visible(False)
-    figure.suptitle('Attention of one place (framed) to its window; what is dotted off is padding')
+    figure.suptitle('Attention of one position (framed) to its window; dotted: border to padding')
     return _render(figure)
 
 
 def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
-    """The image, darker outside the window, and the attention in it."""
+    """Draw the image, dimmed outside the window, and the attention in it."""
     height, width = pixels.shape[:2]
     left, top, across, down = np.multiply(one.window, (width, height, width, height))
     axis.imshow(pixels // 2 + 64)
@@ -333,7 +333,7 @@ def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
     cell = across / mean.shape[1], down / mean.shape[0]
     corner = left + one.query[1] * cell[0], top + one.query[0] * cell[1]
     axis.add_patch(Rectangle(corner, *cell, fill=False, ec='cyan', lw=1.5))
-    axis.set_facecolor('0.8')  # windows reach over the border where the map was padded
+    axis.set_facecolor('0.8')  # padded windows extend over the border
     axis.set_xlim(min(0, left), max(width, left + across))
     axis.set_ylim(max(height, top + down), min(0, top))
     side = mean.shape[0]
@@ -341,14 +341,14 @@ def _draw_window(axis: Axes, pixels: np.ndarray, one: Attention) -> None:
 
 
 def _frame_map(axis: Axes, one: Attention) -> None:
-    """Dots where the map ends and padding begins, if they are in the window."""
+    """Draw a dotted line between the map and padding, if it is in the window."""
     (height, width), (left, top) = one.size, one.window[:2]
     corner = -0.5 - left * width, -0.5 - top * height
     axis.add_patch(Rectangle(corner, width, height, fill=False, ec='white', lw=1.5, ls=':'))
 
 
 def _overlay(axis: Axes, pixels: np.ndarray, values: np.ndarray) -> None:
-    """A map over the gray image, which shows through where the map is dark."""
+    """Draw a map over the gray image, which shows through where the map is dark."""
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     extent = (0, gray.shape[1], gray.shape[0], 0)
     axis.imshow(gray, 'gray', vmin=0, vmax=255)
@@ -359,7 +359,7 @@ def _overlay(axis: Axes, pixels: np.ndarray, values: np.ndarray) -> None:
 def _panels(
     rows: int, columns: int, shape: Sequence[int], titled_rows: int
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with panels of about the shape of the image."""
+    """A figure with panels of about the aspect ratio of the image."""
     ratio = float(np.clip(shape[0] / shape[1], 0.4, 1.6))
     size = (PANEL * columns, (PANEL * ratio + 0.05) * rows + TITLE * titled_rows + TITLE)
     figure = Figure(figsize=size, dpi=DPI, layout='constrained')

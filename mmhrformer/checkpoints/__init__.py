@@ -1,4 +1,4 @@
-"""Checkpoints of all HRFormer codes: the zoo, safe reading, translation, loading, writing."""
+"""Checkpoints of all HRFormer codes: the zoo, safe reading, conversion, loading, writing."""
 
 from .contents import unwrap
 from .dialects import Report, convert, detect_dialect, resize_bias_table

@@ -1,9 +1,9 @@
-"""The dialects of HRFormer checkpoints, and their translation.
+"""The formats of HRFormer checkpoints, called dialects here, and their conversion.
 
-A dialect is a checkpoint format: the naming scheme of the parameters in a code, and their packing
-in its files. Whatever the task, the backbone keeps HRNet's names (``conv1``,
-``stage2.0.branches.0.0`` ...), and only the inside of a block is called differently; the heads
-differ in all. Dialects are told apart by these names.
+A dialect is the key mapping of a code base: how it names the parameters, and how it packs them in
+its files. In all of them the backbone keeps HRNet's names (``conv1``,
+``stage2.0.branches.0.0`` ...), and only the names inside a block differ; those of the heads differ
+everywhere. These names identify the dialect.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .contents import describe_other_weights, find_weights, plain_name, refuse_doubles
+from .contents import describe_other_weights, find_weights, plain_name, refuse_duplicates
 
 BIAS_TABLE = 'relative_position_bias_table'
-# Depends on the window alone. The official codes and mmpose save it; here it is computed.
+# Depends only on the window size. The official codes and mmpose save it; here it is computed.
 DERIVED_BUFFER = 'relative_position_index'
-# Query, key and value are one projection here and in mmpose, in this order.
+# Here and in mmpose, query, key and value are one projection, in this order.
 SEPARATE_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 _SEPARATE = re.compile(rf'\.({"|".join(SEPARATE_PROJECTIONS)})\.')
-# Parts of backbones' names that no name of ours has.
+# Components of names that occur only in other dialects.
 _FOREIGN = re.compile(rf'\.(attn\.attn|mlp|[qkv]_proj|out_proj)\.|{DERIVED_BUFFER}$')
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Names and packing of a code's tensors.
+    """Names and packing of the tensors of a code base.
 
     Both tables hold pairs (name there, name here) and are used in both directions.
 
     Attributes:
-        starts (tuple[tuple[str, str], ...]): Beginnings of names in whole models. The first pair
-            that fits counts.
-        blocks (tuple[tuple[str, str], ...]): Parts of names inside transformer blocks.
+        starts (tuple[tuple[str, str], ...]): Prefixes of names in whole models. The first pair that
+            matches applies.
+        blocks (tuple[tuple[str, str], ...]): Components of names inside transformer blocks.
         separate (bool): Whether query, key and value are three projections.
         container (str): Key of the tensors in a file.
-        beside (str): A further key of each file, or empty.
+        extra_key (str): Another key of each file, or empty.
         prefix (str): Prefix of all names in a file.
     """
 
@@ -51,7 +51,7 @@ class Dialect:
     blocks: tuple[tuple[str, str], ...] = ()
     separate: bool = False
     container: str = 'state_dict'
-    beside: str = 'meta'
+    extra_key: str = 'meta'
     prefix: str = ''
 
 
@@ -70,7 +70,7 @@ DIALECTS = {
             ('', 'backbone.'),
         ),
         container='model',
-        beside='',
+        extra_key='',
     ),
     'official-pose': _official(
         (
@@ -102,11 +102,11 @@ DIALECTS = {
             ('ocr_distri_head.conv_bn_dropout.1.0.', 'decode_head.1.fuse.1.'),
             ('cls_head.', 'decode_head.1.conv_seg.'),
         ),
-        beside='config_dict',
+        extra_key='config_dict',
         prefix='module.',
     ),
-    # The form in which the official codes of pose and segmentation read pretrained weights.
-    'official-backbone': _official(container='model', beside=''),
+    # What the official pose and segmentation codes read as pretrained weights.
+    'official-backbone': _official(container='model', extra_key=''),
     'mmpose': Dialect((('backbone.', 'backbone.'), ('head.', 'head.')), MMPOSE_BLOCKS),
     'mmhrformer': Dialect(),
 }
@@ -114,25 +114,25 @@ DIALECTS = {
 
 @dataclass
 class Report:
-    """Account of the tensors of a checkpoint: used, renamed, resized, left over.
+    """Report on the tensors of a checkpoint: used, renamed, resized, left over.
 
     Attributes:
         dialect (str): A key of :data:`DIALECTS`.
-        renamed (dict[str, str]): Old name to new name; what was joined shares one.
-        joined (list[str]): Projections put together from separate query, key and value.
-        dropped (list[str]): Tensors without use for the model: derived buffers, and bias tables if
-            it has no relative position bias.
+        renamed (dict[str, str]): Old names -> new names; joined tensors share one.
+        joined (list[str]): Projections joined from separate query, key and value.
+        dropped (list[str]): Tensors that the model does not need: derived buffers, and bias tables
+            if it has no relative position bias.
         resized (list[str]): Bias tables that were learned for windows of another size.
-        other_shape (list[str]): Tensors of the head left as they are, since the checkpoint has
+        other_shape (list[str]): Tensors of the head that were not loaded, since the checkpoint has
             other classes.
         missing (list[str]): Tensors of the model that the checkpoint lacks.
         unused (list[str]): Tensors of the checkpoint that the model lacks, by their names in the
             file.
-        outside (list[str]): Tensors of the file beside the model, likewise: of losses, metrics,
-            counters or another model.
-        taken (str): Key of the tensors in the file; empty at the top.
-        others (dict[str, str]): Other keys, or beginnings of names, with weights of such a model,
-            and what is known of these.
+        outside (list[str]): Tensors of the file that do not belong to the model, by their names in
+            the file: of losses, metrics, counters or another model.
+        taken (str): Key of the tensors in the file; empty at the top level.
+        others (dict[str, str]): Other keys, or prefixes of names, with weights of an HRFormer, each
+            with a hint at their origin, or ''.
         used (int): Number of tensors of the model that were loaded.
     """
 
@@ -155,7 +155,7 @@ class Report:
             f'{len(self.joined)} joined from query, key and value, {len(self.resized)} resized, '
             f'{len(self.dropped)} dropped, {len(self.missing)} missing, {len(self.unused)} not used'
         ]
-        lines += [f'  left as it is, for other classes: {key}' for key in self.other_shape]
+        lines += [f'  not loaded, for other classes: {key}' for key in self.other_shape]
         lines += [f'  missing in the checkpoint: {key}' for key in self.missing]
         lines += [f'  not used by the model: {key}' for key in self.unused]
         lines += [f'  outside of the model: {key}' for key in self.outside]
@@ -163,22 +163,22 @@ class Report:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinite weights, which a failed training leaves behind."""
+    """Refuse NaN and infinite weights, as from a diverged training."""
     broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ValueError(
             f'the checkpoint has NaN or infinite numbers in {len(broken)} of {len(tensors)} '
-            f'tensors, the first ones {broken[:3]}: the training that wrote it had failed by '
-            'then. Take an earlier checkpoint of it'
+            f'tensors, the first ones {broken[:3]}: the training had already diverged. Use an '
+            'earlier checkpoint'
         )
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
-    if tensor.element_size() == 1:  # no arithmetic has been written for these
+    if tensor.element_size() == 1:  # torch has no arithmetic for 8-bit floats
         tensor = tensor.float()
-    # A sum is much faster, and finite only if all is; it may overflow, though.
+    # The sum is much faster and only finite if all numbers are, but may overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -192,7 +192,7 @@ def detect_dialect(keys: Iterable[str]) -> str:
         str: A key of :data:`DIALECTS`.
 
     Raises:
-        ValueError: If it is of none.
+        ValueError: If no dialect matches.
     """
     keys = list(keys)
     signs = (
@@ -208,32 +208,32 @@ def detect_dialect(keys: Iterable[str]) -> str:
             if any(re.match(sign, key) for key in keys):
                 return dialect
     raise ValueError(
-        f'this is no HRFormer checkpoint of a known dialect ({", ".join(DIALECTS)}): its '
-        f'{len(keys)} tensors begin with {keys[:5]}. Check that it is the file you mean'
+        f'not an HRFormer checkpoint in a known format ({", ".join(DIALECTS)}): its '
+        f'{len(keys)} tensors begin with {keys[:5]}. Check that it is the intended file'
     )
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    """Translate the tensors of a checkpoint into our dialect.
+    """Convert the tensors of a checkpoint to our names.
 
     Args:
         state_dict (Mapping[str, Tensor]): Tensors by name, as :func:`unwrap` returns them: of a
             whole model or of a backbone.
 
     Returns:
-        tuple[dict[str, Tensor], Report]: The tensors by their new names (``backbone.``,
-        ``neck.0.``, ``head.`` or ``decode_head.0.`` and ``.1.`` first, unless the checkpoint is
-        of a bare backbone), and what was done.
+        tuple[dict[str, Tensor], Report]: The tensors by their new names (with the prefix
+        ``backbone.``, ``neck.0.``, ``head.``, ``decode_head.0.`` or ``decode_head.1.``, unless the
+        checkpoint is of a bare backbone), and a report.
 
     Raises:
-        ValueError: If the dialect is unknown, or query, key or value is missing beside the others.
+        ValueError: If the dialect is unknown, or one of query, key and value is missing.
     """
     report = Report(detect_dialect(state_dict))
     return _translate(state_dict, report), report
 
 
 def rename(name: str, starts: Iterable[tuple], blocks: Iterable[tuple]) -> str:
-    """Rename a tensor by the two tables of a :class:`Dialect`, or by their reverse."""
+    """Rename a tensor by the two tables of a :class:`Dialect`, in either direction."""
     for old, new in starts:
         if name.startswith(old):
             name = new + name.removeprefix(old)
@@ -251,7 +251,7 @@ def _translate(state_dict: Mapping[str, Tensor], report: Report) -> dict[str, Te
     for old in state_dict:
         if old.endswith(DERIVED_BUFFER):
             report.dropped.append(old)
-        else:  # what blocks are called in one dialect means nothing else in another
+        else:  # the names of blocks in one dialect have no other meaning in the others
             olds[rename(old, starts, OFFICIAL_BLOCKS)] = old
     translated = {}
     for name, old in olds.items():
@@ -267,26 +267,26 @@ def _translate(state_dict: Mapping[str, Tensor], report: Report) -> dict[str, Te
 
 
 def _join(name: str, olds: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> Tensor:
-    """Put query, key and value together, given the name of one of them."""
+    """Join query, key and value, given the name of one of them."""
     parts = [_SEPARATE.sub(f'.{part}.', name) for part in SEPARATE_PROJECTIONS]
     for part in parts:
         if part not in olds:
             raise ValueError(
-                f'the checkpoint has {olds[name]!r}, but {part.rpartition(".attn.")[2]!r} is '
-                'missing beside it: it is incomplete. Take it from its source again'
+                f'the checkpoint has {olds[name]!r} without {part.rpartition(".attn.")[2]!r}: it '
+                'is incomplete. Get it from its source again'
             )
     return torch.cat([state_dict[olds[part]] for part in parts])
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:
-    """Interpolate a relative position bias table for another window.
+    """Interpolate a relative position bias table for another window size.
 
     Bilinear without aligned corners, as the official segmentation code does for windows of 13
     and 15.
 
     Args:
         table (Tensor): Table of shape ((2 * w - 1)**2, heads).
-        window (int): The other window's side, in tokens.
+        window (int): Side of the new window, in tokens.
 
     Returns:
         Tensor: Table of shape ((2 * window - 1)**2, heads).
@@ -298,7 +298,7 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
 
 
 def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Module) -> None:
-    """Translate a checkpoint of any dialect for a backbone that is about to load it.
+    """Convert a checkpoint in any dialect for a backbone that is about to load it.
 
     Args:
         state_dict (MutableMapping): The checkpoint; changed in place.
@@ -307,7 +307,7 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Mo
 
     Raises:
         ValueError: If there are tensors under the prefix, but none for the blocks, or if a weight
-            is no tensor.
+            is not a tensor.
     """
     if not prefix:
         contents = find_weights(state_dict)
@@ -317,18 +317,18 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Mo
     inside = [key for key in state_dict if key.startswith(prefix)]
     found = {key.removeprefix(prefix): state_dict.pop(key) for key in inside}
     if not found:
-        # Torch shows a part of a model only the tensors under its own prefix, so whether the others
-        # are a head without backbone or a backbone of another dialect cannot be told here.
+        # torch passes a submodule only the tensors under its own prefix, so it is unknown here
+        # whether the others are a head without backbone or a backbone in another format.
         print_log(
-            f'The checkpoint has nothing under {prefix!r}: the backbone stays as it is. If it is '
-            'of another dialect, or its names begin in another way, write mmhrformer:// before its '
-            'path.',
+            f'The checkpoint has nothing under {prefix!r}: the backbone is left unchanged. If the '
+            'file is in another format, or its names have another prefix, write mmhrformer:// '
+            'before its path.',
             'current',
             logging.WARNING,
         )
         return
     own = {plain_name(key): (key, tensor) for key, tensor in backbone.state_dict().items()}
-    refuse_doubles({key: plain_name(key) for key in found})
+    refuse_duplicates({key: plain_name(key) for key in found})
     tensors = {plain_name(key): tensor for key, tensor in found.items()}
     if any(map(_FOREIGN.search, tensors)):
         tensors = _translate(tensors, Report(''))
@@ -338,18 +338,18 @@ def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Mo
 
 
 def _check_blocks(tensors: Mapping, own: Mapping) -> None:
-    """Refuse a checkpoint that has nothing for the blocks of the backbone."""
+    """Refuse a checkpoint without tensors for the blocks of the backbone."""
     blocks = [key for key in own if key.startswith('stage2.')]
     if not any(key in tensors for key in blocks):
         detect_dialect(tensors)
         raise ValueError(
             f'the checkpoint has no tensor for the blocks of this backbone (such as '
-            f'{blocks[0]!r}): check arch and file'
+            f'{blocks[0]!r}): check the arch and the file'
         )
 
 
 def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
-    """Resize bias tables to the backbone's windows; leave them out if it has none."""
+    """Resize bias tables to the backbone's windows; drop them if it has no such bias."""
     fitted, windows, left_out = {}, set(), 0
     for key, tensor in tensors.items():
         if key.endswith(BIAS_TABLE):
@@ -362,21 +362,21 @@ def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
         fitted[key] = tensor
     if windows:
         print_log(
-            f'Resized relative position bias tables, learned for windows of {sorted(windows)} '
-            f'tokens a side, to windows of {sorted(set(backbone.window_sizes))} (bilinear).',
+            f'Resized relative position bias tables from windows of {sorted(windows)} to windows '
+            f'of {sorted(set(backbone.window_sizes))} tokens per side (bilinear).',
             'current',
         )
     if left_out:
-        print_log(f'with_rpe=False: {left_out} relative position tables not used.', 'current')
+        print_log(f'with_rpe=False: {left_out} relative position bias tables not used.', 'current')
     return fitted
 
 
 def window_of(table: Tensor) -> int:
-    """Side of the window, in tokens, of a bias table ((2 * window - 1)**2, heads)."""
+    """Side of the window, in tokens, for a bias table ((2 * window - 1)**2, heads)."""
     window = (round(len(table) ** 0.5) + 1) // 2
     if (2 * window - 1) ** 2 != len(table):
         raise ValueError(
-            f'a relative position bias table has {len(table)} rows, which no square window has: '
-            'checkpoints of other windows cannot be used'
+            f'a relative position bias table has {len(table)} rows, which does not match any '
+            'square window: checkpoints with other windows cannot be used'
         )
     return window

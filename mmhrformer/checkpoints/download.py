@@ -1,7 +1,7 @@
-"""Download checkpoints; a file gets its name only after its hash was checked.
+"""Download of checkpoints; a file gets its final name only after its hash has been verified.
 
-On urllib, filelock and rich: torch.hub's downloader has no time limit, and follows redirects to
-http.
+Built on urllib, filelock and rich, since torch.hub's downloader has no timeout and follows
+redirects to http.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from rich.console import Console
 from rich.progress import wrap_file
 from torch.hub import get_dir
 
-TIMEOUT = 30  # seconds without a byte
-WAITS = (1, 4)  # seconds before the second and the third try
+TIMEOUT = 30  # seconds without any data
+WAITS = (1, 4)  # seconds before the second and the third attempt
 TRANSIENT_CODES = (408, 429, 500, 502, 503, 504)
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 CHECK_NETWORK = (
-    'See whether the network works (https_proxy names a proxy, SSL_CERT_FILE certificates of your '
-    'own) and try again later. '
+    'Check the network (set https_proxy for a proxy, SSL_CERT_FILE for your own certificates) and '
+    'try again later. '
 )
 URL = re.compile(r'(?ai)https?://[\w.-]+(:\d+)?/[!-~]+')
-# The first digits of the SHA-256, as torch.hub and OpenMMLab write them into names: name-HASH.pth
-# or, in mmpose, name-HASH_DATE.pth. A date, name-20220316.pth, looks the same but is none.
+# The first digits of the SHA-256, which torch.hub and OpenMMLab put into file names: name-HASH.pth
+# or, in mmpose, name-HASH_DATE.pth. A date as in name-20220316.pth is not a hash.
 SHORT_HASH = re.compile(
     r'-(?!20\d\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\.)([0-9a-f]{8,64})(?:_\d{8})?(?:\.\w+)+$'
 )
 
 
 class DownloadError(RuntimeError):
-    """A file could not be downloaded. The message says why, and what to do."""
+    """A file could not be downloaded. The message gives the reason and the remedy."""
 
 
 class TransientError(DownloadError):
-    """A download failed in a way that may be over at the next try."""
+    """A download failed, but another attempt may succeed."""
 
 
 def cache_folder() -> Path:
     """Folder of the downloaded checkpoints.
 
     Returns:
-        Path: ``$MMHRFORMER_CACHE``, else ``checkpoints/mmhrformer`` in the folder of torch.hub,
-        which ``$TORCH_HOME`` moves. It need not exist yet.
+        Path: ``$MMHRFORMER_CACHE``, or by default ``checkpoints/mmhrformer`` in torch.hub's folder,
+        which ``$TORCH_HOME`` sets. It may not exist yet.
 
     Examples:
         >>> cache_folder().name  # doctest: +SKIP
@@ -68,78 +68,78 @@ def cache_folder() -> Path:
 
 
 def download(url: str, path: Path, sha256: str = '') -> None:
-    """Download a file, unless it is there already; check it either way.
+    """Download a file unless it exists already, and verify it in either case.
 
-    Of several processes one downloads and the others wait for it (``NAME.lock``, which stays).
+    Of several processes, one downloads and the others wait (by ``NAME.lock``, which is kept).
 
     Args:
-        url (str): Address of the file; http or https.
-        path (Path): Path to save it under. Its folder is made if need be.
+        url (str): URL of the file; http or https.
+        path (Path): Path to save it to. The folder is created if needed.
         sha256 (str): All 64 digits of its SHA-256. Defaults to ``''``: the first ones in its name.
 
     Raises:
-        DownloadError: If the file cannot be had, or is there and is not the expected one.
-        ValueError: If ``sha256`` cannot be a SHA-256, or is needed as the name has no hash.
+        DownloadError: If the file cannot be downloaded, or exists but is not the expected one.
+        ValueError: If ``sha256`` is invalid, or is missing and the name has no hash.
     """
     expected = _expected_hash(sha256, path.name)
     if not expected:
         raise ValueError(
-            f'{url} could not be checked, so it is not downloaded: the name {path.name} has no '
-            'digits of its SHA-256, name-0123abcd.pth. Give all 64 as sha256'
+            f'{url} could not be verified, so it is not downloaded: the name {path.name} has no '
+            'digits of its SHA-256, as in name-0123abcd.pth. Pass all 64 digits as sha256'
         )
     if not URL.fullmatch(url):
         raise DownloadError(
-            f'url={url!r} cannot be downloaded: it has to be http://HOST/... or https://HOST/... '
-            'without blanks. Of a file on this machine, give the path'
+            f'url={url!r} cannot be downloaded: expected http://HOST/... or https://HOST/... '
+            'without spaces. For a local file, pass the path'
         )
     try:
-        if path.exists():  # perhaps in a folder that is read-only
+        if path.exists():  # checked before locking, since the folder may be read-only
             check_hash(path, path.read_bytes(), sha256)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{path}.lock'):
-            if not path.exists():  # from the process that had the lock before
+            if not path.exists():  # unless another process has just downloaded it
                 _download_with_retries(url, path, expected)
     except OSError as err:
         raise DownloadError(
-            f'cannot keep {url} as {path}: {err}. Make room or get the right to read and write '
-            'there, or name another folder by the environment variable MMHRFORMER_CACHE'
+            f'cannot save {url} as {path}: {err}. Free disk space or get read and write permission '
+            'there, or set the environment variable MMHRFORMER_CACHE to another folder'
         ) from err
 
 
 def check_hash(path: Path, content: bytes, sha256: str = '') -> None:
-    """Check the content of a file against the SHA-256 given, or else the digits in its name.
+    """Verify the content of a file by its SHA-256, or by the digits in its name.
 
-    Programs such as mim save whatever they get under a name with a hash, without checking it.
+    Programs such as mim save any response under a name with a hash, without verifying it.
 
     Raises:
-        DownloadError: If the content has another one.
-        ValueError: If ``sha256`` cannot be a SHA-256.
+        DownloadError: If the content has a different SHA-256.
+        ValueError: If ``sha256`` is invalid.
     """
     expected = _expected_hash(sha256, path.name)
     digest = hashlib.sha256(content).hexdigest() if expected else ''
     if not digest.startswith(expected):
         raise DownloadError(
-            f'{path} is not what {"it has to be" if sha256 else "its name says"}: its SHA-256 is '
-            f'{digest}, expected {expected}. The download was cut off, or gave something '
-            'else: remove it and download it again'
-            + ('' if sha256 else '; or rename it if the digits in its name are no hash')
+            f'{path} is not {"the expected file" if sha256 else "what its name says"}: its SHA-256 '
+            f'is {digest}, expected {expected}. The download was truncated, or is another file: '
+            'remove it and download it again'
+            + ('' if sha256 else '; or rename it if the digits in its name are not a hash')
         )
 
 
 def _expected_hash(sha256: str, name: str) -> str:
-    """All digits, or the first ones, which the name has, or none."""
+    """The given SHA-256, or the digits in the name, or ''."""
     if sha256 and not re.fullmatch('[0-9a-fA-F]{64}', sha256):
         raise ValueError(
-            f'sha256={sha256!r} is none: give the 64 hexadecimal digits that sha256sum prints, '
-            'or nothing'
+            f'sha256={sha256!r} is not a SHA-256: expected the 64 hexadecimal digits that '
+            'sha256sum prints, or nothing'
         )
     found = SHORT_HASH.search(name)
     return sha256.lower() or (found[1] if found else '')
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows redirects, but none from https to what anybody on the way could change."""
+    """Redirect handler that refuses redirects from https to insecure protocols."""
 
     def redirect_request(
         self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -151,7 +151,7 @@ class _Redirects(HTTPRedirectHandler):
 
 def _download_with_retries(url: str, path: Path, expected: str) -> None:
     print_log(f'Downloading {url} to {path}', 'current')
-    # Removed with all that is in it, whatever happens.
+    # A temporary folder, so that no partial file is left behind.
     with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as folder:
         file = Path(folder, path.name)
         for wait in (*WAITS, None):
@@ -163,11 +163,11 @@ def _download_with_retries(url: str, path: Path, expected: str) -> None:
                 transient, failure = isinstance(err, TransientError), err
             if wait is None or not transient:
                 break
-            print_log(f'{path.name}: {failure}. Next try in {wait} s', 'current', logging.WARNING)
+            print_log(f'{path.name}: {failure}. Retrying in {wait} s', 'current', logging.WARNING)
             sleep(wait)
     raise DownloadError(
-        f'cannot download {url}: {failure}. {CHECK_NETWORK if transient else ""}By hand: download '
-        f'it in a browser and put it here: {path}. It is then used from there without network'
+        f'cannot download {url}: {failure}. {CHECK_NETWORK if transient else ""}By hand: '
+        f'download it in a browser and put it here: {path}. It is then used without network access'
     ) from failure
 
 
@@ -191,9 +191,9 @@ def _download_once(url: str, file: Path, expected: str) -> None:
         return
     if content[:512].removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'<'):
         raise DownloadError(
-            'it gives a web page, not a checkpoint: for logging in, confirming, sharing'
+            'the server sent a web page, not a checkpoint, such as a login or sharing page'
         )
     raise TransientError(
-        f'{len(content)} bytes came, and their SHA-256 is {digest}, expected {expected}: the '
-        'connection was cut, or the file there is another one by now'
+        f'received {len(content)} bytes, whose SHA-256 is {digest}, expected {expected}: the '
+        'connection was cut, or the file on the server has changed'
     )

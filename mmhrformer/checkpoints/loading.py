@@ -1,4 +1,4 @@
-"""Load a checkpoint of any dialect into a whole model."""
+"""Loading of checkpoints in any format into whole models."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def load_checkpoint(
     new_classes: bool = False,
     key: str | None = None,
 ) -> Report:
-    """Load a checkpoint of any dialect into a model built from one of our configs.
+    """Load a checkpoint in any supported format into a model built from one of our configs.
 
     Args:
         model (nn.Module): A whole model with an HRFormer backbone, or a bare :class:`HRFormer`.
-        checkpoint (str | Path | Mapping): A file, a name of the zoo, or what was saved.
-        strict (bool): Whether a missing or unused tensor is an error; those outside of the model
-            in the file, such as a loss's, are none. Defaults to False.
-        new_classes (bool): Whether layers of the head that have another shape in the checkpoint
-            are left as they are: for training on other classes. Defaults to False, an error.
-        key (str, optional): Weights to take from a file with several, such as
-            ``'state_dict_ema'``: their key, or the beginning of their names. Defaults to None:
-            ``'state_dict'``, ``'model'``, or those at the top; the report tells of others.
+        checkpoint (str | Path | Mapping): A file, a name of the zoo, or the content of a file.
+        strict (bool): Whether missing or unused tensors are an error; tensors of the file that do
+            not belong to the model, such as a loss's, are not. Defaults to False.
+        new_classes (bool): Whether to skip layers of the head that have another shape in the
+            checkpoint, for training on other classes. Defaults to False: they are an error.
+        key (str, optional): Key of the weights to load from a file with several, such as
+            ``'state_dict_ema'``, or prefix of their names. Defaults to None: ``'state_dict'``,
+            ``'model'``, or the top level; the report lists others.
 
     Returns:
-        Report: What became of each tensor; it is also logged.
+        Report: What happened to each tensor; it is also logged.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, is of no known dialect, has the weights of several
-            models and no ``key`` is given, or has weights that are no tensors or not finite.
-        RuntimeError: If tensors do not fit, or with ``strict`` are missing or unused.
+        ValueError: If the file cannot be read, is in no known format, has the weights of several
+            models and no ``key`` is given, or has weights that are not tensors or not finite.
+        RuntimeError: If shapes do not match, or with ``strict`` tensors are missing or unused.
 
     Examples:
         >>> from mmhrformer import HRFormer
@@ -74,7 +74,7 @@ def load_checkpoint(
 
 
 def locate(name: str | Path, whole: bool = False) -> Path:
-    """Find the file that ``mmhrformer://NAME_OR_PATH`` means.
+    """Find the file that ``mmhrformer://NAME_OR_PATH`` refers to.
 
     Args:
         name (str | Path): Path of a file, or name of a model of the zoo, with or without
@@ -82,38 +82,40 @@ def locate(name: str | Path, whole: bool = False) -> Path:
         whole (bool): As in :func:`find_source`.
 
     Returns:
-        Path: The file. Its hash is checked when it is read.
+        Path: The file. Its hash is verified when it is read.
 
     Raises:
         DownloadError: If a file of the zoo cannot be downloaded.
-        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
-        ValueError: If nobody published a checkpoint of that model.
+        FileNotFoundError: If there is no such file or model, or the file must be downloaded by
+            hand.
+        ValueError: If no checkpoint of that model was published.
     """
     return _locate(name, whole)[0]
 
 
 def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
-    """Find a checkpoint as :func:`locate` does, and read it: once, with all checks.
+    """Find a checkpoint as :func:`locate` does, read it once, and verify it.
 
     Args:
         name (str | Path): As in :func:`locate`.
         whole (bool): As in :func:`find_source`.
 
     Returns:
-        tuple[Path, dict]: The file, and what was saved in it.
+        tuple[Path, dict]: The file and its content.
 
     Raises:
-        DownloadError: If a file of the zoo cannot be downloaded, or a file is not what its name
-            says.
-        FileNotFoundError: If there is neither, or the file has to be downloaded by hand.
-        ValueError: If nobody published a checkpoint of that model, or the file cannot be read.
+        DownloadError: If a file of the zoo cannot be downloaded, or a file does not match the hash
+            in its name.
+        FileNotFoundError: If there is no such file or model, or the file must be downloaded by
+            hand.
+        ValueError: If no checkpoint of that model was published, or the file cannot be read.
     """
     path, sha256 = _locate(name, whole)
     return path, read_checkpoint(path, sha256)
 
 
 def _locate(name: str | Path, whole: bool) -> tuple[Path, str]:
-    """The file of a checkpoint, and its SHA-256 if the zoo knows it."""
+    """The file of a checkpoint, and its SHA-256 if the zoo has it."""
     name = str(name).removeprefix(SCHEME)
     path = Path(name).expanduser()
     if path.is_file():
@@ -121,14 +123,14 @@ def _locate(name: str | Path, whole: bool) -> tuple[Path, str]:
     if name.partition('@')[0] in read_zoo():
         return find_file(name, whole)
     raise FileNotFoundError(
-        f'there is no checkpoint {name!r}: neither a file (from {Path.cwd()}) nor a model of the '
+        f'there is no checkpoint {name!r}: neither a file (in {Path.cwd()}) nor a model of the '
         f'zoo. {did_you_mean(name, read_zoo(), "Did")} mmhrformer.list_models() lists the zoo'
     )
 
 
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Put the name of a file before the messages of errors."""
+    """Prefix error messages with the name of a file."""
     try:
         yield
     except (RuntimeError, ValueError) as err:
@@ -138,26 +140,26 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
 def load_from_scheme(filename: str, map_location=None, logger: str = 'current') -> dict:
-    """Read ``mmhrformer://NAME_OR_PATH`` wherever mmengine takes a checkpoint.
+    """Read ``mmhrformer://NAME_OR_PATH`` where mmengine accepts a checkpoint.
 
-    The file may be of any dialect and is read without running code from it; the tensors come out
-    with the names they have here. Other contents of the file are left behind.
+    The file may be in any supported format and is read without running code from it; the tensors
+    are renamed to our names. Other contents of the file are dropped.
 
     Args:
         filename (str): ``mmhrformer://`` and the path of a file, or the name of a model of the
-            zoo, which is downloaded if need be.
-        map_location (optional): Tensors are always read on the CPU; models copy them from there.
+            zoo, which is downloaded if needed.
+        map_location (optional): Ignored: tensors are read on the CPU, and models copy them.
         logger (str): Logger of the message. Defaults to ``'current'``.
 
     Returns:
         dict: The tensors by name, under ``'state_dict'``, and those of mmengine's EMAHook under
-        ``'ema_state_dict'``. ``'meta'`` has ``dataset_meta``, the classes of the training, where
-        the file tells them in plain words and numbers.
+        ``'ema_state_dict'``. ``'meta'`` has the ``dataset_meta`` of the training, if the file
+        stores it as plain strings and numbers.
 
     Raises:
         DownloadError: As :func:`read`.
-        FileNotFoundError: Likewise.
-        ValueError: If the file cannot be read, is of no known dialect, or has numbers that are not
+        FileNotFoundError: As :func:`read`.
+        ValueError: If the file cannot be read, is in no known format, or has numbers that are not
             finite.
     """
     path, saved = read(filename)
@@ -169,7 +171,7 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
     has_meta = dataset_meta and _is_plain(dataset_meta)
     meta = dict(dataset_meta=dataset_meta) if has_meta else {}
     content = dict(meta=meta, state_dict=state_dict)
-    if contents.others.get('ema_state_dict') == SWAPPED:  # its hook looks for both
+    if contents.others.get('ema_state_dict') == SWAPPED:  # the hook needs both
         unaveraged, _ = convert(find_weights(saved, 'ema_state_dict').tensors)
         content['ema_state_dict'] = {
             f'module.{name}' if '.' in name else name: v for name, v in unaveraged.items()
@@ -178,7 +180,7 @@ def load_from_scheme(filename: str, map_location=None, logger: str = 'current') 
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a stored value is made of words, numbers and plain containers, nothing inert."""
+    """Whether a stored value consists of strings, numbers and plain containers only."""
     if isinstance(value, Mapping):
         return type(value) in (dict, OrderedDict) and _is_plain([*value, *value.values()])
     if isinstance(value, (list, tuple)):
@@ -187,7 +189,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _translate(saved: Mapping, key: str | None = None) -> tuple[Contents, dict, Report]:
-    """Find the weights in what was saved, check them, and give them the names they have here."""
+    """Find the weights in the content of a file, check them, and convert their names."""
     contents = find_weights(saved, key)
     state_dict, report = convert(contents.tensors)
     check_finite(contents.tensors)
@@ -197,7 +199,7 @@ def _translate(saved: Mapping, key: str | None = None) -> tuple[Contents, dict, 
 def _load(
     model: nn.Module, saved: Mapping, strict: bool, new_classes: bool, key: str | None
 ) -> Report:
-    """Load what was saved into a model, see :func:`load_checkpoint`."""
+    """Load the content of a file into a model, see :func:`load_checkpoint`."""
     contents, state_dict, report = _translate(saved, key)
     report.taken, report.others = contents.key, contents.others
     own = model.state_dict()
@@ -213,18 +215,19 @@ def _load(
     _refuse_quantized(own, state_dict)
     _refuse_other_shapes(own, state_dict, [k for k in differing if k in state_dict])
     missing, unused = model.load_state_dict(state_dict, strict=False)
-    _account(report, contents, names, missing, unused)
+    _report_unmatched(report, contents, names, missing, unused)
     report.used = len(own) - len(missing)
     if strict and (report.missing or report.unused):
-        raise RuntimeError(f'the checkpoint is not of this model. {report}')
+        raise RuntimeError(f'the checkpoint does not match the model. {report}')
     incomplete = any(not _of_head(name) for name in report.missing)
-    better = set(report.others.values()) - {SWAPPED}  # perhaps
-    print_log(str(report), 'current', logging.WARNING if incomplete or better else logging.INFO)
+    maybe_better = set(report.others.values()) - {SWAPPED}
+    level = logging.WARNING if incomplete or maybe_better else logging.INFO
+    print_log(str(report), 'current', level)
     return report
 
 
 def _names_in(own: Mapping, state_dict: Mapping) -> dict[str, str]:
-    """Map names to those in a model, which may be a bare backbone, wrapped whole or in parts."""
+    """Map names to those in a model, which may be a bare backbone or wrapped."""
     plain = {plain_name(name): name for name in own}
     start = 'backbone.'
     names = {name: name for name in state_dict}
@@ -240,7 +243,7 @@ def _of_head(name: str) -> bool:
 
 
 def _refuse_quantized(own: Mapping, state_dict: Mapping) -> None:
-    """Refuse integers in place of numbers: copying would take codes for values."""
+    """Refuse quantized weights: copying would treat their codes as values."""
     codes = [
         name
         for name, tensor in state_dict.items()
@@ -249,14 +252,14 @@ def _refuse_quantized(own: Mapping, state_dict: Mapping) -> None:
     if codes:
         raise RuntimeError(
             f'the checkpoint has {state_dict[codes[0]].dtype} for {codes[0]!r} and '
-            f'{len(codes) - 1} more, and the model {own[codes[0]].dtype}: such weights are '
-            'quantized. Save those of the model before it was quantized'
+            f'{len(codes) - 1} more, the model has {own[codes[0]].dtype}: these weights are '
+            'quantized. Save the weights of the model before quantization'
         )
 
 
 def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: list[str]) -> None:
-    """Tell what to do about tensors that do not fit, before any is loaded."""
-    # Bias tables are resized for another window, but not for other heads.
+    """Refuse tensors whose shapes do not match, before any is loaded."""
+    # Bias tables are resized for another window, but not for another number of heads.
     wrong = [
         key
         for key in differing
@@ -267,28 +270,28 @@ def _refuse_other_shapes(own: Mapping, state_dict: Mapping, differing: list[str]
     remedy = 'build the model with the arch, in_channels and neck of the checkpoint'
     if all(map(_of_head, wrong)):
         remedy = (
-            'set num_classes (out_channels of a pose head) to that of the checkpoint, or load with '
-            'new_classes=True'
+            'set num_classes (out_channels for a pose head) to that of the checkpoint, or load '
+            'with new_classes=True'
         )
     lines = [
         f'  size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, '
         f'{tuple(own[key].shape)} in the model'
         for key in wrong
     ]
-    raise RuntimeError(f'the checkpoint does not fit the model: {remedy}\n' + '\n'.join(lines))
+    raise RuntimeError(f'the checkpoint does not match the model: {remedy}\n' + '\n'.join(lines))
 
 
-def _account(
+def _report_unmatched(
     report: Report, contents: Contents, names: Mapping, missing: list[str], unused: list[str]
 ) -> None:
-    """Note the tensors of the model and of the file that have not met."""
+    """Report the tensors of the model and of the file without a counterpart."""
     in_file = {new: old for old, new in names.items()}
     in_file.update((names[new], old) for old, new in report.renamed.items() if new in names)
     left = [in_file.get(name, name) for name in unused]
     left = [contents.names.get(name, name) for name in left]
-    # Counters of averaged models have no module; more models have names of their own.
+    # Counters of averaged models have no module; further models have their own prefixes.
     others = tuple(f'{key}.' for key in contents.others)
-    beside = [k for k in left if '.' not in plain_name(k) or plain_name(k).startswith(others)]
+    extra = [k for k in left if '.' not in plain_name(k) or plain_name(k).startswith(others)]
     report.missing = [name for name in missing if name not in report.other_shape]
-    report.unused = [name for name in left if name not in beside]
-    report.outside = [*contents.outside, *beside]
+    report.unused = [name for name in left if name not in extra]
+    report.outside = [*contents.outside, *extra]

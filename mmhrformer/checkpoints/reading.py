@@ -1,4 +1,4 @@
-"""Read checkpoint files without running what they contain."""
+"""Reading of checkpoint files without running code from them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .download import check_hash
 
 
 class Inert(dict):
-    """Stand-in for a stored type, function or object of one: nothing of it is imported or runs.
+    """Stand-in for a stored type, function or object: nothing is imported or run.
 
-    A pickle can call it, give it items, arguments and a state, and use it as a key. Only the items
+    A pickle can call it, set items, pass arguments and a state, and use it as a key. Only the items
     are kept, since weights may be in a mapping of an unknown type.
 
     Attributes:
         stored (str): Name of the type or function in the file.
-        is_module (bool): Whether it was a module of torch, whole.
+        is_module (bool): Whether it was a whole ``nn.Module``.
     """
 
     stored = ''
@@ -38,7 +38,7 @@ class Inert(dict):
     __ne__ = object.__ne__
 
     def __new__(cls, *args, **kwargs) -> Inert:
-        # ``cls`` is what a pickle takes for a class: an object of this one.
+        # To a pickle, ``cls`` is a class; in fact it is an instance of Inert.
         made = super().__new__(Inert)
         made.stored = cls.stored
         return made
@@ -57,18 +57,18 @@ class Inert(dict):
         return self.stored
 
     def append(self, item: Any) -> None:
-        """Take what is added to a stored list or set."""
+        """Ignore what a pickle adds to a stored list or set."""
 
     extend = add = append
 
 
 def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
-    """Build a parameter; what Python attributes it had is left out."""
+    """Build a parameter without its Python attributes."""
     return torch.nn.Parameter(data, requires_grad)
 
 
 def _tensor_with_attributes(build: Any, kind: Inert, args: tuple, _: Any) -> Any:
-    """Build a tensor that had Python attributes. Other kinds may mean something else by numbers."""
+    """Build a tensor with Python attributes; subclasses may store codes instead of numbers."""
     known = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'torch.nn.parameter.Buffer')
     return _build(build, args) if _builds_tensor(build) and kind.stored in known else kind()
 
@@ -78,13 +78,13 @@ def _tensor_of_other_device(data: Tensor, dtype: torch.dtype, *_: Any) -> Tensor
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    """Bytes are texts in pickles of the protocol that torch writes."""
+    """Decode bytes, which are stored as text in the pickle protocol that torch uses."""
     if encoding != 'latin1':
         raise ValueError(encoding)
     return text.encode(encoding)
 
 
-# Functions that build tensors; names that this torch does not have are left out.
+# Functions that build tensors, as far as this torch has them.
 _TENSORS = {
     f'torch._utils.{name}': getattr(torch._utils, name)
     for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3')
@@ -102,7 +102,7 @@ def _builds_tensor(function: Any) -> bool:
 
 
 def _build(build: Any, args: tuple) -> Any:
-    """Build a tensor, unless it is made of something unknown, such as a type of another torch."""
+    """Build a tensor, unless it depends on something unknown, such as a type of another torch."""
     unknown = [arg for arg in args if isinstance(arg, Inert)]
     if unknown and build is not _tensor_with_attributes:
         return unknown[0]()
@@ -120,10 +120,10 @@ _PLAIN = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in _PLAIN_TYPE
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds tensors and plain containers; of everything else only the name is looked at.
+    """Unpickler that builds only tensors and plain containers, and stand-ins for everything else.
 
-    It is pickle's own in Python: the one in C reserves as much memory as a number in the file says,
-    so that a single wrong byte can make the system end the process.
+    It is based on pickle's Python implementation: the one in C allocates whatever size a number in
+    the file says, so that a single corrupt byte can get the process killed.
     """
 
     inert: set[str]
@@ -133,18 +133,18 @@ class _Unpickler(pickle._Unpickler):
         try:
             return super().load()
         except KeyError as err:
-            if isinstance(err.args[0], int):  # a byte that is no instruction
+            if isinstance(err.args[0], int):  # a byte that is not an opcode
                 raise pickle.UnpicklingError(f'invalid load key {err.args[0]}') from err
             raise
 
     def find_class(self, module: str, name: str) -> Any:
-        # torch writes the names of Python 2.
+        # torch writes Python 2 names.
         full = f'{"builtins" if module == "__builtin__" else module}.{name}'
         if full in _TENSORS:
             return _TENSORS[full]
         if full in _PLAIN:
             return _PLAIN[full]
-        # Not getattr, by which torch imports parts of itself.
+        # Not getattr, which makes torch import submodules.
         found = vars(torch).get(name) if module in ('torch', 'torch.storage') else None
         if isinstance(found, torch.dtype) or (isinstance(found, type) and 'Storage' in name):
             return found
@@ -166,32 +166,32 @@ class _Unpickler(pickle._Unpickler):
             return
         try:
             self.stack[-1] = function(*args)
-        except Exception:  # such as a device that only another torch knows
+        except Exception:  # such as a device that this torch does not have
             self.stack[-1] = self._stand_in(getattr(function, '__name__', repr(function)))
 
     dispatch[pickle.REDUCE[0]] = load_reduce
 
     def load_build(self) -> None:
-        """Keep states away from all that is real: they could change functions and classes."""
+        """Do not apply stored states to real objects: they could modify functions and classes."""
         state, made = self.stack.pop(), self.stack[-1]
         keys = state if isinstance(state, dict) else ()
         if isinstance(made, Inert):
             made.is_module = '_parameters' in keys and '_modules' in keys
         elif isinstance(made, Tensor):
-            raise pickle.UnpicklingError('it has tensors in a form that torch does not write')
+            raise pickle.UnpicklingError('it stores tensors in a way that torch does not')
         elif type(made) is OrderedDict and '_metadata' in keys:
             made._metadata = state['_metadata']
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-# Messages of torch, pickle and safetensors -> their meaning.
+# Error messages of torch, pickle and safetensors -> their meaning.
 _MEANINGS = {
     'failed finding central directory|not a ZIP archive|Ran out of input|unexpected EOF|'
     '^EOFError$|^index out of range$|unpack requires a buffer|^negative seek|'
     '[Ii]nvalid ?[Hh]eader ?[Ll]ength|MetadataIncompleteBuffer|'
-    'file not fully covered': ('it is cut off: download it again'),
-    'invalid load key|Invalid magic number': 'it has no format that checkpoints have',
+    'file not fully covered': ('it is truncated: download it again'),
+    'invalid load key|Invalid magic number': 'it is not in a checkpoint format',
 }
 _STACK = re.compile(r'\n(?:Exception raised from|frame #)')  # in messages of torch
 _FOLDER = 0x10  # attribute of a folder in a zip file
@@ -199,18 +199,18 @@ _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, by the format's definition
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with the length of a header and the header, which is JSON."""
+    """Whether a file begins like a safetensors file, with a length and a JSON header."""
     return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= _SAFETENSORS_HEADER_LIMIT
 
 
 def _is_torchscript(data: bytes) -> bool:
-    """Whether torch.load would hand a zip file to the TorchScript interpreter."""
-    # torch's own reader: another one can see other entries in a file made to deceive it.
+    """Whether torch.load would pass a zip file to the TorchScript interpreter."""
+    # Use torch's own reader: another one may see other entries in a crafted file.
     return 'constants.pkl' in torch._C.PyTorchFileReader(io.BytesIO(data)).get_all_records()
 
 
 def find_damage(file: str | Path | BinaryIO) -> str:
-    """Find damage in a file of ``torch.save`` by its checksums, which torch does not check.
+    """Find damage in a file of ``torch.save`` by its checksums, which torch does not verify.
 
     Args:
         file (str | Path | BinaryIO): The file.
@@ -221,22 +221,22 @@ def find_damage(file: str | Path | BinaryIO) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
-            # torch reads nothing from an entry that is marked as a folder, and says nothing.
+            # torch silently reads nothing from an entry that is marked as a folder.
             entries = archive.infolist()
             folders = [e.filename for e in entries if e.is_dir() or e.external_attr & _FOLDER]
     except Exception as err:  # a damaged file can fail in any way
         return str(err) or type(err).__name__
     if broken is not None:
         return f'the checksum of {broken!r} is wrong'
-    return f'{folders[0]!r} is no file' if folders else ''
+    return f'{folders[0]!r} is not a file' if folders else ''
 
 
 def _refuse_other_files(head: bytes) -> None:
-    """Refuse empty files, web pages, Git LFS pointers and texts."""
+    """Refuse empty files, web pages, Git LFS pointers and text files."""
     if not head:
         raise ValueError('it is empty: download it again')
     try:
-        # A character may be cut in two at the end of the head.
+        # Incremental, since the last character of the head may be incomplete.
         text = codecs.getincrementaldecoder('utf-8-sig')().decode(head).strip()
     except UnicodeDecodeError:
         text = head.decode('latin-1').strip()
@@ -244,33 +244,34 @@ def _refuse_other_files(head: bytes) -> None:
         return
     if text.startswith('<'):
         raise ValueError(
-            'it is a web page, not a checkpoint: open its address in a browser, see what it asks '
-            'for, and download the file itself'
+            'it is a web page, not a checkpoint: open its URL in a browser, follow its '
+            'instructions, and download the file itself'
         )
     if text.startswith('version https://git-lfs'):
         raise ValueError(
-            'it is a Git LFS pointer, which stands for the file: call "git lfs pull" in the '
-            'repository it is from, or download the file itself'
+            'it is a Git LFS pointer, not the file: run "git lfs pull" in its repository, or '
+            'download the file itself'
         )
-    raise ValueError(f'it is text, beginning with {text[:40]!r}, not a checkpoint: check the path')
+    raise ValueError(
+        f'it is a text file, beginning with {text[:40]!r}, not a checkpoint: check the path'
+    )
 
 
 def _parse(data: bytes, inert: set[str]) -> Any:
-    """Parse the bytes of a file, and collect the names of what is left inert."""
+    """Parse the bytes of a file, and collect the names of stand-ins."""
     head = data[:512]
     _refuse_other_files(head)
     if _is_safetensors(head):
         try:
             import safetensors.torch
         except ImportError as err:
-            raise ValueError(
-                'it is a safetensors file, which needs a package: pip install safetensors'
-            ) from err
+            raise ValueError('it is a safetensors file: pip install safetensors') from err
         return safetensors.torch.load(data)
     if head.startswith(b'PK\3\4'):
         if _is_torchscript(data):
             raise ValueError(
-                'it is a TorchScript program, not a checkpoint: its code would run. If you trust '
+                'it is a TorchScript program, not a checkpoint: loading it would run code. If you '
+                'trust '
                 "its source, save its weights: torch.save(torch.jit.load(FILE, 'cpu').state_dict()"
                 ', NEW_FILE)'
             )
@@ -286,18 +287,18 @@ def _parse(data: bytes, inert: set[str]) -> Any:
 
 
 def save_weights(content: Any) -> str:
-    """Tell how to save the weights alone of something else, with a line of Python."""
+    """Explain, with a line of Python, how to save only the weights of some content."""
     place = '.state_dict()' if isinstance(content, Inert) else _place_of_weights(content)
     if place is None:
         return 'save the weights by their names: torch.save(model.state_dict(), NEW_FILE)'
     return (
-        'if you trust its source, since this runs its code, save the weights alone: '
+        'if you trust its source, since this runs its code, save only the weights: '
         f"torch.save(torch.load(FILE, 'cpu', weights_only=False){place}, NEW_FILE)"
     )
 
 
 def _place_of_weights(content: Any, depth: int = 3) -> str | None:
-    """Python expression of the place of a module or tensors by name; None if there are none."""
+    """Python expression for the location of a module or of tensors by name; None if absent."""
     if isinstance(content, Inert) and content.is_module:
         return '.state_dict()'
     if isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values()):
@@ -312,26 +313,26 @@ def _place_of_weights(content: Any, depth: int = 3) -> str | None:
 
 
 def read_checkpoint(path: str | Path, sha256: str = '') -> dict:
-    """Read a checkpoint file of any dialect, on the CPU and once, without running code from it.
+    """Read a checkpoint file in any format, on the CPU, without running code from it.
 
-    Tensors, numbers, texts and the plain containers of Python come out as they were saved. All else
-    (configurations, logs, whole modules) becomes :class:`Inert`, and the log names its types. The
-    content tells the format. A changed byte of a tensor is found by the checksums in files of
-    ``torch.save``; those of torch before 1.6 and safetensors files have none.
+    Tensors, numbers, strings and Python's plain containers are restored as they were saved.
+    Everything else (configurations, logs, whole modules) becomes :class:`Inert`, and the log names
+    its types. The format is detected from the content. Corrupt bytes are detected by the checksums
+    in files of ``torch.save``; files of torch before 1.6 and safetensors files have none.
 
     Args:
         path (str | Path): A file written by ``torch.save``, or a safetensors file.
         sha256 (str): Its SHA-256, 64 hexadecimal digits. Defaults to ``''``: the digits in its
-            name, if there are any.
+            name, if any.
 
     Returns:
-        dict: What was saved.
+        dict: The content of the file.
 
     Raises:
-        DownloadError: If the file has another SHA-256.
+        DownloadError: If the file has a different SHA-256.
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is no checkpoint, is a program or a whole module, or is
-            a safetensors file and that package is not installed.
+        ValueError: If the file is damaged, is not a checkpoint, is a program or a whole module, or
+            is a safetensors file and that package is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -361,12 +362,12 @@ def _reason(err: Exception) -> str:
 
 def _log_inert(path: Path, names: set[str]) -> None:
     print_log(
-        f'{path}: of what is stored beside tensors, these types and functions were left inert: '
+        f'{path}: stored besides tensors, these types and functions were left inert: '
         f'{", ".join(sorted(names))}',
         'current',
     )
 
 
 def name_of_type(value: Any) -> str:
-    """Name of the type of a stored object, as the file has it."""
+    """Name of the type of a stored object, as written in the file."""
     return value.stored if isinstance(value, Inert) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Translate weights into the dialects of other codes, and write checkpoint files."""
+"""Conversion of weights to the formats of other codes, and writing of checkpoint files."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ SAFETENSORS = '.safetensors'
 def to_dialect(
     state_dict: Mapping[str, Tensor], target: str, backbone_only: bool = False
 ) -> dict[str, Tensor]:
-    """Translate tensors into the dialect of another code: undoes :func:`convert`.
+    """Convert tensors to the format of another code, the inverse of :func:`convert`.
 
-    Query, key and value are separated for the official codes, and the buffers that are computed
-    here are added for them and mmpose, so that their models load the tensors strictly. A model
+    For the official codes, query, key and value are separated; for these and mmpose, the buffers
+    that are computed here are added, so that their models load the tensors strictly. A model
     without relative position bias has no tables for mmpose, whose config needs ``with_rpe=False``.
-    The official pose code, as published, does not add this bias: there, models trained with it
-    compute something else.
+    The official pose code, as published, does not add this bias, so models trained with it give
+    different results there.
 
     Args:
         state_dict (Mapping[str, Tensor]): A whole model or a backbone, in any dialect.
-        target (str): One of :data:`TARGETS`. With ``'official'`` the head tells which of the
+        target (str): One of :data:`TARGETS`. With ``'official'`` the head determines which of the
             three official codes it is.
-        backbone_only (bool): Whether to take only the backbone, without ``backbone.`` in its
-            names: the form that training starts from. Defaults to False.
+        backbone_only (bool): Whether to convert only the backbone, without ``backbone.`` in its
+            names, as pretrained weights for training. Defaults to False.
 
     Returns:
-        dict[str, Tensor]: The tensors by their names there.
+        dict[str, Tensor]: The tensors by the names of the target.
 
     Raises:
         ValueError: If the dialect or target is unknown, or the target has no such head or needs
@@ -81,7 +81,7 @@ def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _choose_dialect(tensors: Iterable[str], target: str) -> str:
-    """The dialect of the target that has all of the tensors, and whose heads have no others."""
+    """The dialect of the target whose head consists of exactly these tensors."""
     rest = [key for key in tensors if not key.startswith('backbone.')]
     if not (rest and _is_whole(tensors)):
         return 'official-backbone' if target == 'official' else target
@@ -93,8 +93,8 @@ def _choose_dialect(tensors: Iterable[str], target: str) -> str:
             return name
     raise ValueError(
         f'no {target} HRFormer has this neck or head ({len(rest)} tensors such as {rest[0]!r}): '
-        'only the backbone can be converted. Ask for that with backbone_only=True, or '
-        '--backbone-only on the command line'
+        'only the backbone can be converted. Set backbone_only=True, or --backbone-only on the '
+        'command line'
     )
 
 
@@ -135,14 +135,14 @@ def _separate(attention: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def wrap(tensors: Mapping[str, Tensor], meta: Mapping | None = None) -> dict:
-    """Pack tensors as the code of their dialect does: undoes :func:`unwrap`.
+    """Pack tensors like the code of their dialect, the inverse of :func:`unwrap`.
 
     Args:
-        tensors (Mapping[str, Tensor]): Tensors by the names of any dialect.
-        meta (Mapping, optional): What to put under ``'meta'``, where files of the dialect have it.
+        tensors (Mapping[str, Tensor]): Tensors by name, in any dialect.
+        meta (Mapping, optional): Content of ``'meta'``, if files of the dialect have it.
 
     Returns:
-        dict: What that code saves and reads.
+        dict: Content of a file that the code can read.
 
     Raises:
         ValueError: If the dialect is unknown.
@@ -153,7 +153,7 @@ def wrap(tensors: Mapping[str, Tensor], meta: Mapping | None = None) -> dict:
         ['meta', 'state_dict']
     """
     dialect = DIALECTS[detect_dialect(tensors)]
-    content = {dialect.beside: {}} if dialect.beside else {}
+    content = {dialect.extra_key: {}} if dialect.extra_key else {}
     if 'meta' in content:
         content['meta'].update(meta or {})
     content[dialect.container] = {dialect.prefix + key: tensor for key, tensor in tensors.items()}
@@ -161,29 +161,29 @@ def wrap(tensors: Mapping[str, Tensor], meta: Mapping | None = None) -> dict:
 
 
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
-    """See whether a checkpoint can be written, before work is done for it.
+    """Check that a checkpoint can be written, before any work is done.
 
     Args:
         path (str | Path): The file to write.
         overwrite (bool): Whether it may exist. Defaults to False.
 
     Returns:
-        Path: The file; what a link leads to, if it is one.
+        Path: The file, with links resolved.
 
     Raises:
-        FileExistsError: If it exists and must not.
+        FileExistsError: If it exists and ``overwrite`` is not set.
         IsADirectoryError: If it is a folder.
         FileNotFoundError: If its folder does not exist.
         ImportError: If its format needs a package that is not installed.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
-        raise IsADirectoryError(f'{str(path)!r} is a folder: name a file')
+        raise IsADirectoryError(f'{str(path)!r} is a folder: specify a file')
     if not path.parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {str(path.parent)!r}: make it first')
+        raise FileNotFoundError(f'there is no folder {str(path.parent)!r}: create it first')
     if path.exists() and not overwrite:
         raise FileExistsError(
-            f'{str(path)!r} exists: name another file, or ask to overwrite it (overwrite=True, or '
+            f'{str(path)!r} exists: choose another file, or overwrite it (overwrite=True, or '
             '--overwrite on the command line)'
         )
     if path.suffix == SAFETENSORS:
@@ -195,16 +195,17 @@ def write_checkpoint(content: Mapping, path: str | Path, overwrite: bool = False
     """Write a checkpoint file, completely or not at all.
 
     Args:
-        content (Mapping): What to save, as :func:`wrap` returns it, or tensors by name. Of this
-            a ``.safetensors`` file gets the tensors, without wrapping, and their dialect.
-        path (str | Path): The file. With the suffix ``.safetensors`` it is in that format, else
-            in that of ``torch.save``.
+        content (Mapping): The content, as :func:`wrap` returns it, or tensors by name. A
+            ``.safetensors`` file gets only the tensors, without wrapping, and their dialect.
+        path (str | Path): The file. With the suffix ``.safetensors`` it is written in that format,
+            otherwise in that of ``torch.save``.
         overwrite (bool): Whether the file may exist. Defaults to False.
 
     Raises:
-        OSError: If the file exists and must not (FileExistsError), or cannot be written.
+        OSError: If the file exists and ``overwrite`` is not set (FileExistsError), or it cannot be
+            written.
         ImportError: If its format needs a package that is not installed.
-        ValueError: If the format tells the dialect and it is unknown.
+        ValueError: If the format stores the dialect and it is unknown.
 
     Examples:
         >>> import tempfile
@@ -221,7 +222,7 @@ def write_checkpoint(content: Mapping, path: str | Path, overwrite: bool = False
 
 
 def _pack_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    # Copies, since the format has neither views nor tensors that share memory.
+    # Copies, since the format supports neither views nor shared memory.
     tensors = {key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
     metadata = {'format': 'pt', 'dialect': detect_dialect(tensors)}
     return _import_safetensors().save(tensors, metadata)
@@ -233,18 +234,18 @@ def _import_safetensors() -> ModuleType:
     except ImportError as err:
         raise ImportError(
             f'{SAFETENSORS} files need the package safetensors: pip install safetensors, or choose '
-            'another suffix, such as .pth'
+            'another extension, such as .pth'
         ) from err
     return safetensors.torch
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a whole file; tell what is wrong if it cannot be written."""
+    """Write a file atomically, with a clear error if that fails."""
     try:
         with whole_file(path) as file:
             write(file)
     except (OSError, RuntimeError) as err:
-        # On a full disk, torch says that it came to an unexpected place in the file.
+        # On a full disk, torch only reports an unexpected position in the file.
         cause = err.__context__ if isinstance(err.__context__, OSError) else err
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise OSError(f'cannot write {str(path)!r}: {reason}') from err

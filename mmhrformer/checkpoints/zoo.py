@@ -21,10 +21,10 @@ class Source:
 
     Attributes:
         origin (str): Its publisher: ``'official'`` or ``'mmpose'``.
-        link (str): Its address.
-        is_file (bool): Whether the link gives the file itself. Others are pages for sharing.
-        is_whole (bool): Whether it holds the whole model or the backbone only.
-        sha256 (str): Its SHA-256, or ``''`` if that is not known.
+        link (str): Its URL.
+        is_file (bool): Whether the link is a direct download. Others are sharing pages.
+        is_whole (bool): Whether it holds the whole model or only the backbone.
+        sha256 (str): Its SHA-256, or ``''`` if unknown.
     """
 
     origin: str
@@ -34,21 +34,21 @@ class Source:
     sha256: str = ''
 
     def path(self, model: str) -> Path:
-        """The place of the file in the cache, downloaded or not."""
+        """Path of the file in the cache, downloaded or not."""
         name = PurePosixPath(urlsplit(self.link).path).name if self.is_file else ''
         return cache_folder() / (name or f'{model}-{self.origin}.pth')
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model of the zoo: a config, and the checkpoints that others published for it.
+    """A model of the zoo: a config and its published checkpoints.
 
     Attributes:
         name (str): Name of the config.
         config (Path): The config file.
         metadata (dict): Parameters, FLOPs and training data.
-        results (list[dict]): Task, data set, metrics and who reported them.
-        sources (tuple[Source, ...]): Its checkpoints, best first; perhaps none.
+        results (list[dict]): Task, dataset, metrics and their source.
+        sources (tuple[Source, ...]): Its checkpoints, best first; may be empty.
     """
 
     name: str
@@ -59,13 +59,13 @@ class ZooModel:
 
     @property
     def is_ablation(self) -> bool:
-        """Whether it is one side of a comparison of the paper, rather than a model to use."""
+        """Whether it belongs to an ablation of the paper, rather than being a model to use."""
         return self.config.parent.name == 'ablations'
 
 
 @cache
 def read_zoo() -> dict[str, ZooModel]:
-    """Read the metafiles beside our configs.
+    """Read the metafiles of our configs.
 
     Returns:
         dict[str, ZooModel]: The models by name.
@@ -98,11 +98,10 @@ def list_models(pattern: str = '*') -> list[str]:
     """List the models of the zoo.
 
     Args:
-        pattern (str): What the names have to match; ``*`` stands for anything. Defaults to
-            ``'*'``.
+        pattern (str): Pattern of names with the wildcard ``*``. Defaults to ``'*'``.
 
     Returns:
-        list[str]: Their names, which are also those of their configs.
+        list[str]: Names of the models, which are also those of their configs.
 
     Examples:
         >>> list_models('hrformer-tiny_*')
@@ -115,13 +114,13 @@ def find_model(name: str) -> ZooModel:
     """Find a model of the zoo.
 
     Args:
-        name (str): Its name.
+        name (str): Name of the model.
 
     Returns:
         ZooModel: The model.
 
     Raises:
-        ValueError: If there is none of that name; the message proposes similar ones.
+        ValueError: If there is no such model; the message suggests similar names.
     """
     models = read_zoo()
     if name not in models:
@@ -136,12 +135,12 @@ def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
     """Choose the checkpoint of a model.
 
     Args:
-        name (str): Name of a model, perhaps followed by ``@official`` or ``@mmpose``.
-        whole (bool): Whether it has to hold the whole model. Defaults to False.
+        name (str): Name of a model, optionally followed by ``@official`` or ``@mmpose``.
+        whole (bool): Whether it must hold the whole model. Defaults to False.
 
     Returns:
-        tuple[ZooModel, Source]: The model, and of its checkpoints one that is here already, else
-        the best.
+        tuple[ZooModel, Source]: The model and its checkpoint: one that is already downloaded, or
+        else the best.
 
     Raises:
         ValueError: If there is no such model, or no such checkpoint of it.
@@ -157,8 +156,8 @@ def find_source(name: str, whole: bool = False) -> tuple[ZooModel, Source]:
         known = ', '.join(f'{name}@{source.origin}' for source in model.sources)
         what = 'whole model' if whole else 'checkpoint'
         raise ValueError(
-            f'nobody published a {what} for {name}{"@" + origin if origin else ""}'
-            + (f'; there is {known}' if known else ': train it, and give the path of your file')
+            f'no published {what} for {name}{"@" + origin if origin else ""}'
+            + (f'; there is {known}' if known else ': train it, and pass the path of your file')
         )
     here = [source for source in sources if source.path(name).is_file()]
     return model, (here or sources)[0]
@@ -168,39 +167,39 @@ def find_file(name: str, whole: bool = False) -> tuple[Path, str]:
     """Find the file of a checkpoint in the cache, or download it there; see :func:`fetch`.
 
     Returns:
-        tuple[Path, str]: The file, whose hash is checked only if it was downloaded now, and its
-        SHA-256, empty if the zoo does not know it.
+        tuple[Path, str]: The file, whose hash is verified only if it was just downloaded, and its
+        SHA-256, empty if unknown.
     """
     model, source = find_source(name, whole)
     path = source.path(model.name)
     if not path.is_file():
         if not source.is_file:
             raise FileNotFoundError(
-                f'the {source.origin} checkpoint of {model.name} is on a page for sharing that '
+                f'the {source.origin} checkpoint of {model.name} is on a sharing page that '
                 'programs cannot download from. Two steps:\n'
                 f'  1. open {source.link} in a browser and download the file\n'
                 f'  2. put it here: {path}\n'
-                'From then on it is used without network.'
+                'From then on it is used without network access.'
             )
         download(source.link, path, source.sha256)
     return path, source.sha256
 
 
 def fetch(name: str, whole: bool = False) -> Path:
-    """Get a checkpoint of the zoo: from the cache, or by downloading it into the cache.
+    """Get a checkpoint of the zoo from the cache, or download it there.
 
     Args:
         name (str): As in :func:`find_source`.
-        whole (bool): Likewise.
+        whole (bool): As in :func:`find_source`.
 
     Returns:
-        Path: The file in :func:`cache_folder`, checked against its SHA-256 if the zoo knows it,
-        else against the first digits in its name if it has any.
+        Path: The file in :func:`cache_folder`, verified by its SHA-256 if known, or by the first
+        digits in its name, if any.
 
     Raises:
         ValueError: If there is no such checkpoint.
         DownloadError: If it cannot be downloaded.
-        FileNotFoundError: If it has to be downloaded by hand, which the message explains.
+        FileNotFoundError: If it must be downloaded by hand; the message explains how.
     """
     path, sha256 = find_file(name, whole)
     check_hash(path, path.read_bytes(), sha256)

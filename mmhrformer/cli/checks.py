@@ -1,6 +1,6 @@
-"""Run the checks of the environment report in a process of their own, until one fails.
+"""Checks for the environment report, run in a separate process until one fails.
 
-This file is run by its path: as a module, it would first import the package, and torch with it.
+This file is run by its path: as a module, it would first import the package, including torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_model() -> str:
 
 
 def run_nms() -> None:
-    """Call an operator of mmcv: frameworks can be imported beside a stand-in for mmcv._ext."""
+    """Call an operator of mmcv: imports alone also succeed with a stub of mmcv._ext."""
     import torch
     from mmcv.ops import nms
 
@@ -48,6 +48,6 @@ def run(features: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    here = str(Path(__file__).parent)  # whose modules are not top-level ones
+    here = str(Path(__file__).parent)  # its modules must not be importable at the top level
     sys.path[:] = [folder for folder in sys.path if folder != here]
     run(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The report of ``python -m mmhrformer env``: what is installed, what works, what to install."""
+"""The report of ``python -m mmhrformer env`` on installed packages, features and fixes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ FEATURES = {
 
 
 def try_features(features: dict[str, str]) -> list[dict]:
-    """Run the checks of features in other processes, which find modules where this one does.
+    """Run the checks of features in other processes with the same module search path.
 
     A process runs until a check fails. The remaining features are tried in a new one, since
-    modules that are half imported make later imports fail for other reasons.
+    partially imported modules make later imports fail for other reasons.
 
     Args:
         features (dict[str, str]): Checks by name, as in :data:`FEATURES`.
 
     Returns:
-        list[dict]: Of each feature ``name``, ``works``, ``says`` (its report or error), and
+        list[dict]: For each feature ``name``, ``works``, ``says`` (its report or error), and
         ``fix`` (empty if it works, or none is known).
     """
     results, left = {}, {}
@@ -70,22 +70,22 @@ def try_features(features: dict[str, str]) -> list[dict]:
 
 
 def _run_until_failure(features: list[str]) -> tuple[list[str], tuple[str, str]]:
-    """Reports of the features that work; error of the first one that does not, and its fix."""
+    """Reports of the features that work; error and fix of the first one that does not."""
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     command = [sys.executable, '-W', 'ignore', checks.__file__, *features]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     reports = [text.partition('\n')[0] for text in done.stdout.split(START)[1:]]
     output = done.stderr.rpartition(START)[2].strip()
-    # A message may have several lines; the last line that names an error begins it.
+    # A message may have several lines; it begins at the last line that names an error.
     errors = [line for line in output.splitlines() if re.match(r'[\w.]+(Error|Exception)\b', line)]
     error = errors[-1] if errors else output[-300:]
     if done.returncode < 0:
-        error = f'was ended by signal {-done.returncode}'
+        error = f'killed by signal {-done.returncode}'
     return reports, (error, suggest_fix(output))
 
 
 def has_operators() -> bool:
-    """Whether the mmcv that would be imported has operators, perhaps built for another torch."""
+    """Whether the installed mmcv has operators, possibly built for another torch."""
     spec = importlib.util.find_spec('mmcv')
     folders = spec.submodule_search_locations if spec else None
     return any(any(Path(folder).glob('_ext*')) for folder in folders or ())
@@ -111,13 +111,13 @@ def collect() -> dict:
 
 
 def format_report(report: dict) -> str:
-    """Format a report for people.
+    """Format a report as text.
 
     Args:
         report (dict): As :func:`collect` returns it.
 
     Returns:
-        str: Its lines.
+        str: The text.
     """
     lines = [
         f'mmhrformer {report["mmhrformer"]}, Python {report["python"]}, {report["platform"]}',
@@ -128,13 +128,13 @@ def format_report(report: dict) -> str:
         lines.append(f'  {name:<22} {version}{operators if name in OWNERS["mmcv"] else ""}')
     absent = [name for name in NAMES if name not in report['packages']]
     lines += [f'  not installed: {", ".join(absent) or "nothing"}', '\nWorks']
-    told = set()
+    shown = set()
     for feature in report['features']:
         works = 'yes' if feature['works'] else 'NO '
         lines.append(f'  {feature["name"]:<22} {works}  {feature["says"]}'.rstrip())
         if fix := feature['fix']:
-            lines.append(f'    Fix: {"as above" if fix in told else fix}')
-            told.add(fix)
+            lines.append(f'    Fix: {"as above" if fix in shown else fix}')
+            shown.add(fix)
     if report['problems']:
         lines.append('\nProblems')
     for problem in report['problems']:
@@ -153,11 +153,11 @@ def main(args: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog='python -m mmhrformer env',
-        description='Print what is installed, what works with it, and what to install for the '
-        'rest. Exits with 0 if at least the backbone works.',
+        description='Print the installed packages, which features work, and how to fix those '
+        'that do not. The exit status is 0 if at least the backbone works.',
         epilog='Example: python -m mmhrformer env --json',
     )
-    parser.add_argument('--json', action='store_true', help='print it for machines')
+    parser.add_argument('--json', action='store_true', help='print the report as JSON')
     options = parser.parse_args(args)
     report = collect()
     print(json.dumps(report, indent=1) if options.json else format_report(report))

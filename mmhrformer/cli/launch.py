@@ -1,4 +1,4 @@
-"""Run the stock tool of the framework that a config is for."""
+"""Running the stock tools of the framework that a config is for."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def stock_tool(scope: str, tool: str) -> Path:
     """Find a script of a framework.
 
     Args:
-        scope (str): ``'mmpretrain'``, ``'mmpose'`` or ``'mmseg'``.
-        tool (str): Name of the script, such as ``'train'``, in whatever folder of tools it is.
+        scope (str): A key of :data:`PACKAGES`, such as ``'mmpose'``.
+        tool (str): Name of the script, such as ``'train'``, in any folder of tools.
 
     Returns:
         Path: The script.
 
     Raises:
-        ValueError: If the scope is none of the three.
+        ValueError: If the scope is not one of those.
         ImportError: If the framework is not installed.
-        FileNotFoundError: If it is, but without the script.
+        FileNotFoundError: If it is installed without the script.
     """
     if scope not in PACKAGES:
         raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
@@ -42,19 +42,19 @@ def stock_tool(scope: str, tool: str) -> Path:
     package = Path(spec.origin).parent
     for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
         scripts = sorted(folder.rglob(f'{tool}.py'))
-        if scripts:  # the one in the folder itself before those below it
+        if scripts:  # prefer the one closest to the top
             return min(scripts, key=lambda script: len(script.parts))
     raise FileNotFoundError(f'{PACKAGES[scope]} in {package} has no tool {tool}.py: reinstall it')
 
 
 def run_stock_tool(tool: str, args: list[str]) -> None:
-    """Run a stock tool in this process, as if it had been called on the command line.
+    """Run a stock tool in this process, as from the command line.
 
     Args:
         tool (str): Name of the script, such as ``'train'``.
         args (list[str]): Its arguments; the first is a config, by path or by name.
     """
-    # torch.distributed.launch, which mim starts, puts `--local-rank=0` before the config.
+    # torch.distributed.launch, which mim uses, inserts `--local-rank=0` before the config.
     args = sorted(args, key=lambda arg: arg.startswith(('--local-rank=', '--local_rank=')))
     if not args or args[0] in ('-h', '--help'):
         return print_help(tool)
@@ -70,12 +70,12 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
     prepare_cpu_launch(rest)
     try:
         run_script(script, [str(config), *rest])
-    except ConfigCheckError as err:  # the message says all that its traceback does
+    except ConfigCheckError as err:  # the message is enough, without a traceback
         sys.exit(f'{tool}.py: {err}')
 
 
 def print_help(tool: str) -> None:
-    """Print what our tool does, and the options of a stock one.
+    """Print a description of our tool, and the options of a stock one.
 
     Args:
         tool (str): Name of the script, such as ``'train'``.
@@ -84,20 +84,20 @@ def print_help(tool: str) -> None:
     print(
         f'usage: {tool}.py CONFIG{checkpoint} [arguments]\n\n'
         f'Runs {tool}.py of the framework that CONFIG is for (its default_scope), with the\n'
-        'same arguments. CONFIG is a path, or the name of a config of mmhrformer.\n'
+        'same arguments. CONFIG is a path, or the name of one of the configs of mmhrformer.\n'
         f'Example: python -m mmhrformer {tool} hrformer-tiny_8xb128_in1k{checkpoint}\n'
     )
     here = [scope for scope in PACKAGES if importlib.util.find_spec(scope)]
     if not here:
         print('No framework is installed: python -m mmhrformer env')
         return
-    print(f'The options of {PACKAGES[here[0]]}; those of another framework: {tool}.py CONFIG -h\n')
+    print(f'Options of {PACKAGES[here[0]]} (for another framework: {tool}.py CONFIG -h):\n')
     with contextlib.suppress(SystemExit):
         run_script(stock_tool(here[0], tool), ['--help'])
 
 
 def run_script(script: Path, args: list[str]) -> None:
-    """Run a script in this process, as Python does; say how to fix an import that fails.
+    """Run a script in this process like Python does; say how to fix failed imports.
 
     Args:
         script (Path): The script.
@@ -109,7 +109,7 @@ def run_script(script: Path, args: list[str]) -> None:
         runpy.run_path(str(script), run_name='__main__')
     except ConfigCheckError:
         raise
-    except Exception as err:  # not only ImportError: a package built for another NumPy or torch
+    except Exception as err:  # not ImportError alone, as with packages built for another torch
         if not (fix := explain(err)):
             raise
         traceback.print_exc()
@@ -127,28 +127,28 @@ def run_tool(name: str, args: list[str]) -> None:
 
 
 def _has_other_backbone(cfg: Config) -> bool:
-    """Whether a model is none of ours, such as the HRNets of the ablations."""
+    """Whether a model has another backbone, such as the HRNets of the ablations."""
     kind = str(((cfg.get('model') or {}).get('backbone') or {}).get('type', ''))
     return bool(kind) and 'HRFormer' not in kind
 
 
 def resolve_checkpoint(checkpoint: str, other_backbone: bool = False) -> str:
-    """Find and check a checkpoint before a stock tool reads it in its own way.
+    """Find and check a checkpoint before a stock tool reads it.
 
     Args:
         checkpoint (str): Path, URL, or ``mmhrformer://NAME_OR_PATH``.
         other_backbone (bool): Whether the model has another backbone than HRFormer, whose
-            checkpoints are of no dialect. Defaults to False.
+            checkpoints may be in any format. Defaults to False.
 
     Returns:
-        str: The argument for the stock tool: the file behind ``mmhrformer://``, by which it is read
-        without running code from it and translated. URLs stay as they are, and so do files of
-        another backbone, which the stock tool reads in its own way.
+        str: The argument for the stock tool: ``mmhrformer://`` and the file, so that it is read
+        without running code from it and converted. URLs, and files of another backbone, are not
+        changed.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DownloadError: If a file is not what its name says.
-        ValueError: If it cannot be read, or has no weights of a known dialect.
+        DownloadError: If a file does not match the hash in its name.
+        ValueError: If it cannot be read, or has no weights in a known format.
     """
     if '://' in checkpoint and not checkpoint.startswith(SCHEME):
         return checkpoint

@@ -1,4 +1,4 @@
-"""The commands of ``python -m mmhrformer``, which do everything without mim."""
+"""The commands of ``python -m mmhrformer``, none of which needs mim."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from .launch import run_stock_tool, run_tool
 
 PROGRAM = 'python -m mmhrformer'
 
-# Main metric of a task -> factor that makes it per cent.
+# Main metric of a task -> factor to convert it to percent.
 METRICS = {'Top 1 Accuracy': 1, 'AP': 100, 'mIoU': 1}
-# Start of a config's name -> its task, as metafiles with results call it.
+# Prefix of a config's name -> its task, as in the results of metafiles.
 TASKS = {'td-hm': 'Body 2D Keypoint', 'ocrnet': 'Semantic Segmentation'}
 OTHER_TASK = 'Image Classification'
 
 TOOLS = {
-    'demo': 'draw what a model finds in images and videos',
-    'browse_dataset': 'draw what a data set gives to the model',
-    'analyze_logs': 'draw the curves of training runs',
+    'demo': 'run a model on images and videos, and draw the predictions',
+    'browse_dataset': 'draw samples of a dataset as the model gets them',
+    'analyze_logs': 'plot the curves of training runs',
     'get_flops': 'count parameters and operations',
     'print_config': 'print a config with everything that it inherits',
-    'convert_checkpoint': 'convert a checkpoint to another dialect or format',
+    'convert_checkpoint': 'convert a checkpoint to another format',
     'export_onnx': 'export a model to ONNX',
-    'onnx_pose': 'find joints with an exported model, without torch',
+    'onnx_pose': 'estimate poses with an exported model, without torch',
     'benchmark': 'measure speed and memory',
 }
 
 
 def download(args: list[str]) -> None:
-    """Fetch checkpoints of the zoo, and print their paths."""
+    """Download checkpoints of the zoo, and print their paths."""
     parser = argparse.ArgumentParser(
         prog=f'{PROGRAM} download',
-        description='Fetch published checkpoints of the zoo, check them, and print where they are.',
+        description='Download and verify published checkpoints of the zoo, and print their paths.',
         epilog=f'Example: {PROGRAM} download td-hm_hrformer-small_8xb32-210e_coco-256x192',
     )
     parser.add_argument(
-        'names', nargs='+', metavar='NAME', help='as `list` prints them; NAME@official, NAME@mmpose'
+        'names',
+        nargs='+',
+        metavar='NAME',
+        help='name as printed by `list`, optionally NAME@official or NAME@mmpose',
     )
     parser.add_argument(
-        '--dest', type=Path, metavar='DIR', help='copy them here; else they stay in the cache'
+        '--dest', type=Path, metavar='DIR', help='copy the files here (default: only to the cache)'
     )
     options = parser.parse_args(args)
     for name in options.names:
@@ -62,7 +65,7 @@ def download(args: list[str]) -> None:
 
 
 def reported_results(results: list[dict]) -> str:
-    """Format the main results in a metafile: ``'AP 74.0 reported by official repository'``."""
+    """Format the main results of a metafile: ``'AP 74.0 reported by official repository'``."""
     found = {}
     for result in results:
         for name, scale in METRICS.items():
@@ -76,12 +79,12 @@ def print_models(args: list[str]) -> None:
     """Print the zoo as a table."""
     parser = argparse.ArgumentParser(
         prog=f'{PROGRAM} list',
-        description='List the models of the zoo. The accuracies are those that others reported '
-        'for their checkpoints; nobody has reproduced them with this code yet.',
+        description='List the models of the zoo. The accuracies are those reported for the '
+        'published checkpoints; they have not been reproduced with this code yet.',
         epilog=f"Example: {PROGRAM} list 'td-hm*'",
     )
     parser.add_argument(
-        'pattern', nargs='?', default='*', help='what the names have to match (%(default)s)'
+        'pattern', nargs='?', default='*', help='pattern of the names (default: %(default)s)'
     )
     options = parser.parse_args(args)
     names, zoo = list_models(options.pattern), read_zoo()
@@ -113,8 +116,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     ),
     'test': ('test a checkpoint: CONFIG CHECKPOINT [arguments]', partial(run_stock_tool, 'test')),
     'list': ('list the models of the zoo: [PATTERN]', print_models),
-    'download': ('fetch published checkpoints: NAME ... [--dest DIR]', download),
-    'env': ('print what is installed, what works, and what to install', environment.main),
+    'download': ('download published checkpoints: NAME ... [--dest DIR]', download),
+    'env': ('report installed packages, working features and fixes', environment.main),
     **{name: (text, partial(run_tool, name)) for name, text in TOOLS.items()},
 }
 
@@ -125,7 +128,7 @@ def usage() -> str:
     return (
         f'usage: {PROGRAM} COMMAND [arguments]\n\ncommands:\n'
         + '\n'.join(lines)
-        + f'\n\nHelp for one: {PROGRAM} COMMAND --help; the version: {PROGRAM} --version\n'
+        + f'\n\nHelp on a command: {PROGRAM} COMMAND --help; version: {PROGRAM} --version\n'
         f'Example: {PROGRAM} list "hrformer-*"'
     )
 
@@ -156,7 +159,7 @@ def main(args: list[str] | None = None) -> int:
         fix = '' if 'Fix: ' in str(err) else explain(err)
         print(f'mmhrformer {args[0]}: {err}' + f'. Fix: {fix}' * bool(fix), file=sys.stderr)
     except (OSError, RuntimeError, ValueError) as err:
-        if args[0] not in ('list', 'download'):  # the traceback of a tool tells more
+        if args[0] not in ('list', 'download'):  # for a tool, the traceback is useful
             raise
         print(f'mmhrformer {args[0]}: {err}', file=sys.stderr)
     return 1

@@ -1,4 +1,4 @@
-"""Classes and keypoints of data sets, and sizes of images, from configs and checkpoints."""
+"""Classes, keypoints and image sizes of datasets, from configs and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-# Steps of pipelines that bring images to one size: the option, and whether the width comes first.
+# Pipeline steps that give images a fixed size: the option, and whether the width comes first.
 SIZES = {
     'BottomupRandomAffine': ('input_size', True),
     'BottomupResize': ('input_size', True),
@@ -24,7 +24,7 @@ SIZES = {
 
 
 def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
-    """Find the names and colors of classes in the config, or else in the checkpoint.
+    """Find the names and colors of classes in the config, or otherwise in the checkpoint.
 
     Args:
         cfg (Config): The config.
@@ -32,7 +32,7 @@ def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
         dataset_meta (Mapping): ``dataset_meta`` of the checkpoint, see :func:`meta_of_checkpoint`.
 
     Returns:
-        tuple: Names and colors, each None where none of that number are known.
+        tuple: Names and colors, each None if unknown for that number of classes.
     """
     names = colors = None
     for source in (meta_of_dataset(cfg), dataset_meta):
@@ -44,13 +44,13 @@ def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
 
 
 def meta_of_dataset(cfg: Config) -> dict:
-    """Read the meta information of the test data set of a config.
+    """Read the metainfo of the test dataset of a config.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        dict: Its ``metainfo``, over that of its class; empty if the config has none.
+        dict: Its ``metainfo``, merged over that of its class; empty if the config has none.
     """
     dataset = wrapped_dataset(cfg, 'metainfo')
     kind = dataset.get('type')
@@ -60,14 +60,14 @@ def meta_of_dataset(cfg: Config) -> dict:
 
 
 def wrapped_dataset(cfg: Config, option: str) -> dict:
-    """Find the test data set of a config that has an option, inside of those that wrap others.
+    """Find the test dataset of a config that has an option, inside dataset wrappers.
 
     Args:
         cfg (Config): The config.
         option (str): The option.
 
     Returns:
-        dict: The config of the data set: the outermost one with the option, else the innermost.
+        dict: Config of the outermost dataset with the option, or otherwise of the innermost one.
     """
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while not dataset.get(option) and (dataset.get('datasets') or dataset.get('dataset')):
@@ -80,11 +80,11 @@ def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None)
 
     Args:
         cfg (Config): Its config.
-        dataset_meta (Mapping, optional): What mmengine saved in the checkpoint about the data set
-            of the training. Defaults to None: ask the data set of the config.
+        dataset_meta (Mapping, optional): Metainfo of the training dataset in the checkpoint.
+            Defaults to None: that of the config's dataset.
 
     Returns:
-        list[str]: The names; empty if nobody knows them before the data are loaded.
+        list[str]: The names; empty if unknown before the data are loaded.
     """
     info = dict(dataset_meta or meta_of_dataset(cfg))
     if 'from_file' in info:
@@ -104,15 +104,15 @@ def default_size(cfg: Config) -> tuple[int, int]:
         cfg (Config): The config.
 
     Returns:
-        tuple[int, int]: Height and width, of the last step of the pipeline that brings images to
-        one size; 224x224 if there is none.
+        tuple[int, int]: Height and width after the last pipeline step that gives images a fixed
+        size; 224x224 if there is none.
     """
     model = cfg.get('model', {})
     steps = [
         *_steps(cfg.get('train_dataloader')),
         *reversed(cfg.get('train_pipeline', [])),
         *_steps(cfg.get('test_dataloader')),
-        # Of a config without data: the codec of a pose model, the crop of a segmentor.
+        # In a config without data: the codec of a pose model, the crop of a segmentor.
         {**(_get(_get(model, 'head'), 'decoder') or {}), 'type': 'TopdownAffine'},
         {**(_get(model, 'data_preprocessor') or {}), 'type': 'PlaceRandomly'},
     ]
@@ -131,7 +131,7 @@ def _get(cfg: Any, name: str) -> Any:
 
 
 def _steps(cfg: Any) -> list:
-    """The pipeline of a data loader, or of a data set in data sets; last step first."""
+    """The pipeline of a data loader or of nested datasets, last step first."""
     inner = _get(cfg, 'dataset') or _get(cfg, 'datasets')
     if isinstance(inner, Sequence):
         inner = inner[0]

@@ -1,7 +1,7 @@
-"""Augmentation of the official codes for which mmpose and mmsegmentation have no equal.
+"""Augmentations of the official codes that mmpose and mmsegmentation do not have.
 
-Random numbers are drawn by methods of their own, which ``TransformBroadcaster`` calls once for all
-images of a sample where ``share_random_params=True``.
+Random numbers are drawn in separate methods, which ``TransformBroadcaster`` with
+``share_random_params=True`` calls once for all images of a sample.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def _check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
 
 
 def _check_number(name: str, value: float, low: float, high: float, kind: type = Real) -> None:
-    """Check a number; both bounds are allowed."""
+    """Check a number against bounds, inclusive."""
     if not (isinstance(value, kind) and low <= value <= high):
         what = 'an integer' if kind is Integral else 'a number'
         raise ValueError(f'{name}={value!r}: expected {what} from {low} to {high}')
 
 
 def _check_image(transform: BaseTransform, results: dict) -> None:
-    """Check the image of a sample and its label maps, before a library fails at them."""
+    """Check the image of a sample and its label maps, for clearer errors than the libraries'."""
     name, where = type(transform).__name__, results.get('img_path', 'the sample')
     image = results.get('img')
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
         what = f'shape {image.shape}' if isinstance(image, np.ndarray) else repr(image)
         raise ValueError(
-            f'{name} got an image of {what} from {where}: it has to be an array (H, W, 3), or '
-            '(H, W) if it is grey, with pixels. Put LoadImageFromFile first, and remove damaged '
-            'files from the data set'
+            f'{name} got an image of {what} from {where}: expected a non-empty array (H, W, 3), or '
+            '(H, W) if it is gray. Put LoadImageFromFile first, and remove damaged files from the '
+            'dataset'
         )
     for key in results.get('seg_fields', []):
         if wrong := _find_mismatch(results[key], image, results.get('img_path')):
@@ -53,42 +53,41 @@ def _check_image(transform: BaseTransform, results: dict) -> None:
 
 
 def _find_mismatch(labels: np.ndarray, image: np.ndarray, path: str | None) -> str:
-    """Why a label map does not fit its image, with the remedy; empty if it is (H, W) integers."""
+    """Why a label map does not match its image, with the remedy; empty if it does."""
     if labels.ndim != 2:
         return (
-            'a label map holds the number of a class for each pixel, and this is a picture in '
-            "colours. If its PNG has a palette, set imdecode_backend='pillow' in LoadAnnotations, "
-            'which reads the numbers; else write masks of one channel, each colour replaced by '
-            'its class'
+            'a label map holds a class index for each pixel, but this is a color image. If its PNG '
+            "has a palette, set imdecode_backend='pillow' in LoadAnnotations, which reads the "
+            'indices; otherwise write masks of one channel, with each color replaced by its class'
         )
     if labels.dtype.kind not in 'ui':
-        return 'classes are integers; write masks of 8 bits'
+        return 'classes are integers; write 8-bit masks'
     height, width = image.shape[:2]
     if labels.shape == (height, width):
         return ''
     if labels.shape != (width, height):
-        return 'label maps have to be as large as their images; check that they belong together'
+        return 'label maps must be as large as their images; check that they belong together'
     stored = _stored_size_if_turned(path)
     if stored is None:
-        return 'height and width are exchanged: one of them is transposed, write it anew'
+        return 'height and width are swapped: one of the two is transposed, write it again'
     if (stored[0] > stored[1]) == (height > width):
         return (
-            'the photo has an EXIF orientation, by which its label map was turned and it was not: '
-            "load it with color_type='color', in every pipeline"
+            'the label map was rotated by the EXIF orientation of the photo, but the photo was '
+            "not: load it with color_type='color' in every pipeline"
         )
     return (
-        'the photo was turned by its EXIF orientation and its label map was not: load it with '
-        "color_type='color_ignore_orientation', in every pipeline, or turn the label map"
+        'the photo was rotated by its EXIF orientation, but its label map was not: load it with '
+        "color_type='color_ignore_orientation' in every pipeline, or rotate the label map"
     )
 
 
 def _stored_size_if_turned(path: str | None) -> tuple[int, int] | None:
-    """Height and width in the file of a photo that EXIF turns on its side, else None."""
+    """Stored height and width of a photo that EXIF rotates by 90 degrees, otherwise None."""
     try:
         with Image.open(path) as photo:
             sideways = photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return photo.size[::-1] if sideways else None
-    except (AttributeError, OSError, SyntaxError, ValueError):  # none, or not of this disk
+    except (AttributeError, OSError, SyntaxError, ValueError):  # not a readable local file
         return None
 
 
@@ -96,8 +95,9 @@ def _stored_size_if_turned(path: str | None) -> tuple[int, int] | None:
 class RandomScaleAspect(BaseTransform):
     """Resize by a random scale and a random aspect ratio.
 
-    Width and height are multiplied by ``scale * sqrt(aspect)`` and ``scale / sqrt(aspect)``, both
-    drawn uniformly, and rounded down. Images are interpolated bicubically, label maps not at all.
+    Width and height are multiplied by ``scale * sqrt(aspect)`` and ``scale / sqrt(aspect)`` and
+    rounded down, with scale and aspect drawn uniformly. Images are resized bicubically, label maps
+    by nearest neighbor.
 
     Required keys: ``img``, and the names in ``seg_fields``. Modified keys: the same,
     ``img_shape``.
@@ -145,7 +145,7 @@ class RandomBrightness(BaseTransform):
     Required and modified key: ``img`` (uint8).
 
     Args:
-        shift (int): The number is drawn from -shift to shift. Defaults to 10 (official).
+        shift (int): Largest magnitude of the integer. Defaults to 10 (official).
     """
 
     def __init__(self, shift: int = 10) -> None:
@@ -161,8 +161,8 @@ class RandomBrightness(BaseTransform):
         _check_image(self, results)
         if results['img'].dtype != np.uint8:
             raise ValueError(
-                f'RandomBrightness got an image of {results["img"].dtype}: it shifts uint8. Put it '
-                'before what makes other numbers of the image, such as PlaceRandomly or Normalize'
+                f'RandomBrightness got an image of {results["img"].dtype}: expected uint8. Put it '
+                'before steps that change the data type, such as PlaceRandomly or Normalize'
             )
         results['img'] = np.clip(results['img'].astype(np.int16) + self._draw(), 0, 255).astype(
             np.uint8
@@ -175,17 +175,17 @@ class RandomBrightness(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PlaceRandomly(BaseTransform):
-    """Put an image that is smaller than the crop at a random place of a plain one.
+    """Pad an image that is smaller than the crop, placing it at random.
 
-    The image becomes float32, so that a mean colour around it is exactly 0 when it is normalized.
+    The image becomes float32, so that padding with the mean color is exactly 0 after normalization.
 
     Required keys: ``img``, and the names in ``seg_fields``. Modified keys: the same,
     ``img_shape``, ``pad_shape``.
 
     Args:
-        size (Sequence[int]): Height and width of the crop; larger images are left as they are.
-        pad_val (Sequence[float]): Colour around the image, in its channel order.
-        seg_pad_val (int): Label around the image. Defaults to 255, which is ignored.
+        size (Sequence[int]): Height and width of the crop; larger images are not changed.
+        pad_val (Sequence[float]): Padding color, in the image's channel order.
+        seg_pad_val (int): Padding label. Defaults to 255, which is ignored.
     """
 
     def __init__(
@@ -208,13 +208,13 @@ class PlaceRandomly(BaseTransform):
         image = np.atleast_3d(results['img']).astype(np.float32)
         if image.shape[2] != len(self.pad_val):
             raise ValueError(
-                f'pad_val={self.pad_val} for an image of {image.shape[2]} channels: give one '
-                'number for each channel'
+                f'pad_val={self.pad_val} for an image of {image.shape[2]} channels: expected one '
+                'number per channel'
             )
         height, width = image.shape[:2]
         padded = max(height, self.size[0]), max(width, self.size[1])
         spare = padded[0] - height, padded[1] - width
-        # Images of several sizes may share the place, which is too far for some.
+        # Images of different sizes may share the position, which is clipped for some.
         top, left = map(min, self._draw(spare), spare)
         place = slice(top, top + height), slice(left, left + width)
         results['img'] = np.empty((*padded, len(self.pad_val)), np.float32)
@@ -236,9 +236,9 @@ class PlaceRandomly(BaseTransform):
 class RandomScaleRotation(BaseTransform):
     """Scale and rotate the boxes of people at random, as the official pose code does.
 
-    Scales are drawn from a normal distribution around 1, rotations from one around 0; the former
-    is clipped at one standard deviation, the latter at two. mmpose's ``RandomBBoxTransform`` draws
-    from truncated distributions, which make the largest changes rarer.
+    Scales are drawn from a normal distribution around 1, rotations from one around 0; scales are
+    clipped at one standard deviation, rotations at two. mmpose's ``RandomBBoxTransform`` draws from
+    truncated distributions, which make the largest changes rarer.
 
     Required key: ``bbox_scale`` (N, 2). Modified keys: ``bbox_scale``, ``bbox_rotation`` (N,).
 
@@ -247,7 +247,7 @@ class RandomScaleRotation(BaseTransform):
             (official): scales from 0.5 to 1.5.
         rotation_std (float): Standard deviation of the rotation, in degrees. Defaults to 40
             (official): rotations from -80 to 80.
-        rotation_prob (float): How often a box is rotated at all. Defaults to 0.6 (official).
+        rotation_prob (float): Probability that a box is rotated. Defaults to 0.6 (official).
     """
 
     def __init__(
@@ -271,22 +271,22 @@ class RandomScaleRotation(BaseTransform):
         """Change the boxes, each by its own scale and rotation.
 
         Raises:
-            ValueError: If a box has no size, or samples that share the numbers have not equally
-                many boxes.
+            ValueError: If a box has no size, or samples that share random parameters have
+                different numbers of boxes.
         """
         sizes = results['bbox_scale']
         if not (np.isfinite(sizes) & (sizes > 0)).all():
             raise ValueError(
                 f'RandomScaleRotation got bbox_scale={np.asarray(sizes).tolist()} from '
-                f'{results.get("img_path", "the sample")}: boxes have to be wider and higher than '
-                '0. Correct or remove the annotation'
+                f'{results.get("img_path", "the sample")}: boxes must have positive width and '
+                'height. Correct or remove the annotation'
             )
         scale, rotation = self._draw(len(sizes))
         if len(rotation) != len(sizes):
             raise ValueError(
                 f'RandomScaleRotation got {len(sizes)} boxes from '
                 f'{results.get("img_path", "the sample")} and {len(rotation)} from another: with '
-                'share_random_params=True each image has to have equally many'
+                'share_random_params=True, all images must have the same number of boxes'
             )
         results['bbox_scale'] = (sizes * scale).astype(np.float32)
         results['bbox_rotation'] = rotation.astype(np.float32)

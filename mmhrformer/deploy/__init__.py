@@ -1,1 +1,1 @@
-"""Models made ready for use: folded, compiled, exported."""
+"""Deployment of models: folding, compilation, export."""

@@ -1,4 +1,4 @@
-"""Blocks compiled part by part, in a small part of the time that a whole model takes."""
+"""Compilation of the blocks, in a fraction of the time that a whole model takes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from torch import nn
 
 from .fuse import BLOCKS
 
-# The first torch to compile code once for all modules that differ in nothing but their weights, by
-# its documentation; 2.13 is the one that was tried.
+# The first torch that, according to its documentation, compiles modules that differ only in their
+# weights only once. Tested with 2.13.
 FIRST_TORCH = '2.5'
-# Versions of one piece of code: streams times sizes of images times training and evaluation.
-# torch would stop at 8 and go on uncompiled.
+# Compiled versions of a function: streams times image sizes times training and evaluation. By
+# default, torch falls back to eager mode after 8.
 MAX_VERSIONS = 64
 
 
 def compile_blocks(model: nn.Module, **options) -> nn.Module:
     """Compile the attention and the FFN of every HRFormer block.
 
-    Blocks of a stream differ in nothing but their weights, so that the four streams need eight
-    graphs, however deep the model is. ``torch.compile(model)`` makes one graph of all operators.
+    Blocks of a stream differ only in their weights, so the four streams need eight graphs,
+    regardless of the model's depth. ``torch.compile(model)``, in contrast, makes one graph of all
+    operators.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
-            a bare :class:`HRFormer`, folded or not. It is changed in place; its weights, and
-            checkpoints of it, stay what they are. Copies of it are not compiled.
-        **options: Arguments of ``torch.compile``. ``dynamic`` defaults to False: each size of
-            images gets code of its own.
+            a bare :class:`HRFormer`, folded or not. It is changed in place; its weights and
+            checkpoints do not change. Copies of it are not compiled.
+        **options: Arguments of ``torch.compile``. ``dynamic`` defaults to False: each image size
+            is compiled separately.
 
     Returns:
         nn.Module: The model.
@@ -42,8 +43,8 @@ def compile_blocks(model: nn.Module, **options) -> nn.Module:
     """
     if digit_version(TORCH_VERSION) < digit_version(FIRST_TORCH):
         raise RuntimeError(
-            f'compile_blocks needs torch {FIRST_TORCH} or newer, and this is {TORCH_VERSION}, '
-            'which would compile each block anew: call torch.compile(model), or leave it uncompiled'
+            f'compile_blocks needs torch {FIRST_TORCH} or newer, but this is {TORCH_VERSION}, '
+            'which would compile each block separately: call torch.compile(model) instead'
         )
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     if not blocks:
@@ -58,12 +59,12 @@ def compile_blocks(model: nn.Module, **options) -> nn.Module:
 
 
 def allow_many_versions(versions: int = MAX_VERSIONS) -> None:
-    """Let torch compile a piece of code more often than it would before it goes on uncompiled.
+    """Raise torch's limit of compiled versions per function, after which it runs eagerly.
 
     Args:
         versions (int): Number of versions. Defaults to 64.
     """
-    from torch import _dynamo  # takes a second that not everybody needs to spend
+    from torch import _dynamo  # not at the top, since this import takes a second
 
     for name in ('cache_size_limit', 'accumulated_cache_size_limit'):
         if hasattr(_dynamo.config, name):

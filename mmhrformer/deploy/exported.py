@@ -1,4 +1,4 @@
-"""Exported files in place of the networks of torch models: onnxruntime computes them."""
+"""Exported files as replacements for the networks of torch models, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .onnx import INPUT, describe, open_session
 
-# Where a model of each task has its number of classes or keypoints.
+# Attribute with the number of classes or keypoints of a model, by task.
 CHANNELS = {
     'classification': 'head.num_classes',
     'pose': 'head.out_channels',
@@ -20,7 +20,7 @@ CHANNELS = {
 
 
 class ExportedNetwork(nn.Module):
-    """A file written by :func:`export_onnx`, as a module that onnxruntime computes on the CPU.
+    """A module that runs a file written by :func:`export_onnx` in onnxruntime, on the CPU.
 
     Args:
         file (str | Path): The file.
@@ -46,22 +46,22 @@ class ExportedNetwork(nn.Module):
             self.session = open_session(self.file)
         except ImportError as err:
             raise ImportError(f'{self.file}: to run it, pip install onnxruntime') from err
-        except Exception as err:  # onnxruntime has a class for each kind of damage
+        except Exception as err:  # onnxruntime has many error classes
             raise ValueError(f'{self.file}: onnxruntime cannot read it ({err}); {advice}') from err
         self.facts = self.session.get_modelmeta().custom_metadata_map
         if 'task' not in self.facts:
             raise ValueError(f'{self.file} does not say what it is for; {advice}')
-        self.shape = self.session.get_inputs()[0].shape  # a name where any number fits
+        self.shape = self.session.get_inputs()[0].shape  # names for open sizes
         self.channels = self.session.get_outputs()[0].shape[1]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute normalized images (B, C, H, W) to what the file returns, see docs/export.md."""
+        """Compute the file's output for normalized images (B, C, H, W), see docs/export.md."""
         for fixed, size in zip(self.shape, image.shape):
             if isinstance(fixed, int) and fixed != size:
                 raise ValueError(
                     f'{self.file} takes images of shape {tuple(self.shape)}, not '
                     f'{tuple(image.shape)}: export it for this shape (--batch, --size), or for '
-                    'any (--batch dynamic, --dynamic-size)'
+                    'any shape (--batch dynamic, --dynamic-size)'
                 )
         if self.facts['normalization'] == 'included':  # back to pixels of 0 to 255
             mean, std = (
@@ -74,7 +74,7 @@ class ExportedNetwork(nn.Module):
 
 
 def run_exported(model: nn.Module, file: str | Path) -> nn.Module:
-    """Replace the network of a model by an exported one; how it prepares and decodes remains.
+    """Replace the network of a model by an exported one, keeping its pre- and post-processing.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor built from the config that the
@@ -82,12 +82,12 @@ def run_exported(model: nn.Module, file: str | Path) -> nn.Module:
         file (str | Path): A file written by :func:`export_onnx`.
 
     Returns:
-        nn.Module: The model. Its ``dataset_meta`` has the names of classes that are in the file.
+        nn.Module: The model. Its ``dataset_meta`` has the class names from the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If onnxruntime is not installed.
-        ValueError: If the file is not of such a model.
+        ValueError: If the file was exported from another kind of model.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
@@ -97,9 +97,9 @@ def run_exported(model: nn.Module, file: str | Path) -> nn.Module:
     _check_fit(model, network)
     task, names = network.facts['task'], json.loads(network.facts['names'])
     model.backbone, model.neck = network, None
-    if task == 'segmentation':  # of whole images, or window by window
+    if task == 'segmentation':  # whole images, or window by window
         model.encode_decode = lambda images, metas: network(images)
-    else:  # heads begin with logits: softmax(log(p)) = p
+    else:  # the classification head applies softmax again: softmax(log(p)) = p
         model.head.forward = torch.log if task == 'classification' else lambda heatmaps: heatmaps
     model.dataset_meta = dict(classes=names) if names and task != 'pose' else {}
     return model
@@ -109,13 +109,13 @@ def _check_fit(model: nn.Module, network: ExportedNetwork) -> None:
     """Refuse a file that was exported from another kind of model, or for other input."""
     expected = describe(model)
     found = {key: network.facts.get(key) for key in expected}
-    # Where any size fits, a file that was not simplified has a name for the number of channels.
+    # With open sizes, the number of channels may be a name in a file that was not simplified.
     if found['task'] == expected['task'] and isinstance(network.channels, int):
         found['channels'] = network.channels
         expected['channels'] = attrgetter(CHANNELS[expected['task']])(model)
     for key, value in expected.items():
         if found[key] != value:
             raise ValueError(
-                f'{network.file} has {key}={found[key]}, the config {key}={value}: give the config '
-                'that the file was exported with'
+                f'{network.file} has {key}={found[key]}, but the config has {key}={value}: use the '
+                'config that the file was exported with'
             )

@@ -1,4 +1,4 @@
-"""A model with everything folded that is constant once the weights are (deployment)."""
+"""Folding of constant parts of a trained model into its weights, for faster inference."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..models.hr_module import HRModule
 from ..models.hrformer import HRFormer
 from ..ops.recompute import is_plain
 
-# Below this a scale of layer normalization cannot be undone for the padding.
+# Smallest scale of a layer normalization that can be inverted for the padding.
 SMALLEST_SCALE = 1e-3
 NORMS = (_BatchNorm, nn.SyncBatchNorm)
 CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
 
 
 def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
-    """A linear layer of given weights, on the device and of the data type of another one."""
+    """A linear layer with the given weights, on the device and in the data type of another one."""
     linear = nn.Linear(weight.shape[1], weight.shape[0]).to(like.weight)
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)
@@ -36,7 +36,7 @@ def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
 
 
 class PaddedLayerNorm(nn.LayerNorm):
-    """A layer normalization of the first channels; zeros behind them stay zeros."""
+    """Layer normalization of the first channels; the padding after them stays zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize C channels of tokens (..., C + padding)."""
@@ -50,7 +50,7 @@ def without_affine(norm: nn.LayerNorm, kind: type = nn.LayerNorm) -> nn.LayerNor
 
 
 def is_plain_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution, padded by a number of zeros, and nothing else."""
+    """Whether a module is an unmodified convolution with numeric zero padding."""
     return (
         is_plain(module, nn.Conv2d)
         and type(module)._conv_forward in CONV_FORWARDS
@@ -60,10 +60,10 @@ def is_plain_conv(module: nn.Module) -> bool:
 
 
 class InferenceOnly(nn.Module):
-    """A module that has nothing left to be trained."""
+    """Base class of folded modules, which cannot be trained."""
 
     def train(self, mode: bool = True) -> InferenceOnly:
-        """Set evaluation mode; training mode is a RuntimeError."""
+        """Set evaluation mode; training mode raises a RuntimeError."""
         if mode:
             raise RuntimeError(
                 'this model was made by fuse_for_inference and cannot be trained: train the model '
@@ -73,12 +73,12 @@ class InferenceOnly(nn.Module):
 
 
 class FusedWindowAttention(InferenceOnly):
-    """:class:`LocalWindowSelfAttention` and the layer normalization in front, for inference.
+    """:class:`LocalWindowSelfAttention` and the layer normalization before it, for inference.
 
-    The scale and shift of the normalization and the scale of the queries are in the projection,
-    heads are as wide as the kernels like them, the relative position bias is looked up already.
+    The scale and shift of the normalization and the scale of the queries are folded into the
+    projection, heads are padded for fast kernels, and the relative position biases are precomputed.
     Padding is zero *after* the normalization, so here it gets the value that the scale and shift
-    would bring to zero.
+    would map to zero.
     """
 
     def __init__(self, attn: LocalWindowSelfAttention, norm: nn.LayerNorm) -> None:
@@ -91,7 +91,7 @@ class FusedWindowAttention(InferenceOnly):
         scale, shift = norm.weight.double(), norm.bias.double()
         weight = attn.qkv.weight.double().view(3, heads, head_dim, -1)
         plain = attn.qkv.bias.double().view(3, heads, head_dim)
-        queries = weight.new_tensor([head_dim**-0.5, 1, 1]).view(3, 1, 1)  # only they are scaled
+        queries = weight.new_tensor([head_dim**-0.5, 1, 1]).view(3, 1, 1)  # scales queries only
         bias = F.pad((plain + weight @ shift) * queries, (0, missing)).flatten()
         weight = F.pad(weight * scale * queries[..., None], (0, 0, 0, missing)).flatten(0, 2)
         self.qkv = make_linear(weight, bias, attn.qkv)
@@ -101,7 +101,7 @@ class FusedWindowAttention(InferenceOnly):
         bias = None if table is None else attn.relative_position_bias(dtype)
         self.register_buffer('bias', bias)
         self.register_buffer('table', None if table is None else table.detach().clone())
-        # The projection of padding: the bias without the shift of the normalization.
+        # Projection of padding: the bias without the shift of the normalization.
         self.register_buffer('pad', F.pad(plain, (0, missing)).flatten().to(dtype))
 
     @staticmethod
@@ -118,7 +118,7 @@ class FusedWindowAttention(InferenceOnly):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform a map (B, H, W, C), normalized without scale and shift, to one of the shape."""
+        """Transform a map (B, H, W, C), normalized without affine, to one of the same shape."""
         if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
             shape = self.num_heads, self.window_size
             return self.proj(ops.map_attention(self.qkv(x), self.pad, self.table, *shape, 1.0))
@@ -130,7 +130,7 @@ class FusedWindowAttention(InferenceOnly):
 
 
 class SharedConv(nn.Conv2d):
-    """A convolution with the parameters of another one."""
+    """A convolution that shares the parameters of another one."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
@@ -139,7 +139,7 @@ class SharedConv(nn.Conv2d):
 
 
 class ConvGELU(SharedConv):
-    """A convolution that ends with a GELU."""
+    """A convolution followed by GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (B, in_channels, H, W) to (B, out_channels, H', W')."""
@@ -167,7 +167,7 @@ class PointwiseConv(SharedConv):
 
 
 class FusedDWConvFFN(InferenceOnly):
-    """:class:`DWConvFFN` after its normalizations were folded, for inference."""
+    """:class:`DWConvFFN` with folded normalizations, for inference."""
 
     def __init__(self, ffn: DWConvFFN) -> None:
         super().__init__()
@@ -190,9 +190,9 @@ class FusedDWConvFFN(InferenceOnly):
 
 
 class FusedBlock(InferenceOnly):
-    """:class:`HRFormerBlock` of a folded attention and a folded FFN, for inference.
+    """:class:`HRFormerBlock` with folded attention and folded FFN, for inference.
 
-    The scale and shift of the second normalization, too, are in the convolution behind it.
+    The scale and shift of the second normalization are folded into the convolution after it.
     """
 
     def __init__(self, block: HRFormerBlock) -> None:
@@ -208,7 +208,7 @@ class FusedBlock(InferenceOnly):
 
     @staticmethod
     def fits(block: HRFormerBlock) -> bool:
-        """Whether a block can be replaced: its parts are folded, and nothing else happens."""
+        """Whether a block can be replaced: it is unmodified and its parts are folded."""
         return (
             is_plain(block, HRFormerBlock)
             and type(block.attn) is FusedWindowAttention
@@ -219,7 +219,7 @@ class FusedBlock(InferenceOnly):
         )
 
     def is_intact(self) -> bool:
-        """Whether the parts are what was folded: not replaced, hooked, compiled or the like."""
+        """Whether the parts are still those that were folded: not replaced, hooked or compiled."""
         attn, ffn = self.attn, self.ffn
         return (
             is_plain(attn, FusedWindowAttention)
@@ -257,7 +257,7 @@ def replace(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]
 
 
 def fold_block(block: HRFormerBlock) -> nn.Module:
-    """Fold of a block, whose batch normalizations are folded, what can be folded."""
+    """Fold what can be folded in a block whose batch normalizations are folded already."""
     if FusedWindowAttention.fits(block.attn, block.norm1):
         block.attn = FusedWindowAttention(block.attn, block.norm1)
         block.norm1 = without_affine(block.norm1)
@@ -267,15 +267,15 @@ def fold_block(block: HRFormerBlock) -> nn.Module:
 
 
 def count_uses(model: nn.Module) -> Counter:
-    """The number of places of each module, by its id."""
+    """How often each module occurs in a model, by id."""
     return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold batch normalization into the convolution in front of it, where it directly follows.
+    """Fold batch normalization into the convolution directly before it.
 
-    What is no stock convolution or normalization is left as it is, and so is what is used in
-    several places or has hooks.
+    Layers that are not stock convolutions or normalizations, are used in several places or have
+    hooks are not changed.
 
     Args:
         model (nn.Module): A model in evaluation mode. It is changed in place.
@@ -299,7 +299,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 class CroppedStreams(InferenceOnly):
-    """The end of a padded backbone: streams without the zeros."""
+    """Last layer of a padded backbone, which removes the padding of the streams."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -313,13 +313,13 @@ class CroppedStreams(InferenceOnly):
         ]
 
 
-# The modules around the blocks of a backbone that can be padded.
+# Modules of a backbone, besides its blocks, whose channels can be padded.
 PADDABLE = (ModuleList, Sequential, HRModule, nn.Identity, nn.ReLU)
 PADDABLE += (nn.Conv2d, DepthwiseConv2d, PointwiseConv)
 
 
 def is_paddable(module: nn.Module) -> bool:
-    """Whether zero channels can pass a part of a backbone and make no difference."""
+    """Whether a part of a backbone can be padded with zero channels without changing results."""
     if type(module) is FusedBlock:
         return is_plain(module, FusedBlock) and module.is_intact()
     known = type(module) in PADDABLE and is_plain(module, type(module))
@@ -327,7 +327,7 @@ def is_paddable(module: nn.Module) -> bool:
 
 
 def append_zeros(layer: nn.Linear | nn.Conv2d, inputs: int, outputs: int) -> None:
-    """Let a layer ignore more inputs, and append zeros to its outputs."""
+    """Extend a layer by inputs that it ignores and by outputs that are zero."""
     kind = 'features' if isinstance(layer, nn.Linear) else 'channels'
     setattr(layer, f'in_{kind}', getattr(layer, f'in_{kind}') + inputs)
     setattr(layer, f'out_{kind}', getattr(layer, f'out_{kind}') + outputs)
@@ -340,7 +340,7 @@ def append_zeros(layer: nn.Linear | nn.Conv2d, inputs: int, outputs: int) -> Non
 
 
 def pad_block(block: FusedBlock, padding: Callable[[int], int]) -> None:
-    """Let the attention and the normalizations of a block ignore zeros that are appended."""
+    """Extend the attention and the normalizations of a block for padded maps."""
     attn, missing = block.attn, padding(*block.norm1.normalized_shape)
     if missing:
         append_zeros(attn.qkv, missing, 0)
@@ -351,7 +351,7 @@ def pad_block(block: FusedBlock, padding: Callable[[int], int]) -> None:
 
 
 def pad_layers(modules: Iterable[nn.Module], padding: Callable[[int], int]) -> None:
-    """Let layers of folded parts take and make zero channels, as many as a function says."""
+    """Extend the layers of folded parts for padded maps; ``padding`` gives the zero channels."""
     for module in modules:
         if isinstance(module, nn.Conv2d):
             append_zeros(module, padding(module.in_channels), padding(module.out_channels))
@@ -360,13 +360,13 @@ def pad_layers(modules: Iterable[nn.Module], padding: Callable[[int], int]) -> N
 
 
 def pad_streams(backbone: HRFormer, uses: Counter) -> None:
-    """Append zero channels to the maps of a folded backbone, as many as the kernels like.
+    """Append zero channels to the maps of a folded backbone for fast kernels.
 
-    Filters and biases are zero there, normalizations do not count them, and they are cut off at
-    the end. Nothing changes if a part is not the stock one.
+    Their filters and biases are zero, normalizations exclude them, and they are removed at the end.
+    Nothing is changed if any part was modified.
     """
     padding = ops.backend(next(backbone.parameters())).channel_padding
-    # From the first transition on; before it all maps have 64 or 256 channels.
+    # Starting with the first transition: before it, all maps have 64 or 256 channels.
     names = ('transition1', 'stage2', 'transition2', 'stage3', 'transition3', 'stage4')
     parts = [getattr(backbone, name) for name in names]
     modules = [module for part in parts for module in part.modules()]
@@ -384,17 +384,17 @@ def pad_streams(backbone: HRFormer, uses: Counter) -> None:
 
 
 def fuse_for_inference(model: nn.Module, pad_channels: bool = False) -> nn.Module:
-    """Fold what is constant in a trained model, for faster inference with equal results.
+    """Fold constant parts of a trained model, for faster inference with the same results.
 
-    Batch normalization goes into the convolutions, layer normalization and the scale of the
-    queries into the projections of the attention, and the relative position biases are looked up.
+    Batch normalization is folded into the convolutions, layer normalization and the scale of the
+    queries into the projections of the attention, and the relative position biases are precomputed.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, or
-            a bare :class:`HRFormer`. It is left as it is.
+            a bare :class:`HRFormer`. It is not changed.
         pad_channels (bool): Whether to append zero channels to the maps of the backbone, where
-            Triton's kernels will run: of HRFormer-B, 78 become 80 and 156 become 160. Outputs
-            stay as they are. Not measured on a GPU yet. Defaults to False.
+            Triton's kernels will run: in HRFormer-B, 78 become 80 and 156 become 160. Outputs do
+            not change. Not measured on a GPU yet. Defaults to False.
 
     Returns:
         nn.Module: A folded copy, in evaluation mode, without gradients. Calling its ``train()``

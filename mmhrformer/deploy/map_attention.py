@@ -1,4 +1,4 @@
-"""Window attention as exported files have it: projections of the map, not of the windows."""
+"""Window attention for exported files, which projects the map instead of the windows."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .fuse import make_linear
 
 
 class MapAttention(nn.Module):
-    """:class:`LocalWindowSelfAttention` that projects the map, so that no padding is projected.
+    """:class:`LocalWindowSelfAttention` that projects the map before padding it.
 
-    What padding is projected to, the bias, becomes zero: a bias of the keys adds the same to all
-    logits of a query, which the softmax undoes; that of the values is in the last projection, since
-    weights of attention sum up to 1; queries of padding are cut off.
+    The projection of padding, which is the bias, then has to be zero: the bias of the keys adds the
+    same number to all logits of a query, which the softmax cancels; that of the values moves to the
+    output projection, since attention weights sum to 1; queries of padding are cropped.
 
     Args:
-        attn (LocalWindowSelfAttention): The attention, which :meth:`fits`. It is left as it is.
-        fixed_size (bool): Whether a trace need not fit maps of other sizes. Rows of windows and
-            heads are then gathered by constant indices, which runtimes do faster than padding,
+        attn (LocalWindowSelfAttention): An attention that :meth:`fits`. It is not changed.
+        fixed_size (bool): Whether the graph is used with maps of one size only. Rows of windows and
+            heads are then gathered by constant indices, which is faster in runtimes than padding,
             permuting and splitting. Defaults to False.
     """
 
     def __init__(self, attn: LocalWindowSelfAttention, fixed_size: bool = False) -> None:
         super().__init__()
         self.fixed_size = fixed_size
-        self.attn = attn  # for the bias of the logits
+        self.attn = attn  # computes the bias of the logits
         self.head_dim = attn.embed_dims // attn.num_heads
         weight, bias = attn.qkv.weight.double(), attn.qkv.bias.double()
         queries = weight.new_tensor([self.head_dim**-0.5, 1, 1]).repeat_interleave(attn.embed_dims)

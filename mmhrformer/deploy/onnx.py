@@ -1,4 +1,4 @@
-"""Write trained models to ONNX files, which appear only if they give what torch gives."""
+"""Export of trained models to ONNX files, which are written only if they match torch."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from .aligned_conv import align_channels
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 from .map_attention import use_map_attention
 
-# A class of the framework that a model has among its ancestors -> its task.
+# Framework class that a model inherits from -> its task.
 TASKS = {
     'BaseClassifier': 'classification',
     'TopdownPoseEstimator': 'pose',
     'EncoderDecoder': 'segmentation',
 }
 INPUT = 'image'
-# Of each task: the name of the output, and the names of its open axes.
+# Task -> name of the output, and names of its dynamic axes.
 OUTPUTS = {
     'classification': ('scores', {}),
     'pose': ('heatmaps', {2: 'heatmap_height', 3: 'heatmap_width'}),
     'segmentation': ('logits', {2: 'height', 3: 'width'}),
 }
-# torch 2.1 writes no later one; scaled_dot_product_attention and Trilu begin with 14.
+# The latest that torch 2.1 writes is 17; scaled_dot_product_attention and Trilu need 14.
 OPSETS = range(14, 18)
-# The exporter that reads TorchScript; torch 2.9 and later prefer one that needs another package.
+# The exporter based on TorchScript; torch 2.9 and later default to one that needs another package.
 HAS_CHOICE = 'dynamo' in inspect.signature(torch.onnx.export).parameters
 EXPORTER = dict(dynamo=False) if HAS_CHOICE else {}
 TOLERANCE = 1e-4  # of the range of the output
-# For any size, a size is traced at which everything is needed that some sizes need: the streams
-# are 17x9, 9x5, 5x3 and 3x2, and halving an odd size rounds, which enlarging has to correct.
+# For dynamic sizes, trace a size that needs every step that any size needs: the streams are 17x9,
+# 9x5, 5x3 and 3x2, and halving odd sizes rounds up, which enlarging has to correct.
 TRACED_SIZE = (68, 36)
-TRACED_BATCH = 2  # 1 would also fit where a tensor is stretched
+TRACED_BATCH = 2  # 1 might be treated as a broadcast axis
 OTHER_SIZES = ((97, 161), (64, 224))
 BATCHES = (1, 3)
 
 
 class ExportError(RuntimeError):
-    """A model could not be exported such that it gives what it gives in torch."""
+    """A model could not be exported with the same results as in torch."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Comparison:
         batch (int): Number of images.
         size (tuple[int, int]): Their height and width.
         error (float): Largest absolute difference.
-        range (float): Largest minus smallest number that torch returned.
+        range (float): Range (maximum minus minimum) of the output of torch.
     """
 
     batch: int
@@ -76,7 +76,7 @@ class Comparison:
     @property
     def good(self) -> bool:
         """Whether the difference is within :data:`TOLERANCE` of the range."""
-        return self.error <= TOLERANCE * self.range  # not so for NaN
+        return self.error <= TOLERANCE * self.range  # False for NaN
 
     def __str__(self) -> str:
         size = f'{self.size[0]}x{self.size[1]}'
@@ -92,11 +92,11 @@ class DeployedModel(nn.Module):
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone.
-        with_normalization (bool): Whether it takes pixels of 0 to 255 and normalizes them itself.
+        with_normalization (bool): Whether it takes pixels from 0 to 255 and normalizes them itself.
             Defaults to False.
 
     Raises:
-        ValueError: If the model is of no task that is known here.
+        ValueError: If the task of the model is not supported.
 
     Examples:
         >>> from mmhrformer import get_model
@@ -123,8 +123,8 @@ class DeployedModel(nn.Module):
 
         Returns:
             Tensor: Probabilities of shape (B, classes), heatmaps of shape (B, keypoints, H / 4,
-            W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) of a binary segmentor with
-            one channel, whose probability, their sigmoid, is compared with a threshold.
+            W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) for a binary segmentor with
+            one channel, where the sigmoid of the logit is compared with a threshold.
         """
         if self.with_normalization:
             image = (image - self.mean) / self.std
@@ -147,25 +147,25 @@ def task_of(model: nn.Module) -> str:
         str: A value of :data:`TASKS`.
 
     Raises:
-        ValueError: If it is of another kind.
+        ValueError: If the model is of another kind.
     """
     names = {kind.__name__ for kind in type(model).__mro__}
     if 'BaseTTAModel' in names:
         raise ValueError(
             f'model is a {type(model).__name__}: test-time augmentation runs a model several times '
-            'and cannot be exported; export the model in its .module'
+            'and cannot be exported; export its .module instead'
         )
     for name, task in TASKS.items():
         if name in names:
             return task
     raise ValueError(
-        f'model is a {type(model).__name__}, which is of no known task: give a classifier of '
-        'mmpretrain, a TopdownPoseEstimator of mmpose or an EncoderDecoder of mmseg'
+        f'model is a {type(model).__name__}, whose task is not supported: expected a classifier '
+        'of mmpretrain, a TopdownPoseEstimator of mmpose or an EncoderDecoder of mmseg'
     )
 
 
 def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, in the order in which a model gets them."""
+    """Mean and standard deviation of each channel, in the channel order of the model."""
     preprocessor = model.data_preprocessor
     if not getattr(preprocessor, '_enable_normalize', False):
         channels = model.backbone.in_channels
@@ -174,22 +174,22 @@ def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def channel_order(model: nn.Module) -> str:
-    """Channels that a model gets: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read them."""
-    # mmpretrain, mmseg and mmengine (mmpose) call it by three names.
+    """Channel order of a model's input: ``'RGB'``, or ``'BGR'`` as OpenCV and mmcv read images."""
+    # The attribute's name in mmpretrain, mmseg and mmengine (mmpose).
     names = ('to_rgb', 'channel_conversion', '_channel_conversion')
-    turns = any(getattr(model.data_preprocessor, name, False) for name in names)
-    return 'RGB' if turns else 'BGR'
+    converts = any(getattr(model.data_preprocessor, name, False) for name in names)
+    return 'RGB' if converts else 'BGR'
 
 
 def refuse_tta(cfg: Config) -> None:
-    """Raise a ValueError for a config that describes a test with several scales or flips."""
+    """Raise a ValueError for a config with test-time augmentation."""
     pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
     kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
     for kind in map(str, kinds):
         if kind.endswith(('TestTimeAug', 'TTAModel')):
             raise ValueError(
                 f'the config has {kind}: test-time augmentation runs a model several times and '
-                'cannot be exported; give the config that the model was trained with'
+                'cannot be exported; use the config that the model was trained with'
             )
 
 
@@ -198,17 +198,17 @@ class ExportOptions:
     """Options of :func:`export_onnx`.
 
     Attributes:
-        size (Sequence[int]): Height and width of the images, in pixels; with open sizes, one that
-            is compared. Defaults to (224, 224).
-        batch (int, optional): Number of images. Defaults to None: any.
+        size (Sequence[int]): Height and width of the images, in pixels; with dynamic sizes, one of
+            the sizes to verify. Defaults to (224, 224).
+        batch (int, optional): Number of images. Defaults to None: any number.
         dynamic_size (bool, optional): Whether the file takes images of any size. Defaults to None:
-            for segmentation.
-        opset (int): Version of ONNX's operators, 14 to 17. Defaults to 17.
-        with_normalization (bool): Whether the file takes pixels of 0 to 255, in the channel order
+            only for segmentation.
+        opset (int): ONNX operator set version, 14 to 17. Defaults to 17.
+        with_normalization (bool): Whether the file takes pixels from 0 to 255, in the channel order
             of the model, and normalizes them itself. Defaults to False.
         simplify (bool): Whether to simplify the graph. Defaults to True.
         verify (bool): Whether to compare with torch. Defaults to True.
-        names (Sequence[str]): Names of the classes or keypoints, to be written into the file.
+        names (Sequence[str]): Names of the classes or keypoints, stored in the file.
         overwrite (bool): Whether the file may exist. Defaults to False.
     """
 
@@ -223,38 +223,38 @@ class ExportOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the numbers."""
         if len(self.size) != 2 or min(self.size) < MIN_INPUT:
             raise ValueError(
-                f'size={tuple(self.size)}: give height and width of at least {MIN_INPUT} pixels'
+                f'size={tuple(self.size)}: expected height and width of at least {MIN_INPUT} pixels'
             )
         if self.batch is not None and self.batch < 1:
-            raise ValueError(f'batch={self.batch}: give a number of images, or None for any')
+            raise ValueError(f'batch={self.batch}: expected a positive integer, or None for any')
         if self.opset not in OPSETS:
-            raise ValueError(f'opset={self.opset}: choose {OPSETS[0]} to {OPSETS[-1]}')
+            raise ValueError(f'opset={self.opset}: expected {OPSETS[0]} to {OPSETS[-1]}')
 
 
 def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Comparison]:
-    """Write a model to an ONNX file.
+    """Export a model to an ONNX file.
 
     Batch normalization is folded into the convolutions. The file is checked by onnx, simplified by
-    onnxslim and compared with the model in onnxruntime; it appears only if all that succeeded.
+    onnxslim and compared with the model in onnxruntime; it is written only if all that succeeds.
 
     Args:
         model (nn.Module): A classifier, pose estimator or segmentor with an HRFormer backbone, in
-            evaluation mode, of float32. It is left as it is.
-        file (str | Path): File to write, which ends in ``.onnx``.
+            evaluation mode and float32. It is not changed.
+        file (str | Path): File to write; its name must end in ``.onnx``.
         *args: See :class:`ExportOptions`.
         **kwargs: See :class:`ExportOptions`.
 
     Returns:
-        list[Comparison]: What was compared.
+        list[Comparison]: The comparisons with torch.
 
     Raises:
-        ExportError: If what onnxruntime computes differs by more than 1e-4 of the output's range.
-        FileExistsError: If the file exists and must not.
+        ExportError: If the output of onnxruntime differs by more than 1e-4 of its range.
+        FileExistsError: If the file exists and ``overwrite`` is not set.
         ImportError: If onnx, onnxruntime or onnxslim is needed and missing.
-        ValueError: If the model or an argument is not possible.
+        ValueError: If the model is not supported, or an argument is invalid.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k', 'tiny.pth')  # doctest: +SKIP
@@ -270,16 +270,16 @@ def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Com
 
 
 def _make_graph(model: nn.Module, options: ExportOptions):
-    """Trace, simplify and compare a model; the graph and the comparisons."""
+    """Trace, simplify and compare a model; return the graph and the comparisons."""
     task = _check_model(model)
     if options.dynamic_size is None:
         options = replace(options, dynamic_size=task == 'segmentation')
     model = copy.deepcopy(model).cpu()
     reference = DeployedModel(model, options.with_normalization).eval()
-    # The reference is not folded, so that the comparison covers the folding, too.
+    # The reference is not folded, so that the comparison also covers the folding.
     prepared = prepare_for_export(model, fixed_size=not options.dynamic_size)
     deployed = DeployedModel(prepared, options.with_normalization).eval()
-    _tell(f'Tracing the {task} model')
+    _log_step(f'Tracing the {task} model')
     graph = trace(deployed, options)
     _add_metadata(graph, deployed, options.names)
     return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
@@ -287,11 +287,11 @@ def _make_graph(model: nn.Module, options: ExportOptions):
 
 @torch.no_grad()
 def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
-    """Fold batch normalization, and give attention and FFN the form of exported files.
+    """Fold batch normalization, and replace attention and FFN by their forms for export.
 
     Args:
-        model (nn.Module): A model in evaluation mode. It is left as it is.
-        fixed_size (bool): Whether the file is for images of one size, in a faster form. Defaults
+        model (nn.Module): A model in evaluation mode. It is not changed.
+        fixed_size (bool): Whether the file is for images of one size, which is faster. Defaults
             to False.
 
     Returns:
@@ -302,14 +302,14 @@ def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
 
 
 def require_packages(simplify: bool = True, verify: bool = True) -> None:
-    """Check that the packages for an export are installed, before work is done.
+    """Check that the packages for an export are installed, before any work is done.
 
     Args:
         simplify (bool): Whether onnxslim is needed. Defaults to True.
         verify (bool): Whether onnxruntime is needed. Defaults to True.
 
     Raises:
-        ImportError: If something is missing.
+        ImportError: If a package is missing.
     """
     needed = ['onnx'] + ['onnxruntime'] * verify + ['onnxslim'] * simplify
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -321,32 +321,32 @@ def require_packages(simplify: bool = True, verify: bool = True) -> None:
 
 def _check_file(file: str | Path, overwrite: bool) -> Path:
     if Path(file).suffix != '.onnx':
-        raise ValueError(f'file={str(file)!r}: give a name that ends in .onnx')
+        raise ValueError(f'file={str(file)!r}: expected a name that ends in .onnx')
     return check_destination(file, overwrite)
 
 
 def _check_model(model: nn.Module) -> str:
-    """Refuse models that would be exported as something else; returns the task."""
+    """Refuse models that cannot be exported faithfully; return the task."""
     task = task_of(model)
     if model.training:
         raise ValueError('model is in training mode: call model.train(False) before the export')
     folded = (FusedWindowAttention, FusedDWConvFFN)
     if any(isinstance(module, folded) for module in model.modules()):
         raise ValueError(
-            'model was made by fuse_for_inference for torch: export the model it was made from, '
-            'what ONNX needs is folded here'
+            'model was made by fuse_for_inference for torch: export the model it was made from; '
+            'the export folds it as needed'
         )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(
-            f'model has weights of {", ".join(map(str, dtypes))}: call model.float(), and let the '
-            'runtime choose another precision (trtexec --fp16)'
+            f'model has weights of {", ".join(map(str, dtypes))}: call model.float(), and select '
+            'another precision in the runtime (trtexec --fp16)'
         )
     return task
 
 
 def trace(deployed: DeployedModel, options: ExportOptions):
-    """Trace a forward pass as a graph of ONNX, an ``onnx.ModelProto``."""
+    """Trace a forward pass to an ONNX graph, an ``onnx.ModelProto``."""
     import onnx
 
     name, sides = OUTPUTS[deployed.task]
@@ -362,14 +362,14 @@ def trace(deployed: DeployedModel, options: ExportOptions):
     arguments['dynamic_axes'] = {INPUT: open_input, name: open_output}
     content = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
-        # That numbers of channels are fixed, that this exporter is the older one.
+        # Warnings about constant numbers of channels, and about the legacy exporter.
         warnings.simplefilter('ignore')
         torch.onnx.export(deployed, (image,), content, **arguments, **EXPORTER)
     return onnx.load_from_string(content.getvalue())
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Describe what a model takes and gives, as the metadata of its exported file.
+    """Describe input and output of a model, as metadata of its exported file.
 
     Args:
         model (nn.Module): A model of one of the three tasks.
@@ -386,13 +386,13 @@ def describe(model: nn.Module) -> dict[str, str]:
     )
     if entries['task'] == 'pose':
         entries['decoder'] = type(model.head.decoder).__name__
-    if getattr(model, 'out_channels', None) == 1:  # of a segmentor
+    if getattr(model, 'out_channels', None) == 1:  # a binary segmentor
         entries['threshold'] = json.dumps(model.decode_head.threshold)
     return entries
 
 
 def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
-    """Write the facts that a user needs into the metadata of a graph."""
+    """Add a description of the model to the metadata of a graph."""
     import onnx
 
     entries = dict(
@@ -406,7 +406,7 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
 
 
 def _cases(options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
-    """Batches and sizes to compare: the asked-for one, and others where they are open."""
+    """Batches and sizes to compare: the requested one, and others if dynamic."""
     batches = BATCHES if options.batch is None else (options.batch,)
     if not options.dynamic_size:
         return [(batch, tuple(options.size)) for batch in batches]
@@ -415,21 +415,21 @@ def _cases(options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
 
 
 def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tuple]):
-    """Simplify, check and compare; the graph as traced is kept if the simplified one is wrong."""
+    """Simplify, check and compare; keep the traced graph if the simplified one is wrong."""
     import onnx
 
     if cases:
-        _tell(f'Running torch on {len(cases)} batches of noise')
+        _log_step(f'Running torch on {len(cases)} batches of noise')
     expected = [(batch, size, *_run_torch(reference, batch, size)) for batch, size in cases]
     if simplify:
         import onnxslim
 
-        _tell(f'Simplifying a graph of {len(graph.graph.node)} nodes')
+        _log_step(f'Simplifying a graph of {len(graph.graph.node)} nodes')
         try:
             simplified = onnxslim.slim(copy.deepcopy(graph))
             onnx.checker.check_model(simplified, full_check=True)
             comparisons = compare(simplified, expected)
-        except Exception as err:  # whatever fails there, the graph as traced is still to be had
+        except Exception as err:  # any failure leaves the traced graph
             warnings.warn(f'not simplified, onnxslim failed: {err}', stacklevel=3)
         else:
             if all(comparison.good for comparison in comparisons):
@@ -442,18 +442,18 @@ def _choose(graph, simplify: bool, reference: DeployedModel, cases: Sequence[tup
         raise ExportError(
             f'onnxruntime differs from torch by more than {TOLERANCE:.0e} of the range of the '
             f'output, so nothing was written:\n{HEADER}\n{rows}\n'
-            'Report this with your config, or use verify=False (--no-verify) to have the file'
+            'Report this with your config, or use verify=False (--no-verify) to write it anyway'
         )
     return graph, comparisons
 
 
-def _tell(step: str) -> None:
-    """Log what begins: the steps take seconds to minutes each."""
+def _log_step(step: str) -> None:
+    """Log the beginning of a step, which may take seconds to minutes."""
     print_log(f'{step} ...', 'current')
 
 
 def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A batch of noise, and the output of torch for it."""
+    """Generate a batch of noise, and compute the output of torch for it."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, deployed.model.backbone.in_channels, *size)
     image = torch.randn(shape, generator=generator)
@@ -464,26 +464,26 @@ def _run_torch(deployed: DeployedModel, batch: int, size: tuple[int, int]) -> tu
 
 
 def compare(graph, expected: Sequence[tuple[int, tuple, Tensor, Tensor]]) -> list[Comparison]:
-    """Run a graph in onnxruntime on (batch, size, images, outputs of torch), and compare."""
+    """Compare onnxruntime with torch on cases of (batch, size, images, outputs of torch)."""
     if not expected:
         return []
-    _tell('Comparing onnxruntime with torch')
+    _log_step('Comparing onnxruntime with torch')
     session = open_session(graph.SerializeToString())
     comparisons = []
-    for batch, size, image, wanted in expected:
+    for batch, size, image, reference in expected:
         out = torch.from_numpy(session.run(None, {INPUT: image.numpy()})[0])
-        if out.shape != wanted.shape:
+        if out.shape != reference.shape:
             raise ExportError(
-                f'onnxruntime returns {tuple(out.shape)} for {batch} images of {size}, torch '
-                f'{tuple(wanted.shape)}'
+                f'onnxruntime returns shape {tuple(out.shape)} for {batch} images of {size}, '
+                f'torch {tuple(reference.shape)}'
             )
-        error, spread = (out - wanted).abs().max(), wanted.max() - wanted.min()
+        error, spread = (out - reference).abs().max(), reference.max() - reference.min()
         comparisons.append(Comparison(batch, size, error.item(), spread.item()))
     return comparisons
 
 
 def open_session(graph: bytes | str):
-    """Open a graph, or the file of one, in onnxruntime, with as many threads as torch uses.
+    """Open a graph or a file in onnxruntime, with as many threads as torch uses.
 
     Args:
         graph (bytes | str): The serialized graph, or the path of a file.

@@ -1,4 +1,4 @@
-"""Hooks, optimizers, schedules and checks of training; importing this registers them."""
+"""Hooks, optimizers, schedules and checks for training; importing this registers them."""
 
 from .bfloat16_hook import BFloat16PoseHook
 from .checkpoint_hook import SafeCheckpointHook

@@ -1,4 +1,4 @@
-"""Training of mmpose's heatmap heads in bfloat16."""
+"""A hook for training mmpose's heatmap heads in bfloat16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def _computes_in_bfloat16(wrapper: OptimWrapper, module: nn.Module) -> bool:
-    """Whether a training step computes a module in bfloat16, by autocast or by its weights."""
+    """Whether training runs a module in bfloat16, by autocast or by its weights."""
     wrappers = wrapper.values() if hasattr(wrapper, 'values') else [wrapper]
     dtypes = [getattr(one, 'cast_dtype', None) for one in wrappers]
     dtypes = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
@@ -21,22 +21,22 @@ def _computes_in_bfloat16(wrapper: OptimWrapper, module: nn.Module) -> bool:
 
 @HOOKS.register_module()
 class BFloat16PoseHook(Hook):
-    """Lets pose estimators with mmpose's ``HeatmapHead`` train in bfloat16.
+    """Allow pose estimators with mmpose's ``HeatmapHead`` to train in bfloat16.
 
-    After the loss such a head counts the accuracy ``acc_pose`` in NumPy, which has no bfloat16. In
-    that data type the hook turns it off and says so; in others it does nothing.
+    After the loss, such a head computes the accuracy ``acc_pose`` in NumPy, which has no bfloat16.
+    In that data type the hook disables it and logs a warning; in others it does nothing.
 
     Examples:
         >>> custom_hooks = [dict(type='mmhrformer.BFloat16PoseHook')]
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Turn the accuracy off.
+        """Disable the accuracy.
 
         Args:
             runner (Runner): The runner.
         """
-        from mmpose.models import HeatmapHead  # the rest of the package does without mmpose
+        from mmpose.models import HeatmapHead  # not at the top, since mmpose is optional
 
         model = runner.model
         while is_model_wrapper(model):
@@ -49,7 +49,7 @@ class BFloat16PoseHook(Hook):
         ):
             model.train_cfg = {**options, 'compute_acc': False}
             runner.logger.warning(
-                'acc_pose is not logged: mmpose counts it in NumPy, which has no bfloat16 '
-                '(model.train_cfg.compute_acc=False). The loss and the metrics of validation are '
-                'not affected.'
+                'acc_pose is not logged: mmpose computes it in NumPy, which has no bfloat16 '
+                '(model.train_cfg.compute_acc=False). The loss and the validation metrics are not '
+                'affected.'
             )

@@ -1,4 +1,4 @@
-"""Checkpoints that are always whole, whenever training is killed."""
+"""Checkpoints that stay intact even if training is killed."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ POINTER = 'last_checkpoint'  # mmengine's file with the path of the newest check
 
 
 class AtomicBackend(LocalBackend):
-    """Local files, always whole (:mod:`mmhrformer.utils.files`).
+    """Backend for local files with atomic writes, see :mod:`mmhrformer.utils.files`.
 
     In configs it is ``backend='mmhrformer.atomic'``.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes to a file, whose folder is made if need be."""
+        """Write bytes to a file; its folder is created if needed."""
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(filepath, obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """Write a text to a file, whose folder is made if need be."""
+        """Write text to a file; its folder is created if needed."""
         self.put(obj.encode(encoding), filepath)
 
 
@@ -45,7 +45,7 @@ register_backend(BACKEND, AtomicBackend, force=True)
 
 
 class DeferredDeleteBackend(AtomicBackend):
-    """Keeps outdated files until ``remove_outdated``: mmengine removes them too early."""
+    """Backend that keeps outdated files until ``remove_outdated``: mmengine removes them early."""
 
     def __init__(self) -> None:
         self.outdated: dict[str, int] = {}
@@ -54,7 +54,7 @@ class DeferredDeleteBackend(AtomicBackend):
         self.outdated[str(filepath)] = os.stat(filepath).st_ino
 
     def remove_outdated(self) -> None:
-        """Remove them now, except those that have been written anew under their old name."""
+        """Remove them now, except those that have been overwritten by new files."""
         for path, inode in self.outdated.items():
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == inode:
@@ -63,20 +63,20 @@ class DeferredDeleteBackend(AtomicBackend):
 
 
 def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Find the newest whole checkpoint of a run.
+    """Find the newest intact checkpoint of a run.
 
-    That is mostly the one that ``last_checkpoint`` names; a later one, if the run was killed before
-    it had noted it; or the one before, if the file is damaged. Files of an earlier and longer run
-    in the same folder are left out: their steps are higher, but they are older than
+    Usually that is the one named in ``last_checkpoint``; a later one, if the run was killed before
+    updating that file; or an earlier one, if the file is damaged. Files of an earlier, longer run
+    in the same folder are ignored: their steps are higher, but they are older than
     ``last_checkpoint``.
 
     Args:
         folder (Path): Folder of the checkpoints.
-        template (str): Their names, with ``{}`` for the step.
+        template (str): Template of their names, with ``{}`` for the step.
         pointer (Path): The file ``last_checkpoint``.
 
     Returns:
-        tuple: The checkpoint, or None if none is whole; the damage of newer ones.
+        tuple: The checkpoint, or None if none is intact; and the damage of newer ones.
     """
     before, after = (re.escape(part) for part in re.split(r'\{.*?\}', template))
     step = {
@@ -101,26 +101,26 @@ def find_newest(folder: Path, template: str, pointer: Path) -> tuple[Path | None
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the message tells what is left and what to do."""
+    """A checkpoint could not be written; the message names the last one and the remedy."""
 
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, made safe from kills, crashes and full disks.
+    """mmengine's ``CheckpointHook``, made safe against kills, crashes and full disks.
 
-    - A checkpoint is written to a temporary file, forced to the disk and renamed, and so is
-      ``last_checkpoint``: files with these names are always whole.
-    - Older checkpoints are removed (``max_keep_ckpts``, ``save_best``) after the new one is there.
-      There must be room for one more than are kept.
-    - ``--resume`` goes on from the newest whole checkpoint: damaged ones are passed over with a
-      warning. If there is none, training starts from the beginning, and the log says so. A
-      damaged or missing file that was named (``--resume FILE``, ``load_from``) is an error.
-    - If a checkpoint cannot be written, training stops, and the error tells what is left.
-    - Resuming takes the optimizer's options and the schedule from the checkpoint; a warning names
-      those of the config that differ.
+    - A checkpoint is written to a temporary file, flushed to disk and renamed, and so is
+      ``last_checkpoint``: files with these names are always complete.
+    - Older checkpoints are removed (``max_keep_ckpts``, ``save_best``) only after the new one has
+      been written. The disk needs space for one more than are kept.
+    - ``--resume`` resumes from the newest intact checkpoint: damaged ones are skipped with a
+      warning. If there is none, training starts from scratch, and the log says so. A specified file
+      (``--resume FILE``, ``load_from``) that is damaged or missing is an error.
+    - If a checkpoint cannot be written, training stops, and the error names the last good one.
+    - Resuming takes the optimizer's options and the schedule from the checkpoint; a warning lists
+      those that differ from the config.
 
-    Remote checkpoints (``backend_args``, or an ``out_dir`` such as ``s3://...``) are written by
-    mmengine as before, and so are those of its ``FlexibleRunner`` (FSDP, DeepSpeed).
+    Remote checkpoints (``backend_args``, or an ``out_dir`` such as ``s3://...``) and those of the
+    ``FlexibleRunner`` (FSDP, DeepSpeed) are written by mmengine as usual.
 
     Args:
         *args: As for ``CheckpointHook``.
@@ -148,7 +148,7 @@ class SafeCheckpointHook(CheckpointHook):
             runner (Runner): The runner.
 
         Raises:
-            ValueError: If a checkpoint that was named is missing or damaged.
+            ValueError: If the specified checkpoint is missing or damaged.
         """
         super().before_run(runner)
         if self.safe and not isinstance(runner, Runner):
@@ -156,42 +156,41 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.safe or not runner._resume or runner._has_loaded:
             return
         problem = [self._prepare_resume(runner) if is_main_process() else None]
-        broadcast_object_list(problem)  # all processes stop, or all read last_checkpoint after it
+        broadcast_object_list(problem)  # also a barrier before the others read last_checkpoint
         if problem[0]:
             raise ValueError(problem[0])
 
     def _prepare_resume(self, runner: Runner) -> str:
-        """Point ``last_checkpoint`` to the newest whole checkpoint; return the problem, if any."""
+        """Point ``last_checkpoint`` to the newest intact checkpoint; return a problem, if any."""
         folder, pointer = self._folder(runner), Path(runner.work_dir, POINTER)
         newest, damaged = find_newest(folder, self.filename_tmpl, pointer)
         if runner._load_from is not None:
             return _check_named(runner._load_from, newest)
         for path, damage in damaged.items():
-            runner.logger.warning(f'The checkpoint {path} is damaged ({damage}): passed over.')
+            runner.logger.warning(f'The checkpoint {path} is damaged ({damage}): skipped.')
         if newest is None:
             pointer.unlink(missing_ok=True)
             runner.logger.warning(
-                f'resume: there is no whole checkpoint in {folder}, '
-                'training starts from the beginning.'
+                f'resume: there is no intact checkpoint in {folder}, training starts from scratch.'
             )
             return ''
         if not pointer.is_file() or pointer.read_text(errors='replace') != str(newest):
-            runner.logger.warning(f'The newest whole checkpoint is {newest}: resuming from it.')
+            runner.logger.warning(f'The newest intact checkpoint is {newest}: resuming from it.')
             write_atomically(pointer, _encode_path(str(newest)))
         return ''
 
     def _folder(self, runner: Runner) -> Path:
-        """Folder of the checkpoints, as mmengine's hook chooses it when training starts."""
+        """Folder of the checkpoints, which mmengine's hook sets only when training starts."""
         if self.out_dir is None or self.out_dir == runner.work_dir:
             return Path(runner.work_dir)
         return Path(self.out_dir, Path(runner.work_dir).name)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Warn of options that resuming takes from the checkpoint, not from the config.
+        """Warn about options that are taken from the checkpoint, not from the config.
 
         Args:
             runner (Runner): The runner.
-            checkpoint (dict): The checkpoint that it loads.
+            checkpoint (dict): The loaded checkpoint.
         """
         resumes = isinstance(runner, Runner) and runner._resume
         if not resumes or not isinstance(runner.optim_wrapper, OptimWrapper):
@@ -199,9 +198,9 @@ class SafeCheckpointHook(CheckpointHook):
         lines = kept_by_resume(runner, checkpoint)
         if lines:
             runner.logger.warning(
-                'resume goes on with the optimizer and the schedule of the checkpoint, whatever '
-                'the config says:\n  ' + '\n  '.join(lines) + '\nTo train on from its weights '
-                'alone, with what the config says: load_from=CHECKPOINT, without resume.'
+                'resume restores the optimizer and the schedule of the checkpoint, which override '
+                'the config:\n  ' + '\n  '.join(lines) + '\nTo start from its weights only, with '
+                'the options of the config: load_from=CHECKPOINT, without resume.'
             )
 
     def before_train(self, runner: Runner) -> None:
@@ -217,7 +216,7 @@ class SafeCheckpointHook(CheckpointHook):
         if is_main_process():
             pattern = f'*{Path(self.filename_tmpl).suffix}.*{PARTIAL}'
             for path in sorted(Path(self.out_dir).glob(pattern)):
-                runner.logger.info(f'Removing {path}, left by a run that was killed.')
+                runner.logger.info(f'Removing {path}, left behind by a killed run.')
                 path.unlink()
             for path in Path(runner.work_dir).glob(f'{POINTER}.*{PARTIAL}'):
                 path.unlink()
@@ -228,8 +227,8 @@ class SafeCheckpointHook(CheckpointHook):
             return
         kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
         if self.max_keep_ckpts > 0 and step not in kept:
-            # The checkpoint also lists the outdated one, which is removed after it is written:
-            # a run that is resumed after a kill in between removes it then.
+            # The checkpoint still lists the outdated one, which is removed after writing: after a
+            # kill in between, the resumed run removes it.
             kept.append(step)
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         name = self.filename_tmpl.format(step)
@@ -263,7 +262,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if self.file_backend is None:
-            return  # `Runner.val()` alone trains nothing that could be the best
+            return  # `Runner.val()` without training has nothing to save
         if not self.safe:
             super()._save_best_checkpoint(runner, metrics)
             return
@@ -273,34 +272,34 @@ class SafeCheckpointHook(CheckpointHook):
 
 
 def _encode_path(text: str) -> bytes:
-    """Encode ``last_checkpoint`` as mmengine reads it: in the encoding of the locale."""
+    """Encode ``last_checkpoint`` in the locale's encoding, as mmengine reads it."""
     return text.encode(locale.getpreferredencoding(False), 'surrogateescape')
 
 
 @contextlib.contextmanager
 def _explain_failure(runner: Runner, what: str) -> Iterator[None]:
-    """Turn errors of writing into a CheckpointError with the last good checkpoint."""
+    """Convert write errors to a CheckpointError that names the last good checkpoint."""
     try:
         yield
-    except CheckpointError:  # the best and the newest one are written in one go
+    except CheckpointError:  # already explained: best and newest may be written together
         raise
     except OSError as err:
         pointer = Path(runner.work_dir, POINTER)
         last = pointer.read_text(errors='replace') if pointer.is_file() else ''
-        left = f'The last good checkpoint, {last}, is intact: remove the cause and go on with'
-        start = 'There is no earlier checkpoint: remove the cause and start again, with or without'
+        left = f'The last good checkpoint, {last}, is intact: fix the cause and continue with'
+        start = 'There is no earlier checkpoint: fix the cause and start again, with or without'
         raise CheckpointError(
             err.errno,
-            f'{err.strerror or err} while the checkpoint was written to {what}. Training stops. '
+            f'{err.strerror or err} while writing the checkpoint to {what}. Training stops. '
             f'{left if last else start} --resume',
         ) from err
 
 
 def _check_named(name: str, newest: Path | None) -> str:
-    """The problem of resuming from a checkpoint that was named, or an empty string."""
+    """The problem with resuming from a specified checkpoint, or an empty string."""
     path = Path(name).expanduser()
     if '://' in str(name):
         return ''
     damage = find_damage(path) if path.exists() else 'there is no such file'
-    hint = f'--resume without a file goes on from {newest}' if newest else 'name another one'
-    return damage and f'resume from load_from={str(name)!r}: {damage}. To train on: {hint}'
+    hint = f'--resume without a file resumes from {newest}' if newest else 'specify another file'
+    return damage and f'resume from load_from={str(name)!r}: {damage}. Fix: {hint}'

@@ -1,4 +1,4 @@
-"""Compiled blocks under the stock tools."""
+"""A hook to compile the blocks in the stock tools."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..registry import HOOKS
 
 @HOOKS.register_module()
 class CompileBlocksHook(Hook):
-    """Compiles the blocks of the model before training, validation or testing begins.
+    """Compile the blocks of the model before training, validation or testing begins.
 
-    What ``compile=True`` in a config does for the whole training step,
-    :func:`mmhrformer.compile_blocks` does for the blocks alone, in a small part of the time.
+    ``compile=True`` in a config compiles the whole training step. This hook compiles only the
+    blocks, by :func:`mmhrformer.compile_blocks`, in a fraction of the time.
 
     Args:
         **options: Arguments of ``torch.compile``.
@@ -33,4 +33,4 @@ class CompileBlocksHook(Hook):
             runner (Runner): The runner.
         """
         compile_blocks(runner.model, **self.options)
-        runner.logger.info('The blocks are compiled in the first iterations, which take minutes.')
+        runner.logger.info('Blocks are compiled in the first iterations, which take minutes.')

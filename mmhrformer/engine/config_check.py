@@ -1,4 +1,4 @@
-"""Checks of a config before anything is built: data, dead options, GPU, batch size."""
+"""Checks of a config before anything is built: data, unused options, GPU, batch size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
 from .data_check import missing_data, name_of_type
-from .dead_options import dead_options, late_variables, what_counts
+from .dead_options import dead_options, late_variables, used_counterparts
 
 
 def batch_size_change(cfg: Mapping, gpus: int) -> str:
-    """Warning of another batch size than the learning rate is for, or an empty string."""
+    """Warning about a batch size that does not match the learning rate, or an empty string."""
     scale = cfg.get('auto_scale_lr') or {}
     base = scale.get('base_batch_size')
     batch = _mapping(cfg, 'train_dataloader').get('batch_size')
@@ -29,7 +29,7 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
         return ''
     rate = (wrapper.get('optimizer') or {}).get('lr')
     return (
-        f'This run takes {gpus * batch * steps} images a step ({gpus} processes x {batch}'
+        f'The total batch size is {gpus * batch * steps} ({gpus} processes x {batch}'
         f'{f" x {steps} accumulated" if steps > 1 else ""}), but the learning rate {rate} is for '
         f'{base}. Add --cfg-options auto_scale_lr.enable=True, or set '
         'optim_wrapper.optimizer.lr yourself.'
@@ -37,29 +37,29 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
 
 
 def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
-    """Warning of options that need a GPU where there is none, or an empty string."""
+    """Warning about options that need a GPU on a machine without one, or an empty string."""
     if get_device() not in ('cpu', 'mps'):
         return ''
     wrapper = _mapping(cfg, 'optim_wrapper')
     if training and name_of_type(wrapper) == 'AmpOptimWrapper':
         others = [f'optim_wrapper.{key}' for key in ('dtype', 'loss_scale') if key in wrapper]
-        and_remove = f', and leave out {" and ".join(others)}' if others else ''
+        and_remove = f', and remove {" and ".join(others)}' if others else ''
         return (
-            "optim_wrapper.type='AmpOptimWrapper', mixed precision, needs a GPU, and none was "
+            "optim_wrapper.type='AmpOptimWrapper' (mixed precision) needs a GPU, but none was "
             f'found: add --cfg-options optim_wrapper.type=OptimWrapper{and_remove}'
         )
     if processes > 1 and name_of_type(_mapping(cfg, 'model_wrapper_cfg')) in (
         '', 'DistributedDataParallel', 'MMDistributedDataParallel',
     ):  # fmt: skip
         return (
-            'model_wrapper_cfg: several processes without a GPU need --cfg-options '
+            'model_wrapper_cfg: multiple processes without a GPU need --cfg-options '
             'model_wrapper_cfg.type=mmhrformer.CPUDistributedDataParallel'
         )
     return ''
 
 
 def sliding_window_fault(cfg: Mapping) -> str:
-    """What mmsegmentation's sliding window lacks in ``model.test_cfg``, or an empty string."""
+    """Problem with mmsegmentation's sliding window in ``model.test_cfg``, or an empty string."""
     test_cfg = _mapping(_mapping(cfg, 'model'), 'test_cfg')
     if test_cfg.get('mode') != 'slide':
         return ''
@@ -68,30 +68,30 @@ def sliding_window_fault(cfg: Mapping) -> str:
         if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 1:
             return (
                 f"model.test_cfg.{key}={pair!r}: mode='slide' needs height and width of the window "
-                "and its steps, such as test_cfg=dict(mode='slide', crop_size=(512, 512), "
+                "and of its stride, such as test_cfg=dict(mode='slide', crop_size=(512, 512), "
                 'stride=(341, 341))'
             )
     if any(step > side for step, side in zip(test_cfg['stride'], test_cfg['crop_size'])):
         return (
             f'model.test_cfg.stride={test_cfg["stride"]!r} is larger than '
             f'crop_size={test_cfg["crop_size"]!r}, which leaves pixels without a result: '
-            'about two thirds of crop_size are usual'
+            'use about two thirds of crop_size'
         )
     return ''
 
 
 def _mapping(cfg: Mapping, key: str) -> Mapping:
-    """An option that is a config, or an empty one: it may have been built already."""
+    """An option if it is a config (it may have been built already), or an empty config."""
     value = cfg.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 class ConfigCheckError(Exception):
-    """A run cannot work with its config; the message is all that its user needs."""
+    """The config of a run cannot work; users need only the message, not a traceback."""
 
 
 class MissingDataError(ConfigCheckError, FileNotFoundError):
-    """Data of a config are missing."""
+    """Data that a config refers to are missing."""
 
 
 class ConfigOptionError(ConfigCheckError, ValueError):
@@ -100,21 +100,21 @@ class ConfigOptionError(ConfigCheckError, ValueError):
 
 @VISBACKENDS.register_module(name=['ConfigCheckVisBackend', 'PreflightChecks'])
 class ConfigCheckVisBackend(BaseVisBackend):
-    """Checks the config of a run before anything is built, and stops it if it cannot work.
+    """Check the config of a run before anything is built, and stop the run if it cannot work.
 
-    It is a backend of the visualizer, to which mmengine's runner hands the whole config before it
-    builds the model, whichever stock tool is running. It draws and stores nothing.
+    It is a visualizer backend, since mmengine's runner passes the whole config to these before it
+    builds the model, in all stock tools. It draws and stores nothing.
 
-    - Missing data and a missing GPU are errors in ``train.py`` and ``test.py``, and warnings
-      elsewhere, where it is not known what will be used.
+    - Missing data and a missing GPU are errors in ``train.py`` and ``test.py``, and warnings in
+      other tools, which may not use them.
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
-      window without its sizes is an error; an unknown option that nothing reads is a warning.
-    - A batch size that the learning rate is not for is a warning.
+      window without its sizes is an error; an unknown, unused option is a warning.
+    - A batch size that does not match the learning rate is a warning.
 
-    Its former name in configs, ``PreflightChecks``, works, too.
+    Its former name in configs, ``PreflightChecks``, works as well.
 
     Args:
-        save_dir (str): Not used; mmengine gives it to every backend.
+        save_dir (str): Not used; mmengine passes it to every backend.
     """
 
     LOADERS = {
@@ -124,7 +124,7 @@ class ConfigCheckVisBackend(BaseVisBackend):
 
     @property
     def experiment(self) -> ConfigCheckVisBackend:
-        """The backend itself, which writes nowhere."""
+        """The backend itself."""
         return self
 
     def _init_env(self) -> None:
@@ -137,8 +137,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
             config (Config): The config of the run.
 
         Raises:
-            MissingDataError: If data are missing; it is a FileNotFoundError.
-            ConfigOptionError: If an option has no effect, or needs a GPU; it is a ValueError.
+            MissingDataError: If data are missing; a FileNotFoundError.
+            ConfigOptionError: If an option has no effect, or needs a GPU; a ValueError.
         """
         tool = Path(sys.argv[0]).stem
         _check_options(config)
@@ -162,16 +162,16 @@ def _check_options(config: Config) -> None:
     if fault := sliding_window_fault(config):
         raise ConfigOptionError(fault)
     dead = dead_options(config)
-    wrong = [f'{key}: has no effect, {remedy}' for key, remedy in dead.items() if remedy]
+    wrong = [f'{key} has no effect: {remedy}' for key, remedy in dead.items() if remedy]
     if wrong:
-        raise ConfigOptionError('options of the config that nothing reads:\n' + '\n'.join(wrong))
+        raise ConfigOptionError('unused options in the config:\n' + '\n'.join(wrong))
     if dead:
-        _warn(f'Nothing reads these options of the config: {", ".join(dead)}.')
+        _warn(f'These options of the config are not used: {", ".join(dead)}.')
     for key in dead:
-        if counts := what_counts(config, key):
-            _warn(f'Instead of {key} these count: {", ".join(counts)}.')
+        if counterparts := used_counterparts(config, key):
+            _warn(f'Used instead of {key}: {", ".join(counterparts)}.')
     for key, places in late_variables(config).items():
-        _warn(f'{key} was changed, but these still have its former value: {", ".join(places)}.')
+        _warn(f'{key} was changed, but these still have its old value: {", ".join(places)}.')
 
 
 def _warn(text: str) -> None:

@@ -1,20 +1,20 @@
-"""Training by several processes on CPUs, through the stock tools and ``--launcher pytorch``.
+"""Training with multiple processes on CPUs, by the stock tools with ``--launcher pytorch``.
 
-mmengine's launcher selects a CUDA device before it starts any process group, also for gloo, and
-wraps the model for that device; both fail on a machine that has none. What this module does about
-it, and the options that a run on CPUs needs::
+mmengine's launcher selects a CUDA device before it starts a process group, even for gloo, and
+wraps the model for that device; both fail on a machine without one. This module works around both.
+The options that a run on CPUs needs::
 
     torchrun --nproc_per_node 2 tools/train.py CONFIG --launcher pytorch --cfg-options
         env_cfg.dist_cfg.backend=gloo env_cfg.dist_cfg.timeout=300
         model_wrapper_cfg.type=mmhrformer.CPUDistributedDataParallel
 
-Our ``tools/train.py`` and ``tools/test.py`` call :func:`prepare_cpu_launch`. A stock script, which
-does not, is started with LOCAL_RANK=-1::
+Our ``tools/train.py`` and ``tools/test.py`` call :func:`prepare_cpu_launch`. Stock scripts do not,
+and must be started with LOCAL_RANK=-1::
 
     torchrun --nproc_per_node 2 --no-python env LOCAL_RANK=-1 python STOCK/train.py CONFIG ...
 
-``timeout``, in seconds, is how long a process waits for another one that does not answer; 1800 if
-it is not given. From a process that has died the others hear at once.
+``timeout`` is the time in seconds that a process waits for an unresponsive one, 1800 by default.
+If a process dies, the others fail at once.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from torch import nn
 
 from ..registry import MODEL_WRAPPERS
 
-NO_DEVICE = '-1'  # torch.cuda.set_device does nothing if the device is negative
+NO_DEVICE = '-1'  # torch.cuda.set_device ignores negative devices
 
 
 def prepare_cpu_launch(args: Sequence[str]) -> bool:
-    """Keep mmengine's ``--launcher pytorch`` away from CUDA on a machine that has no device.
+    """Keep mmengine's ``--launcher pytorch`` from using CUDA on a machine without a device.
 
-    The launcher calls ``torch.cuda.set_device(LOCAL_RANK)``, which is documented to do nothing for
-    a negative number. So LOCAL_RANK becomes -1, in this process only; the process group is left to
-    mmengine and to ``env_cfg.dist_cfg`` of the config. Nothing happens unless a launcher has
-    started the process (RANK, LOCAL_RANK and WORLD_SIZE are set), the command line says
+    The launcher calls ``torch.cuda.set_device(LOCAL_RANK)``, which is documented to be a no-op for
+    a negative number. So LOCAL_RANK is set to -1, in this process only; mmengine still sets up the
+    process group, by ``env_cfg.dist_cfg`` of the config. This applies only if a launcher started
+    the process (RANK, LOCAL_RANK and WORLD_SIZE are set), the command line has
     ``--launcher pytorch``, and there is no accelerator: then the run would certainly fail.
 
     Args:
-        args (Sequence[str]): The command line without the script.
+        args (Sequence[str]): Command line without the script.
 
     Returns:
         bool: Whether LOCAL_RANK has been changed.
@@ -58,8 +58,8 @@ def prepare_cpu_launch(args: Sequence[str]) -> bool:
     os.environ['LOCAL_RANK'] = NO_DEVICE
     if os.environ['RANK'] == '0':
         print_log(
-            f'mmhrformer: no GPU was found, so LOCAL_RANK is set to {NO_DEVICE} for mmengine to '
-            'leave CUDA alone. Several processes on CPUs also need --cfg-options '
+            f'mmhrformer: no GPU was found, so LOCAL_RANK is set to {NO_DEVICE} to keep mmengine '
+            'from using CUDA. Multiple processes on CPUs also need --cfg-options '
             'env_cfg.dist_cfg.backend=gloo '
             f'model_wrapper_cfg.type=mmhrformer.{CPUDistributedDataParallel.__name__}'
         )
@@ -68,17 +68,17 @@ def prepare_cpu_launch(args: Sequence[str]) -> bool:
 
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """mmengine's wrapper of models for several processes, on CPUs.
+    """mmengine's wrapper for distributed data parallel training, on CPUs.
 
-    It leaves out the CUDA device that mmengine names, and turns synchronized batch normalization,
-    which torch has for GPUs only, into the plain one, as mmengine itself does for one process. Each
+    It ignores the CUDA device that mmengine passes, and converts synchronized batch normalization,
+    which torch supports only on GPUs, to the plain one, as mmengine does for a single process. Each
     process then normalizes with the statistics of its own images.
 
     Args:
         module (nn.Module): The model, on the CPU.
-        device_ids (Sequence[int], optional): Not used; mmengine gives it to every wrapper.
+        device_ids (Sequence[int], optional): Not used; mmengine passes it to every wrapper.
         broadcast_buffers (bool): Whether the running statistics of the first process are copied to
-            the others before each step. Defaults to False, as mmengine has it for GPUs.
+            the others before each step. Defaults to False, as in mmengine on GPUs.
         **kwargs: Further options of torch's ``DistributedDataParallel``.
 
     Raises:
@@ -95,8 +95,8 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         devices = {parameter.device.type for parameter in module.parameters()}
         if devices - {'cpu'}:
             raise ValueError(
-                f'module: its parameters are on {sorted(devices)}, and {type(self).__name__} is '
-                'for CPUs: leave model_wrapper_cfg.type as it is where there are GPUs'
+                f'module: its parameters are on {sorted(devices)}, but {type(self).__name__} is '
+                'for CPUs: do not set model_wrapper_cfg.type on machines with GPUs'
             )
         module = revert_sync_batchnorm(module)
         super().__init__(module, broadcast_buffers=broadcast_buffers, **kwargs)

@@ -1,4 +1,4 @@
-"""The backbone as CUDA graphs in training: one launch forward and one backward, not thousands."""
+"""Training of the backbone by CUDA graphs: two launches per step instead of thousands."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ..ops.recompute import is_plain
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import HOOKS
 
-WARM_UP = 3  # passes before the capture, in which libraries and Triton choose their kernels
-REMEDY = 'leave CUDAGraphHook or graph_backbone out'
+WARM_UP = 3  # passes before the capture, in which libraries and Triton select their kernels
+REMEDY = 'do not use CUDAGraphHook or graph_backbone'
 
 
 class GraphCapture:
-    """Captures functions in CUDA graphs that share their memory, so that they run in turn."""
+    """Capture of functions in CUDA graphs that share memory, and so must run in order."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != 'cuda':
             raise RuntimeError(
-                f'the backbone is on device={str(device)!r}, and CUDA graphs are for NVIDIA GPUs: '
+                f'the backbone is on device={str(device)!r}, but CUDA graphs need an NVIDIA GPU: '
                 f'move the model to one, or {REMEDY}'
             )
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """Run what follows on the stream of the captures."""
+        """Run the body on the stream that is used for captures."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -46,43 +46,44 @@ class GraphCapture:
         current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
-        """Capture a function; what replays it, and the tensors that each replay writes anew."""
+        """Capture a function; return its replay function and the outputs that replays overwrite."""
         graph = torch.cuda.CUDAGraph()
-        # Not 'global': threads that pin batches or watch NCCL may call CUDA in the meantime.
+        # Not 'global': threads that pin batches or monitor NCCL may call CUDA at the same time.
         with torch.cuda.graph(graph, self.pool, self.stream, 'thread_local'):
             static = function()
         return graph.replay, static
 
 
 class Ticket:
-    """One forward pass; it lives as long as its autograd graph."""
+    """State of one forward pass, alive as long as its autograd graph."""
 
     done = False  # whether its backward pass has run
 
 
 class Replay(torch.autograd.Function):
-    """Both graphs as one node of autograd, whose inputs are the parameters.
+    """Both graphs as one autograd node, whose inputs are the parameters.
 
-    DistributedDataParallel waits for gradients at the parameters, where autograd brings what
-    ``backward`` returns. All come at once, so that only the head's exchange overlaps.
+    Autograd accumulates the gradients that ``backward`` returns into the parameters, where
+    DistributedDataParallel waits for them. All arrive at once, so only the communication of the
+    head's gradients overlaps with computation.
     """
 
     @staticmethod
     def forward(ctx, graphed: GraphedForward, images: Tensor, *parameters) -> tuple[Tensor, ...]:
         ctx.graphed, ctx.ticket = graphed, Ticket()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(parameters[0])  # for autograd to notice a step of the optimizer
+        ctx.save_for_backward(parameters[0])  # so that autograd detects an optimizer step
         return graphed.replay_forward(ctx.ticket, images)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.saved_tensors  # noqa: B018  (raises if it has been changed since)
+        ctx.saved_tensors  # noqa: B018  (raises if it was modified in the meantime)
         return None, None, *ctx.graphed.replay_backward(ctx.ticket, grads)
 
 
 class GraphedForward:
-    """Stands for ``module.forward``: graphs for what they were captured from, else the original.
+    """Replacement of ``module.forward``: replays graphs where they match, or calls the original.
 
     Args:
         module (nn.Module): The backbone, which returns a tuple of tensors.
@@ -96,7 +97,7 @@ class GraphedForward:
         self.key, self.last, self.calls, self.replays = None, lambda: None, 0, 0
 
     def __reduce__(self) -> tuple:
-        # Copies, as of EMAHook, and pickles have the forward function of their class.
+        # Copies, such as EMAHook's, and pickles use the forward function of their class.
         return getattr, (self.module, 'forward')
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -106,28 +107,28 @@ class GraphedForward:
         if self.key is None and self.module.training:
             self.capture(images)
         self.calls += self.module.training
-        # A replay would overwrite what a backward pass still needs.
+        # Do not replay if that would overwrite what a pending backward pass needs.
         if not getattr(self.last(), 'done', True) or self.key != self._key(images):
             return self.ordinary(images)
         self.replays += 1
         return Replay.apply(self, images, *self.parameters)
 
     def _key(self, images: Tensor) -> tuple:
-        """All that a graph takes for granted; it costs 0.3 ms for HRFormer-S."""
+        """Everything that a graph assumes; collecting it takes 0.3 ms for HRFormer-S."""
         held = [p for place in self.held for p in place.values() if p is not None]
         weights = [(p.data_ptr(), p.requires_grad) for p in held]
         modes = autocast_dtype(images.device.type), [m.training for m in self.modules]
         return images.shape, images.stride(), images.dtype, images.device, modes, weights
 
     def capture(self, images: Tensor) -> None:
-        """Capture both passes for images like these in the modes that are set."""
+        """Capture both passes for images like these in the current modes."""
         key = self._key(images)
         self.images, self.grads = images.clone(), None
         learned = [p for p in self.module.parameters() if p.requires_grad]
         self.halved = weights_of_products(self.module) if autocast_dtype(images.device.type) else []
         self.parameters = sorted(learned, key=lambda p: (str(p.dtype), p in set(self.halved)))
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        try:  # random numbers and statistics of the warm-up shall leave no trace
+        try:  # the warm-up must not change random states and statistics
             random = torch.random.fork_rng([images.device] if images.is_cuda else [])
             with random, ops.prefer_kernels(images.device):
                 with self.graphs.warm_up():
@@ -148,10 +149,10 @@ class GraphedForward:
 
     @contextmanager
     def _aliases(self) -> Iterator[None]:
-        """Leaves of autograd of their own, of the same memory, in place of the parameters.
+        """Replace the parameters by separate autograd leaves that share their memory.
 
-        Nodes of the parameters themselves may exist already and belong to the main stream, as
-        DistributedDataParallel makes them: a captured backward pass must not wait for that one.
+        The parameters may already have autograd nodes on the main stream, as those that
+        DistributedDataParallel creates: a captured backward pass must not wait for that stream.
         """
         own = [dict(held) for held in self.held]
         for held in self.held:
@@ -166,25 +167,25 @@ class GraphedForward:
         """The forward pass on ``self.images``."""
         dtype = autocast_dtype(self.images.device.type)
         data = {p: p.detach() for p in self.module.parameters()}
-        # What autocast would do one by one, and autograd with the gradients once more.
+        # Cast all at once what autocast would cast one by one, and autograd again in the backward.
         halves = [torch.empty_like(data[p], dtype=dtype) for p in self.halved]
         if halves:
             torch._foreach_copy_(halves, [data[p] for p in self.halved])
         data.update(zip(self.halved, halves))
         self.leaves = {p: nn.Parameter(x, p.requires_grad) for p, x in data.items()}
-        # Others are cast anew in each replay; a cache would keep memory of the graphs.
+        # Other weights are cast in each replay; autocast's cache would keep memory of the graphs.
         cast = torch.autocast(self.images.device.type, dtype, dtype is not None, False)
         with torch.enable_grad(), cast, self._aliases():
             outputs = self.ordinary(self.images)
         if not (isinstance(outputs, (tuple, list)) and all(o.requires_grad for o in outputs)):
-            raise RuntimeError('it returns something else than a tuple of tensors that it learns')
+            raise RuntimeError('it does not return a tuple of tensors that require gradients')
         self.live = list(outputs)
         if self.grads is None:
             self.grads = [torch.zeros_like(o) for o in outputs]
         return [o.detach() for o in outputs]
 
     def _backward(self) -> list[Tensor]:
-        """The backward pass from ``self.grads``; all gradients of a data type in one tensor."""
+        """The backward pass from ``self.grads``; gradients are flattened by data type."""
         leaves = [self.leaves[p] for p in self.parameters]
         with torch.autocast(self.images.device.type, enabled=False), self._aliases():
             grads = torch.autograd.grad(self.live, leaves, self.grads, allow_unused=True)
@@ -194,7 +195,7 @@ class GraphedForward:
         for (dtype, _), group in groupby(used, key=lambda pair: tuple(x.dtype for x in pair)):
             pieces, offset = [], 0
             for parameter, grad in group:
-                stride = torch.empty_like(parameter, device='meta').stride()  # dense, as it lies
+                stride = torch.empty_like(parameter, device='meta').stride()  # dense, same order
                 alike = grad.is_contiguous() and parameter.is_contiguous()
                 if not alike and grad.stride() != stride:
                     grad = grad.new_empty_strided(grad.shape, stride).copy_(grad)
@@ -205,38 +206,38 @@ class GraphedForward:
         return flats
 
     def replay_forward(self, ticket: Ticket, images: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps that later replays leave alone."""
+        """Run the forward pass; the feature maps are copies that later replays do not change."""
         self.images.copy_(images)
         self.run_forward()
         self.last = weakref.ref(ticket)
         return tuple(output.clone() for output in self.outputs)
 
     def replay_backward(self, ticket: Ticket, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of the parameters."""
+        """Run the backward pass; return the gradients of the parameters."""
         if ticket.done:
             raise RuntimeError(
                 'a second backward pass through a backbone in CUDA graphs (retain_graph=True): the '
-                f'first one has overwritten what it needs; add the losses up, or {REMEDY}'
+                f'first one has overwritten what it needs; sum the losses, or {REMEDY}'
             )
         if unused := [i for i, grad in enumerate(grads) if grad is None]:
             raise RuntimeError(
-                f'the loss does not depend on outputs {unused} of the backbone, and CUDA graphs '
-                'have gradients for all: leave these streams out of model.backbone.out_indices'
+                f'the loss does not depend on outputs {unused} of the backbone, but CUDA graphs '
+                'need gradients for all: remove these streams from model.backbone.out_indices'
             )
         ticket.done = True
         for static, grad in zip(self.grads, grads):
             static.copy_(grad)
         self.run_backward()
-        # Autograd takes gradients over as p.grad without a copy, detached or not, and the next
-        # replay would write into them: wrong sums with accumulative_counts=2. One copy for all.
+        # Autograd may use returned gradients as p.grad without a copy, and the next replay would
+        # overwrite them: wrong sums with accumulative_counts=2. One copy per data type.
         flats = [flat.clone() for flat in self.flats]
         return [flats[index].as_strided(*place) for index, place in self.places]
 
 
 def weights_of_products(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters in float32 that autocast converts, and nobody else reads.
+    """Parameters in float32 that autocast casts, and that nothing else reads.
 
-    Depth-wise convolutions have kernels that take them as they are.
+    Kernels of depth-wise convolutions read float32 weights directly.
     """
     held = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
     layers = [part for part in module.modules() if is_plain(part, nn.Linear, nn.Conv2d)]
@@ -246,20 +247,20 @@ def weights_of_products(module: nn.Module) -> list[nn.Parameter]:
 
 
 def graphed(model: nn.Module) -> GraphedForward:
-    """Build graphs, not captured yet and in nobody's place, for the backbone of a model."""
+    """Prepare CUDA graphs for the backbone of a model, without capturing or installing them."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     parts = [] if is_model_wrapper(model) else list(model.modules())
     kinds = {kind.__name__ for part in parts for kind in type(part).__mro__}
     if not parts or {'FullyShardedDataParallel', 'FSDPModule'} & kinds:
         raise ValueError(
-            f'model={type(model).__name__} may move its parameters about, as FSDP and DeepSpeed '
-            f'do, but CUDA graphs know their addresses: use DistributedDataParallel, or {REMEDY}'
+            f'model={type(model).__name__} may move its parameters, as FSDP and DeepSpeed do, but '
+            f'CUDA graphs need fixed addresses: use DistributedDataParallel, or {REMEDY}'
         )
     module = getattr(model, 'backbone', model)
     if any(getattr(part, 'with_cp', False) for part in module.modules()):
         raise ValueError(
-            'with_cp=True restores random numbers, which CUDA graphs cannot: set '
+            'with_cp=True restores random states, which CUDA graphs do not support: set '
             f'model.backbone.with_cp=False, or {REMEDY}'
         )
     if isinstance(module.forward, GraphedForward):
@@ -270,28 +271,28 @@ def graphed(model: nn.Module) -> GraphedForward:
 def graph_backbone(
     model: nn.Module, images: Tensor, autocast_dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Capture training of the backbone in CUDA graphs, for training loops of one's own.
+    """Capture training of the backbone in CUDA graphs, for custom training loops.
 
-    Images of another shape, data type or memory format, other modes or parameters than those of
-    the capture, and a pass before the backward pass of the one before go through the ordinary
-    forward function, as do copies of the model. The graphs launch the Triton kernels where these
-    can run and no form of the operators was asked for. Changes of anything else in the backbone,
-    such as rates or hooks, are not noticed.
+    The ordinary forward function is still used for images of another shape, data type or memory
+    format, for other modes or parameters than those of the capture, for a forward pass before the
+    previous backward pass, and for copies of the model. The graphs launch the Triton kernels if
+    these can run and no form of the operators was requested. Other changes in the backbone, such as
+    of rates or hooks, are not detected.
 
     Args:
         model (nn.Module): A model with a ``backbone``, or a bare one, in training mode on a GPU;
-            it may be in ``DistributedDataParallel``. It is changed in place, and ``del
-            model.backbone.forward`` brings it back. Its weights stay what they are.
-        images (Tensor): Images (B, C, H, W) as the backbone will get them.
-        autocast_dtype (torch.dtype, optional): What ``torch.autocast`` will be used with. Defaults
-            to None, for training without.
+            it may be wrapped in ``DistributedDataParallel``. It is changed in place; ``del
+            model.backbone.forward`` undoes that. Its weights do not change.
+        images (Tensor): Images (B, C, H, W) like those that the backbone will get.
+        autocast_dtype (torch.dtype, optional): Data type of ``torch.autocast`` in training.
+            Defaults to None: training without autocast.
 
     Returns:
         nn.Module: The model.
 
     Raises:
-        RuntimeError: If the model is on no GPU, or something in the backbone cannot be captured.
-        ValueError: If it is in evaluation mode, sharded, or has ``with_cp=True``.
+        RuntimeError: If the model is not on a GPU, or the backbone cannot be captured.
+        ValueError: If the model is in evaluation mode, sharded, or has ``with_cp=True``.
 
     Examples:
         >>> model = graph_backbone(model, images, torch.bfloat16)  # doctest: +SKIP
@@ -307,18 +308,18 @@ def graph_backbone(
 
 @HOOKS.register_module()
 class CUDAGraphHook(Hook):
-    """Captures the backbone in CUDA graphs in the first iteration of training.
+    """Capture the backbone in CUDA graphs in the first iteration of training.
 
-    See :func:`mmhrformer.graph_backbone`, which does the same for other training loops. Only the
-    gradients of the head are exchanged between GPUs while others are computed. Synchronized batch
-    normalization puts NCCL's exchange into the graphs.
+    See :func:`mmhrformer.graph_backbone`, which does the same for custom training loops. With
+    several GPUs, only the communication of the head's gradients overlaps with computation.
+    Synchronized batch normalization puts NCCL's communication into the graphs.
 
     Examples:
         >>> custom_hooks = [dict(type='mmhrformer.CUDAGraphHook')]
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Put the graphs in the place of the backbone's forward function.
+        """Replace the backbone's forward function by the graphs.
 
         Args:
             runner (Runner): The runner.
@@ -327,11 +328,11 @@ class CUDAGraphHook(Hook):
         self.graphed.module.forward = self.graphed
 
     def after_train(self, runner: Runner) -> None:
-        """Tell how much was replayed, and bring the forward function back.
+        """Log the number of replays, and restore the forward function.
 
         Args:
             runner (Runner): The runner.
         """
         graph = self.graphed
-        runner.logger.info(f'CUDA graphs: {graph.replays} of {graph.calls} passes of training')
+        runner.logger.info(f'CUDA graphs: {graph.replays} of {graph.calls} training passes')
         del graph.module.forward

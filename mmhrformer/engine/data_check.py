@@ -12,8 +12,8 @@ from mmengine.registry import DATASETS
 
 from ..utils.addresses import find_page
 
-# Dataset class -> its chapter in docs/datasets.md.
-CHAPTERS = {
+# Dataset class -> its section in docs/datasets.md.
+SECTIONS = {
     'ImageNet': '#imagenet-1k',
     'CocoDataset': '#coco-keypoints',
     'CityscapesDataset': '#cityscapes',
@@ -22,21 +22,21 @@ CHAPTERS = {
     'ADE20KDataset': '#ade20k',
 }
 FRAMEWORKS = {'mmengine', 'mmpretrain', 'mmpose', 'mmseg', 'mmdet'}
-SPLIT_IS_A_FOLDER = {'ImageNet', 'ImageNet21k'}  # for others it is a list of images, or a file
+SPLIT_IS_A_FOLDER = {'ImageNet', 'ImageNet21k'}  # elsewhere it is a list of images, or a file
 
 
 def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
-    """List the files and folders that datasets of a config want and that do not exist.
+    """List the files and folders that datasets of a config need but that do not exist.
 
-    Left alone are data sets that fetch themselves (``download=True``), that are read through
-    another backend than local files, and classes that read their files in a way of their own.
+    Datasets that download themselves (``download=True``), that are read through another backend
+    than local files, and classes that read their files in their own way are not checked.
 
     Args:
         cfg (Mapping): The config.
-        loaders (Sequence[str]): The dataloaders to look at, such as ``'train_dataloader'``.
+        loaders (Sequence[str]): The dataloaders to check, such as ``'train_dataloader'``.
 
     Returns:
-        list[str]: A line for each, with the option, the path and where to read about it.
+        list[str]: One line per missing path, with the option, the path and a link to the docs.
     """
     lines = []
     for loader in loaders:
@@ -49,9 +49,9 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
             ]
             if not missing or _is_remote(dataset) or _is_left_alone(dataset, cfg):
                 continue
-            chapter = '' if dataset.get('metainfo') else CHAPTERS.get(name, '')
-            page = find_page(f'docs/datasets.md{chapter}')
-            hint = f'; {page} tells how to get it' if chapter else ''
+            section = '' if dataset.get('metainfo') else SECTIONS.get(name, '')
+            page = find_page(f'docs/datasets.md{section}')
+            hint = f'; {page} explains how to get it' if section else ''
             lines += [
                 f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
             ]
@@ -65,7 +65,7 @@ def name_of_type(option: Mapping) -> str:
 
 
 def _innermost(value: Any) -> Iterator[Mapping]:
-    """The datasets themselves: loaders hold them, repeated and concatenated ones wrap them."""
+    """The innermost datasets of a loader, inside wrappers that repeat or concatenate them."""
     if isinstance(value, (list, tuple)):
         for one in value:
             yield from _innermost(one)
@@ -85,7 +85,7 @@ def _paths(dataset: Mapping, name: str) -> Iterator[tuple[str, str]]:
         prefixes = {'': prefixes}
     options = {f'data_prefix.{key}'.rstrip('.'): value for key, value in prefixes.items()}
     if 'LoadAnnotations' not in str(dataset.get('pipeline', 'LoadAnnotations')):
-        options.pop('data_prefix.seg_map_path', None)  # predictions alone need no labels
+        options.pop('data_prefix.seg_map_path', None)  # prediction needs no labels
     options['ann_file'] = dataset.get('ann_file')
     if name in SPLIT_IS_A_FOLDER and not any(options.values()):
         options['split'] = dataset.get('split')
@@ -98,7 +98,7 @@ def _paths(dataset: Mapping, name: str) -> Iterator[tuple[str, str]]:
     inside = [path for _, path in paths if not os.path.isabs(path) and '://' not in path]
     there = not root or Path(root).exists()
     if not there and (inside or not paths):
-        yield 'data_root', root  # one line instead of one for each part
+        yield 'data_root', root  # one line instead of one per option
     for option, path in paths:
         if path not in inside:
             yield option, path
@@ -124,7 +124,7 @@ def _is_remote(value: Any) -> bool:
 
 
 def _is_left_alone(dataset: Mapping, cfg: Mapping) -> bool:
-    """Whether a dataset fetches its files, or reads them in a way that is not known here."""
+    """Whether a dataset downloads its files, or reads them in its own way."""
     if dataset.get('download'):
         return True
     kind = dataset.get('type')

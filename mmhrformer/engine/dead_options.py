@@ -1,7 +1,7 @@
-"""Options of a config that nothing reads, and variables that are changed too late.
+"""Unused options of a config, and variables that are changed too late.
 
-A config is Python: a variable such as ``codec`` is copied into the options while its own file is
-read. A config that inherits it may set it anew, as may ``--cfg-options``, and nothing happens.
+A config is Python: a variable such as ``codec`` is copied into options when its file is read. If an
+inheriting config or ``--cfg-options`` sets the variable again, that has no effect.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-# Options that the stock tools and libraries read beside the arguments of mmengine's Runner.
+# Options that the stock tools and libraries read, besides the arguments of mmengine's Runner.
 READ_ELSEWHERE = {
     'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval',
     'model_wrapper_cfg', 'preprocess_cfg', 'runner_type', 'strategy', 'tta_model', 'tta_pipeline',
 }  # fmt: skip
 
-# Options of the old 0.x frameworks that nothing reads any more, and what replaces them.
+# Options of the old 0.x frameworks, which are no longer used, and their replacements.
 REPLACED = {
     'fp16': "optim_wrapper.type='AmpOptimWrapper'",
     'optimizer': 'optim_wrapper.optimizer',
@@ -41,14 +41,14 @@ REPLACED = {
 
 
 def dead_options(cfg: Config) -> dict[str, str]:
-    """Find top-level options that nothing reads.
+    """Find top-level options that are not used.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        dict[str, str]: What to do instead, or an empty string, by option. Variables whose value
-        stands elsewhere in the config, or did so before it was changed there, are not dead.
+        dict[str, str]: Option -> what to do instead, or an empty string. Variables whose value is
+        also elsewhere in the config, or was before it was changed there, count as used.
     """
     values, late = _values(cfg), late_variables(cfg)
     places = _places(values)
@@ -61,15 +61,15 @@ def dead_options(cfg: Config) -> dict[str, str]:
     for key in list(dead):
         if key in late:
             dead[key] = (
-                'it was copied when the file was read: set the options it was copied to, '
+                'it was copied when the file was read. Set the options it was copied to: '
                 + ', '.join(late[key])
             )
-        elif _stood_elsewhere(key, values[key], files.get(cfg.filename, {})) or any(
+        elif _was_copied(key, values[key], files.get(cfg.filename, {})) or any(
             file.get(key) == values[key] for name, file in files.items() if name != cfg.filename
         ):
             del dead[key]
     for key in REPLACED.keys() & values.keys():
-        # A variable may have the name, as in mmsegmentation's schedules.
+        # A variable may also have this name, as in mmsegmentation's schedules.
         if key in dead or not isinstance(values[key], (dict, list)):
             dead[key] = f'use {REPLACED[key]}'
     return dead
@@ -82,12 +82,12 @@ def late_variables(cfg: Config) -> dict[str, list[str]]:
         cfg (Config): The config.
 
     Returns:
-        dict[str, list[str]]: The options that still have a former value of the variable, by its
-        name. Some others may have the new one.
+        dict[str, list[str]]: Variable -> the options that still have its old value. Others may
+        have the new one.
     """
     values = _values(cfg)
     places = _places(values)
-    late = {key: {} for key in _variables(values)}  # a dict, to keep the order of what is found
+    late = {key: {} for key in _variables(values)}  # dicts as ordered sets
     for file in _files(cfg).values() if late else ():
         before = _places(file)
         for key in late.keys() & file.keys():
@@ -100,8 +100,8 @@ def late_variables(cfg: Config) -> dict[str, list[str]]:
     return {key: list(paths) for key, paths in late.items() if paths}
 
 
-def what_counts(cfg: Config, key: str) -> list[str]:
-    """Options with the name or the keys of a variable, which it may be meant for."""
+def used_counterparts(cfg: Config, key: str) -> list[str]:
+    """Options with the same name or keys as a variable, which may be meant instead."""
     values = _values(cfg)
     value = values[key]
     name = 'pipeline' if key.endswith('_pipeline') else key
@@ -118,7 +118,7 @@ def _values(cfg: Config) -> dict[str, Any]:
 
 
 def _without_scopes(value: Any) -> Any:
-    """Leave out what mmengine adds where a base is of another framework."""
+    """Remove the scopes that mmengine adds to base configs of another framework."""
     if isinstance(value, dict):
         return {key: _without_scopes(v) for key, v in value.items() if key != '_scope_'}
     if isinstance(value, (list, tuple)):
@@ -127,16 +127,16 @@ def _without_scopes(value: Any) -> Any:
 
 
 def _variables(cfg: Mapping) -> list[str]:
-    """Top-level names that nothing reads by itself."""
+    """Top-level names that are not options by themselves."""
     read = set(inspect.signature(Runner.__init__).parameters) | READ_ELSEWHERE
     model = cfg.get('model')
     if isinstance(model, dict) and model.get('data_preprocessor'):
-        read -= {'data_preprocessor'}  # that of the model goes first
+        read -= {'data_preprocessor'}  # the model's takes precedence
     return [key for key in cfg if key not in read]
 
 
 def _places(cfg: Mapping) -> dict[str, Any]:
-    """Everything that is read, by its dotted name."""
+    """All options, also nested ones, by dotted name."""
     variables = _variables(cfg)
     return dict(
         place for key, value in cfg.items() if key not in variables for place in _inside(key, value)
@@ -154,8 +154,8 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _files(cfg: Config) -> dict[str, dict[str, Any]]:
-    """The files that a config is made of, each with all that it inherits."""
-    lines = (cfg.text or '').splitlines()  # mmengine puts the name of each file above its content
+    """The files of which a config consists, each with everything that it inherits."""
+    lines = (cfg.text or '').splitlines()  # contains the name of each file above its content
     names = [cfg.filename, *(line for line in lines if os.path.isabs(line))]
     return {
         name: _values(Config.fromfile(name, import_custom_modules=False))
@@ -168,7 +168,7 @@ def _is_copy(value: Any, other: Any) -> bool:
     if isinstance(value, str) and isinstance(other, str):
         return other == value or (value != '' and other.startswith(value.rstrip('/') + '/'))
     if isinstance(value, (list, tuple)) and _are_dicts(other):
-        # One step for each, as mmsegmentation's configs make them of `img_ratios`.
+        # One step per item, as mmsegmentation's configs create from `img_ratios`.
         steps = ([step.get(key) for step in other] for key in other[0])
         return value == other or list(value) in steps
     return type(value) is type(other) and value == other
@@ -179,9 +179,9 @@ def _are_dicts(steps: Any) -> bool:
 
 
 def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[str]:
-    """Places that a variable, or a changed part of it, was copied to.
+    """Options to which a variable, or a changed part of it, was copied.
 
-    Numbers only count under a similar name: the same ones stand for all kinds of things.
+    Numbers count only under a similar name, since equal numbers often have unrelated meanings.
     """
     parts = {key: value}
     if isinstance(value, dict) and isinstance(now, dict):
@@ -198,6 +198,6 @@ def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[s
     return found
 
 
-def _stood_elsewhere(key: str, value: Any, file: Mapping) -> bool:
-    """Whether a variable was in use in its file: what it was copied to was changed since then."""
+def _was_copied(key: str, value: Any, file: Mapping) -> bool:
+    """Whether a variable was used in its file, but the options were changed afterwards."""
     return file.get(key) == value and bool(_copies(key, value, value, _places(file)))

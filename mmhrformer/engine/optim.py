@@ -1,4 +1,4 @@
-"""The weight decay rules of the three official codes, and layer-wise rates, in few groups."""
+"""Weight decay as in the three official codes, and layer-wise decay, with few parameter groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-# Rules for parameters without weight decay -> whether they hold for one.
+# Rules for parameters without weight decay -> whether one applies to a parameter.
 NO_DECAY = {
     'vectors': lambda name, parameter: parameter.ndim <= 1,  # biases, norms
     'bias_tables': lambda name, parameter: name.endswith('relative_position_bias_table'),
@@ -21,7 +21,7 @@ NO_DECAY = {
 
 
 def _depth_getter(model: nn.Module) -> Callable[[str], tuple[int, int]]:
-    """The function from the name of a parameter to the depth of its layer, and their number."""
+    """A function that returns the depth of a parameter's layer and the number of layers."""
     backbone = getattr(model, 'backbone', None)
     if hasattr(backbone, 'get_layer_depth'):
         return lambda name: backbone.get_layer_depth(name, 'backbone.')
@@ -29,46 +29,48 @@ def _depth_getter(model: nn.Module) -> Callable[[str], tuple[int, int]]:
         return lambda name: model.get_layer_depth(name, '')
     raise ValueError(
         f'paramwise_cfg.layer_decay_rate: {type(backbone or model).__name__} has no '
-        'get_layer_depth: leave it out, or take a backbone that has, such as mmhrformer.HRFormer'
+        'get_layer_depth: remove the option, or use a backbone that has one, such as '
+        'mmhrformer.HRFormer'
     )
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
-    """Builds an optimizer with a decayed and a spared group of parameters, of each layer if asked.
+    """Build an optimizer with one parameter group with weight decay and one without, per layer.
 
-    mmengine's own constructor makes a group of every parameter (1,200 in HRFormer-S), which
-    optimizers then update one by one. On CUDA the optimizer is fused, unless its config says
-    otherwise by ``fused`` or ``foreach``. ``torch.compile`` of a training step leaves it out.
+    mmengine's own constructor creates a group for each parameter (1,200 in HRFormer-S), which
+    optimizers then update one by one. On CUDA the optimizer is fused, unless its config sets
+    ``fused`` or ``foreach``. It is excluded from ``torch.compile`` of a training step.
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper and, under ``'optimizer'``, of
             the optimizer.
-        paramwise_cfg (dict, optional): ``no_decay``, a list of what is not decayed: ``'vectors'``
-            (biases and norms), ``'bias_tables'`` (relative position biases). The official code of
-            classification spares the vectors, that of pose the tables, that of segmentation both.
-            ``layer_decay_rate``, between 0 and 1: the learning rate of each layer of the backbone
-            in units of that of the next one; necks and heads have the whole rate. It works in the
-            models of all three frameworks, by the depths that ``backbone.get_layer_depth`` tells.
+        paramwise_cfg (dict, optional): ``no_decay``, a list of parameters without weight decay:
+            ``'vectors'`` (biases and norms), ``'bias_tables'`` (relative position biases). The
+            official classification code excludes the vectors, the pose code the tables, the
+            segmentation code both. ``layer_decay_rate``, between 0 and 1: the ratio of the learning
+            rates of a backbone layer and the next; necks and heads have the full rate. It works in
+            the models of all three frameworks, by ``backbone.get_layer_depth``. Without it, there
+            are only two groups.
 
     Raises:
-        TypeError: If ``paramwise_cfg`` is no dict.
-        ValueError: If it says anything else, the backbone knows no depths, or nothing is to be
-            trained.
+        TypeError: If ``paramwise_cfg`` is not a dict.
+        ValueError: If it has other options or values, the backbone has no ``get_layer_depth``, or
+            no parameter is trainable.
     """
 
     def _validate_cfg(self) -> None:
         if not isinstance(self.paramwise_cfg, Mapping):
             raise TypeError(
-                f'paramwise_cfg={self.paramwise_cfg!r}: give a dict, such as '
+                f'paramwise_cfg={self.paramwise_cfg!r}: expected a dict, such as '
                 "dict(no_decay=['vectors'])"
             )
         unknown = set(self.paramwise_cfg) - {'no_decay', 'layer_decay_rate'}
         if unknown:
             raise ValueError(
                 f'paramwise_cfg: {type(self).__name__} has no option {", ".join(sorted(unknown))}, '
-                'only no_decay and layer_decay_rate. For rates of single parts leave '
-                "optim_wrapper.constructor to mmengine's DefaultOptimWrapperConstructor"
+                'only no_decay and layer_decay_rate. For the rates of individual modules, use '
+                "mmengine's DefaultOptimWrapperConstructor as optim_wrapper.constructor"
             )
         rules = self.paramwise_cfg.get('no_decay', ())
         self.no_decay = [rules] if isinstance(rules, str) else list(rules)
@@ -80,19 +82,19 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         self.rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
         if not (isinstance(self.rate, Real) and 0 < self.rate <= 1):
             raise ValueError(
-                f'paramwise_cfg.layer_decay_rate={self.rate!r}: choose a number above 0, up to 1'
+                f'paramwise_cfg.layer_decay_rate={self.rate!r}: expected a number in (0, 1]'
             )
         if self.rate != 1 and self.base_lr is None:
-            raise ValueError('paramwise_cfg.layer_decay_rate needs optimizer.lr: give it')
+            raise ValueError('paramwise_cfg.layer_decay_rate needs optimizer.lr: set it')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer wrapper for the parameters of a model that are to be trained."""
+        """Build the optimizer wrapper for the trainable parameters of a model."""
         model = getattr(model, 'module', model)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(
-                f'{type(model).__name__} has no parameter that is to be trained: check '
-                'frozen_stages, and what else sets requires_grad=False'
+                f'{type(model).__name__} has no trainable parameter: check frozen_stages and '
+                'other options that set requires_grad=False'
             )
         kind = self.optimizer_cfg['type']
         with OPTIMIZERS.switch_scope_and_registry(None) as registry:
@@ -105,23 +107,23 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         optimizer = OPTIMIZERS.build(options)
         wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
         built = OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=optimizer))
-        # `compile=True` compiles the whole training step. An optimizer that is not fused is code
-        # for each of a thousand tensors there, over which the compiler does not finish.
+        # `compile=True` compiles the whole training step. An unfused optimizer unrolls over a
+        # thousand tensors there, on which the compiler does not finish.
         built.update_params = torch.compiler.disable(built.update_params)
         return built
 
     def _param_groups(self, model: nn.Module, named: Mapping[str, nn.Parameter]) -> list[dict]:
-        """A decayed and a spared group of each layer, from the last layer to the first."""
+        """Groups with and without weight decay per layer, from the last layer to the first."""
         get_depth = _depth_getter(model) if self.rate != 1 else None
-        members = {}  # by number of layers above, and by whether they are spared
+        members = {}  # by number of layers above, and by whether weight decay is off
         for name, parameter in named.items():
-            spared = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
+            exempt = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
             depth, layers = get_depth(name) if get_depth else (0, 1)
-            members.setdefault((layers - 1 - depth, spared), []).append(parameter)
+            members.setdefault((layers - 1 - depth, exempt), []).append(parameter)
         groups = []
-        for (above, spared), parameters in sorted(members.items(), key=lambda item: item[0]):
+        for (above, exempt), parameters in sorted(members.items(), key=lambda item: item[0]):
             group = dict(params=parameters)
-            if spared:
+            if exempt:
                 group['weight_decay'] = 0.0
             if above:
                 group['lr'] = self.base_lr * self.rate**above

@@ -12,13 +12,13 @@ from ..registry import VISUALIZERS
 
 @VISUALIZERS.register_module()
 class PoseVisualizer(PoseLocalVisualizer):
-    """mmpose's visualizer, which draws key points with NumPy 2.4 and later, too.
+    """mmpose's visualizer, fixed for drawing keypoints with NumPy 2.4 and later.
 
-    mmpose 1.3 gives radii as arrays of one number, which that NumPy does not turn into an int.
+    mmpose 1.3 passes radii as arrays of one number, which this NumPy does not convert to int.
     """
 
     def draw_circles(self, center: np.ndarray, radius: np.ndarray, *args: Any, **kwargs: Any):
-        """Draw one circle; arguments of mmpose's visualizer."""
+        """Draw a circle; the arguments are those of mmpose's visualizer."""
         if self.backend == 'opencv':
             radius = np.asarray(radius).item()
         return super().draw_circles(center, radius, *args, **kwargs)

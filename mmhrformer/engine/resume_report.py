@@ -1,4 +1,4 @@
-"""Options that ``--resume`` takes from the checkpoint, although the config says otherwise."""
+"""Options that ``--resume`` takes from the checkpoint although the config differs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
-# Options without influence on the results; chosen anew for each device.
+# Options that do not affect results and depend on the device.
 SWITCHES = {'params', 'fused', 'foreach', 'capturable', 'differentiable'}
 
 
 def kept_by_resume(runner: Runner, checkpoint: Mapping) -> list[str]:
-    """List the options that resuming silently sets back to their values in the checkpoint.
+    """List the options that resuming silently resets to their values in the checkpoint.
 
     Args:
-        runner (Runner): The runner, with its optimizer and schedules built, before they are loaded.
-        checkpoint (Mapping): What it resumes from.
+        runner (Runner): The runner, with its optimizer and schedules built, but not loaded yet.
+        checkpoint (Mapping): The checkpoint to resume from.
 
     Returns:
-        list[str]: A line for each option whose value in the checkpoint is not that of the config.
+        list[str]: One line per option whose values in checkpoint and config differ.
     """
     several = isinstance(runner.optim_wrapper, OptimWrapperDict)
     wrappers = dict(runner.optim_wrapper.items()) if several else {'': runner.optim_wrapper}
@@ -35,12 +35,12 @@ def kept_by_resume(runner: Runner, checkpoint: Mapping) -> list[str]:
             pair = [s[name] if isinstance(s, Mapping) else s for s in (schedules, saved_schedules)]
             differences += _of_schedules(*pair)
     lines = {}
-    for option, value, saved in differences:  # of several groups of parameters, the first
+    for option, value, saved in differences:  # only the first of several parameter groups
         lines.setdefault(option, f'{option}: {value} in the config, {saved} in the checkpoint')
     missing = [key for key in ('optimizer', 'param_schedulers') if key not in checkpoint]
     if schedules is None:
         missing = [key for key in missing if key == 'optimizer']
-    lines.update((key, f'{key}: not in the checkpoint, starts anew') for key in missing)
+    lines.update((key, f'{key}: not in the checkpoint, starts from scratch') for key in missing)
     return [*lines.values(), *_of_length(runner, checkpoint)]
 
 
@@ -53,7 +53,7 @@ def _of_optimizer(wrapper: OptimWrapper, saved: Mapping) -> Iterator[tuple[str, 
     state = wrapper.state_dict()
     for group, saved_group in zip(state['param_groups'], saved['param_groups']):
         for key in sorted(group.keys() & saved_group.keys() - SWITCHES):
-            # With a schedule, the value itself is that of the moment.
+            # With a schedule, the plain value is only the current one.
             value, before = (g.get(f'initial_{key}', g[key]) for g in (group, saved_group))
             if not key.startswith('initial_') and not _same(value, before):
                 yield f'optim_wrapper.optimizer.{key}', value, before
@@ -78,17 +78,17 @@ def _of_schedules(built: Sequence, saved: Sequence[Mapping]) -> Iterator[tuple[s
 
 def _plain(owner: Any, key: str) -> Any:
     value = owner[key] if isinstance(owner, Mapping) else getattr(owner, key)
-    return sorted(value) if key == 'milestones' else value  # which mmengine keeps as a Counter
+    return sorted(value) if key == 'milestones' else value  # mmengine stores a Counter
 
 
 def _arguments(kind: type) -> set[str]:
-    """Names of the arguments of a class, also of those that it hands on to what it inherits."""
+    """Names of the arguments of a class and its base classes."""
     names = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
     return names - {'optimizer', 'last_step', 'verbose'}
 
 
 def _of_length(runner: Runner, checkpoint: Mapping) -> list[str]:
-    """Tell if the training has become longer and its schedules have not."""
+    """Report if the training has become longer than its schedules."""
     states = checkpoint.get('param_schedulers') or ()
     if isinstance(states, Mapping):
         states = [state for group in states.values() for state in group]
@@ -98,7 +98,7 @@ def _of_length(runner: Runner, checkpoint: Mapping) -> list[str]:
         ends: Iterable[int] = [s['end'] for s in states if s.get('by_epoch', True) is by_epoch]
         if was is not None and now > was and ends and now > max(ends):
             return [
-                f'train_cfg.{option}: {now}, {was} before; but the schedule ends at {max(ends)}, '
-                'and the rate stays what it is then'
+                f'train_cfg.{option}: {now}, was {was}; but the schedule ends at {max(ends)}, '
+                'and the rate stays constant from there'
             ]
     return []

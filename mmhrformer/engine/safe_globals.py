@@ -1,10 +1,10 @@
-"""Types that torch may build when it reads a checkpoint of mmengine.
+"""Types that ``torch.load`` may build when it reads a checkpoint of mmengine.
 
-Since 2.6, ``torch.load`` builds nothing but tensors and plain containers unless it is allowed to,
-so that a file cannot run code. mmengine's checkpoints also hold the history of the log, which is
-NumPy arrays in an object of mmengine, a method of a scheduler, and what configs say of data sets:
-``--resume`` and the stock test tools would refuse them.
-The names below are those of both generations of NumPy, as a file tells the one it was written with.
+Since torch 2.6, ``torch.load`` builds only tensors and plain containers unless more types are
+allowed, so that a file cannot run code. mmengine's checkpoints also contain the log history (NumPy
+arrays in an mmengine object), a method of a scheduler, and metainfo from configs: ``--resume`` and
+the stock test tools would refuse them. The names below cover NumPy 1 and 2, as a file contains
+those of the version that it was written with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = {
 
 
 def stored_method(owner: type, name: str) -> Callable:
-    """Stand-in for ``getattr``, by which a file names methods; it gives those of METHODS alone.
+    """Stand-in for ``getattr``, by which a file refers to methods; limited to METHODS.
 
     Examples:
         >>> stored_method(HistoryBuffer, 'mean') is HistoryBuffer.mean
@@ -38,20 +38,20 @@ def stored_method(owner: type, name: str) -> Callable:
     """
     if not isinstance(owner, type) or name not in METHODS.get(owner, ()):
         raise ValueError(
-            f'the checkpoint asks for {name!r} of {owner!r}, which is not needed to train on: it '
-            'was not written by mmengine, or a log processor of your own added statistics'
+            f'the checkpoint asks for {name!r} of {owner!r}, which is not needed to resume: it '
+            'was not written by mmengine, or a custom log processor added statistics'
         )
     return getattr(owner, name)
 
 
 def allow_mmengine_checkpoints() -> bool:
-    """Add the contents of mmengine's checkpoints to what ``torch.load`` may build.
+    """Allow ``torch.load`` to build the contents of mmengine's checkpoints.
 
-    The addition is for this process, and safe: nothing in it imports, calls or opens anything that
-    a file can choose.
+    This affects the current process only, and is safe: none of the types imports, calls or opens
+    anything that a file can choose.
 
     Returns:
-        bool: Whether this torch has such a list; before 2.6 it reads everything without asking.
+        bool: Whether this torch has an allow list; older ones load everything.
 
     Examples:
         >>> allow_mmengine_checkpoints() == hasattr(torch.serialization, 'add_safe_globals')
@@ -73,7 +73,7 @@ def allow_mmengine_checkpoints() -> bool:
 
 
 def _plain_dtypes() -> list[str]:
-    """Names of NumPy's classes of data types that hold numbers or text, not objects."""
+    """Names of NumPy's dtype classes for numbers and text, not objects."""
     kinds = ('Bool', 'Float', 'Int', 'UInt', 'Long', 'Str')
     return [name for name in dir(np.dtypes) if name.startswith(kinds)]
 

@@ -15,23 +15,24 @@ from ..registry import PARAM_SCHEDULERS
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     """Linear warm-up, then a cosine counted from the start of training.
 
-    At the end of the warm-up the learning rate drops a little, since the cosine has already run
-    (timm's ``CosineLRScheduler`` without ``warmup_prefix``, which the official code uses).
-    mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead. timm
-    sets the value of step k after iteration k, this one before it: one iteration earlier.
+    At the end of the warm-up the learning rate drops slightly, since the cosine has been running
+    all along (like timm's ``CosineLRScheduler`` without ``warmup_prefix``, as used in the official
+    code). mmengine's ``CosineAnnealingLR`` after a ``LinearLR`` starts its cosine there instead.
+    timm sets the value of step k after iteration k, this schedule before it: one iteration earlier.
 
-    It sets the learning rate, whatever another schedule made of it: schedules that follow one
-    another must not overlap.
+    The learning rate is set independently of other schedules, so consecutive schedules must not
+    overlap.
 
     Args:
         optimizer (Optimizer | OptimWrapper): The optimizer.
         warmup (float): Length of the warm-up, in epochs, or iterations with ``by_epoch=False``.
-        start_factor (float): Learning rate of the first step in units of the optimizer's.
-        end_factor (float): Learning rate that the cosine ends at, likewise. Defaults to 0.
-        begin (int): Step at which the schedule begins, in the unit of ``warmup``, which counts from
-            there. Defaults to 0.
-        end (int): Step at which it ends, likewise: the cosine is ``end - begin`` long. Defaults to
-            the length of the training.
+        start_factor (float): Learning rate of the first step, as a multiple of the optimizer's.
+        end_factor (float): Final learning rate of the cosine, as a multiple of the optimizer's.
+            Defaults to 0.
+        begin (int): Step at which the schedule and its warm-up begin, in the unit of ``warmup``.
+            Defaults to 0.
+        end (int): Step at which the schedule ends, in the unit of ``warmup``: the cosine takes
+            ``end - begin``. Defaults to the length of the training.
         **kwargs: ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
 
     Raises:
@@ -51,16 +52,16 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         **kwargs,
     ) -> None:
         if not 0 <= begin < end < INF:
-            raise ValueError(f'begin={begin}, end={end}: give steps, 0 <= begin < end')
+            raise ValueError(f'begin={begin}, end={end}: expected 0 <= begin < end')
         if not 0 <= warmup < end - begin:
             since = f' - begin={begin}' if begin else ''
             raise ValueError(
-                f'warmup={warmup}: choose a length from 0 to less than end={end}{since}'
+                f'warmup={warmup}: expected a length from 0 to less than end={end}{since}'
             )
         for name, factor in dict(start_factor=start_factor, end_factor=end_factor).items():
             if not (isinstance(factor, Real) and 0 <= factor <= 1):
                 raise ValueError(
-                    f"{name}={factor!r}: choose a number from 0 to 1, times the optimizer's lr"
+                    f'{name}={factor!r}: expected a number from 0 to 1, a multiple of the lr'
                 )
         self.warmup = warmup
         self.start_factor = start_factor

@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed and the progress of training, nothing else."""
+"""Random numbers that depend only on the seed and the progress of training."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from ..registry import HOOKS
 
 @HOOKS.register_module()
 class ResumableSeedHook(DistSamplerSeedHook):
-    """Makes the random numbers of training depend on its seed and its progress, nothing else.
+    """Make the random numbers of training depend only on its seed and its progress.
 
-    A resumed run then goes on exactly as it would have without the interruption: with the same
-    order of the data, the same augmentations, the same dropped paths. Otherwise all random
-    numbers would start anew when training is resumed. It replaces ``DistSamplerSeedHook``.
+    A resumed run then continues exactly as it would have without the interruption: with the same
+    order of the data, the same augmentations, the same dropped paths. Otherwise, resuming would
+    restart all random numbers. It replaces ``DistSamplerSeedHook``.
 
-    - Training by epochs: workers of the dataloader start anew in each epoch, also persistent ones,
-      seeded by (seed, epoch, rank, worker). Without a ``seed`` in the config, the one that the
-      interrupted run drew is used, by its checkpoint.
-    - Training by iterations: mmengine loads, and leaves out, the data of the iterations that are
-      done, so that the workers get into the same state. This needs ``randomness.seed`` in the
-      config and ``num_workers`` of 1 or more.
+    - Epoch-based training: the workers of the dataloader restart in each epoch, even persistent
+      ones, seeded by (seed, epoch, rank, worker). Without a ``seed`` in the config, the one in the
+      checkpoint of the interrupted run is used.
+    - Iteration-based training: mmengine loads and skips the data of the completed iterations, which
+      brings the workers into the same state. This needs ``randomness.seed`` in the config and
+      ``num_workers`` of 1 or more.
     - The generators of the training process (Python, NumPy, torch) are seeded by (seed, iteration)
-      before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for equal bits.
+      before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for bit-identical
+      results.
 
     Examples:
         >>> # in a config
@@ -39,7 +40,7 @@ class ResumableSeedHook(DistSamplerSeedHook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Warn once of random numbers that this hook does not seed.
+        """Warn once about random numbers that this hook does not seed.
 
         Args:
             runner (Runner): The runner.
@@ -49,13 +50,13 @@ class ResumableSeedHook(DistSamplerSeedHook):
             owners = [loader, *_samplers_of(loader)]
             if all(getattr(owner, 'generator', None) is None for owner in owners):
                 return
-            reason = 'has a generator of its own'
+            reason = 'has its own generator'
         else:
-            reason = f'is {type(loader).__name__}, no DataLoader of torch'
+            reason = f"is a {type(loader).__name__}, not torch's DataLoader"
         runner.logger.warning(
-            f'train_dataloader {reason}: what it draws is not seeded by mmhrformer.'
-            f'{type(self).__name__}, so that a resumed run may see other data than one that was '
-            'left alone. What the training process draws is the same.'
+            f'train_dataloader {reason}: its random numbers are not seeded by mmhrformer.'
+            f'{type(self).__name__}, so a resumed run may see other data than an uninterrupted '
+            'one. The random numbers of the training process are the same.'
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -70,18 +71,18 @@ class ResumableSeedHook(DistSamplerSeedHook):
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(runner.epoch)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            return  # its workers have started already
+            return  # the workers have already started
         if not (runner.cfg.get('randomness') or {}).get('diff_rank_seed'):
             for sampler in samplers:
                 if hasattr(sampler, 'seed'):
-                    sampler.seed = runner.seed  # resuming has changed it to that of the checkpoint
+                    sampler.seed = runner.seed  # resuming restored that of the checkpoint
         if isinstance(loader, DataLoader):
             init = loader.worker_init_fn
             if isinstance(init, partial) and init.func is _seed_worker:
-                init = init.args[1]  # of the epoch before
+                init = init.args[1]  # from the previous epoch
             seeds = (runner.seed, runner.epoch, get_rank())
             loader.worker_init_fn = partial(_seed_worker, seeds, init)
-            loader._iterator = None  # the workers of the epoch before, if they are persistent
+            loader._iterator = None  # discard persistent workers of the previous epoch
         _seed(0, runner.seed, runner.iter)  # without workers, this process loads the data
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
@@ -96,7 +97,7 @@ class ResumableSeedHook(DistSamplerSeedHook):
 
 
 def _samplers_of(loader: object) -> list:
-    """The samplers that a loader has; loaders of other libraries may have none."""
+    """The samplers of a loader; those of other libraries may have none."""
     batch_sampler = getattr(loader, 'batch_sampler', None)
     samplers = (
         getattr(loader, 'sampler', None),

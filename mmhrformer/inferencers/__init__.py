@@ -42,18 +42,18 @@ def get_inferencer(
     Args:
         model (str | Path | Config): As for :class:`Inferencer`.
         checkpoint (bool | str | Path): As for :class:`Inferencer`. Defaults to True.
-        task (str, optional): ``'cls'``, ``'pose'`` or ``'seg'``; an error if the model is for
-            another. Defaults to None: the task of the model.
+        task (str, optional): ``'cls'``, ``'pose'`` or ``'seg'``; it is an error if the model has
+            another task. Defaults to None: the task of the model.
         **kwargs: Further arguments of :class:`ClsInferencer`, :class:`PoseInferencer` or
             :class:`SegInferencer`.
 
     Returns:
-        Inferencer: Call it with images or a video.
+        Inferencer: The inferencer, to be called with images or a video.
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
         ImportError: If the framework of the task is not installed.
-        RuntimeError: If the checkpoint does not fit the model.
+        RuntimeError: If the checkpoint does not match the model.
         ValueError: If an argument is invalid; the message names the valid ones.
 
     Examples:
@@ -74,7 +74,7 @@ def inference(
     checkpoint: bool | str | Path = True,
     **kwargs: Any,
 ) -> dict:
-    """Predict for images or a video with a model, in one line.
+    """Run a model on images or a video, in one line.
 
     Args:
         model (str | Path | Config): As for :class:`Inferencer`.
@@ -88,8 +88,8 @@ def inference(
     Raises:
         FileNotFoundError: If there is no such config, checkpoint or input.
         ImportError: If the framework of the task is not installed.
-        RuntimeError: If the checkpoint does not fit the model.
-        TypeError: If the inputs are of another type.
+        RuntimeError: If the checkpoint does not match the model.
+        TypeError: If the inputs are of an unsupported type.
         ValueError: If an argument is invalid; the message names the valid ones.
 
     Examples:

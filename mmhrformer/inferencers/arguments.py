@@ -1,4 +1,4 @@
-"""Checks of the arguments of inferencers; errors name the argument, the value and the remedy."""
+"""Validation of inferencer arguments; errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -24,80 +24,80 @@ def task_of(cfg: Config) -> str:
     scope = cfg.get('default_scope')
     if scope not in TASKS:
         raise ValueError(
-            f'model={cfg.filename!r}: its default_scope is {scope!r}; give a config of one of '
+            f'model={cfg.filename!r}: its default_scope is {scope!r}; expected a config of one of '
             f'{list(TASKS)}'
         )
     return TASKS[scope]
 
 
 def check_checkpoint(cfg: Config, checkpoint: bool | str | Path) -> None:
-    """Refuse what neither names a checkpoint nor is a bool, and True for models without one."""
+    """Refuse an empty checkpoint, and True for models without published weights."""
     if not checkpoint and checkpoint is not False:
         raise ValueError(
-            f'checkpoint={checkpoint!r}: give the path of a file, True for the published weights, '
-            'or False for random ones'
+            f'checkpoint={checkpoint!r}: expected the path of a file, True for the published '
+            'weights, or False for random ones'
         )
     if checkpoint is True and name_of(cfg) not in read_zoo():
         raise ValueError(
-            f'checkpoint=True: {cfg.filename!r} is no model of the zoo, so that there are no '
-            'published weights; give the path of your checkpoint'
+            f'checkpoint=True: {cfg.filename!r} is not a model of the zoo, so there are no '
+            'published weights; pass the path of your checkpoint'
         )
 
 
 def check_device(device: str | None) -> torch.device:
-    """Return a device of this machine, the best one for None."""
+    """Return a device that is available, the best one for None."""
     try:
         found = torch.device(device or get_device())
         torch.empty(0, device=found)
     except (AssertionError, RuntimeError, TypeError) as err:
         reason = str(err).splitlines()[0]
         raise ValueError(
-            f"device={device!r}: {reason}. Give a device that this machine has, such as 'cpu'"
+            f"device={device!r}: {reason}. Choose an available device, such as 'cpu'"
         ) from err
     return found
 
 
 def check_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """Return the data type for autocast, None for float32; refuse what the device cannot do."""
+    """Return the data type for autocast, None for float32; refuse unsupported ones."""
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype!r}: choose one of {list(DTYPES)}')
     if DTYPES[dtype] is None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('error')  # torch would go on in float32
+            warnings.simplefilter('error')  # torch would silently use float32
             with torch.autocast(device.type, DTYPES[dtype]):
                 pass
     except (RuntimeError, UserWarning) as err:
         others = [name for name in DTYPES if name != dtype]
         reason = ' '.join(str(err).split())
         raise ValueError(
-            f'dtype={dtype!r}: torch {torch.__version__} cannot on device={str(device)!r} '
-            f'({reason}). Choose one of {others}'
+            f'dtype={dtype!r}: torch {torch.__version__} does not support it on '
+            f'device={str(device)!r} ({reason}). Choose one of {others}'
         ) from err
     return DTYPES[dtype]
 
 
 def check_exported(device: str | None, dtype: str, fuse: bool) -> str:
-    """Return the device of exported files; refuse what they cannot do."""
+    """Return the device of exported files; refuse unsupported options."""
     given = dict(device=str(device or 'cpu'), dtype=dtype, fuse=fuse)
     for name, value in dict(device='cpu', dtype='float32', fuse=False).items():
         if given[name] != value:
             raise ValueError(
-                f'{name}={given[name]!r}: an exported file is folded already, and runs on the CPU '
-                f'in float32; leave {name} out, or give the checkpoint that it was exported from'
+                f'{name}={given[name]!r}: an exported file is already folded, and runs on the CPU '
+                f'in float32; remove {name}, or use the checkpoint that it was exported from'
             )
     return 'cpu'
 
 
 def check_batch_size(value: object) -> None:
-    """Refuse all but positive integers."""
+    """Refuse anything but positive integers."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f'batch_size={value!r}: expected a positive integer')
 
 
 def check_draw_options(given: Mapping, known: Sequence[str]) -> None:
-    """Refuse options that the task does not draw with."""
+    """Refuse drawing options that the task does not have."""
     for name in set(given) - set(known):
         raise ValueError(
             f'{name}={given[name]!r}: no such argument. Drawing options of this task are '

@@ -1,4 +1,4 @@
-"""The part of inferencers that all tasks share: inputs, batches, precision, progress, results.
+"""The base class of inferencers: inputs, batches, precision, progress, results.
 
 Models, data preparation and visualizers are those of mmpretrain, mmpose and mmsegmentation.
 """
@@ -43,32 +43,32 @@ from .image_loading import Loader, displayable, split_pipeline
 from .media import Media, Picture, Video, open_media, reason
 from .writer import Result, Writer
 
-Boxes = Iterable[np.ndarray | None]  # for each image
+Boxes = Iterable[np.ndarray | None]  # one per image
 
 
 class Inferencer:
-    """Predictions for images and videos, as plain Python and as drawn pictures.
+    """Predictions for images and videos, as plain Python objects and as pictures.
 
     Base class of :class:`ClsInferencer`, :class:`PoseInferencer` and :class:`SegInferencer`.
 
     Args:
         model (str | Path | Config): Name of a model of the zoo, path of a config, or a config.
-        checkpoint (bool | str | Path): The weights: True for the published ones, a file of any
-            dialect, ``mmhrformer://NAME`` or a name of the zoo; False for random weights. An
-            exported ``.onnx`` file: onnxruntime computes the network, on the CPU. Defaults to True.
+        checkpoint (bool | str | Path): The weights: True for the published ones, a file in any
+            supported format, ``mmhrformer://NAME`` or a name of the zoo; False for random weights.
+            An exported ``.onnx`` file is run by onnxruntime, on the CPU. Defaults to True.
         device (str, optional): A device such as ``'cpu'`` or ``'cuda:0'``. Defaults to None: the
-            best one of this machine.
+            best one available.
         dtype (str): ``'float32'``, or ``'bfloat16'`` or ``'float16'`` for the backbone and neck
-            by autocast; heads compute in float32 in any case. Defaults to ``'float32'``.
+            by autocast; heads always run in float32. Defaults to ``'float32'``.
         fuse (bool): Whether to fold the model, see :func:`fuse_for_inference`. Defaults to False.
-        cfg_options (dict, optional): Options of the config to change, by dotted name.
+        cfg_options (dict, optional): Options of the config to override, by dotted name.
         show_progress (bool): Whether to show a progress bar for more than one batch. Defaults to
             True.
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
         ImportError: If the framework of the task is not installed.
-        RuntimeError: If the checkpoint does not fit the model.
+        RuntimeError: If the checkpoint does not match the model.
         ValueError: If an argument is invalid; the message names the valid ones.
     """
 
@@ -97,7 +97,7 @@ class Inferencer:
         if task_of(config) != TASKS[self.scope]:
             raise ValueError(
                 f'model={config.filename!r} is for task={task_of(config)!r}, not '
-                f'{TASKS[self.scope]!r}: give that task, or another model'
+                f'{TASKS[self.scope]!r}: change the task or the model'
             )
         check_checkpoint(config, checkpoint)
         built = get_model(config, not exported and checkpoint, cfg_options=cfg_options)
@@ -107,7 +107,7 @@ class Inferencer:
             self.loader, self.pipeline = build_pipeline(self.cfg)
             self.dataset_meta = self._dataset_meta(built.dataset_meta)
             self.visualizer = self._build_visualizer()
-        built = built.to(self.device)  # what is folded depends on the device
+        built = built.to(self.device)  # before folding, which depends on the device
         self.model = fuse_for_inference(built) if fuse else built
         self.model.dataset_meta = self.dataset_meta
 
@@ -129,17 +129,17 @@ class Inferencer:
             boxes (np.ndarray | Sequence, optional): See :class:`PoseInferencer`.
             out_dir (str | Path, optional): See :class:`Writer`. Defaults to None: no files.
             return_vis (bool): Whether to return drawn pictures, RGB. Defaults to False.
-            return_datasamples (bool): Whether to return data samples, too. Defaults to False.
+            return_datasamples (bool): Whether to return data samples. Defaults to False.
             **draw: Drawing options of the task, such as ``radius`` or ``opacity``.
 
         Returns:
-            dict: The lists ``predictions`` (of an image that fails among others: its ``error``),
+            dict: The lists ``predictions`` (if one of several images fails, its ``error``),
             ``visualization``, ``data_samples`` and ``files``.
 
         Raises:
             FileNotFoundError: If there is no such file, or no image in the folder.
-            TypeError: If the inputs are of another type.
-            ValueError: If an argument is invalid, or nothing can be read.
+            TypeError: If the inputs are of an unsupported type.
+            ValueError: If an argument is invalid, or no image can be read.
         """
         media = open_media(inputs)
         boxes = self._check_call(media, batch_size, boxes, draw)
@@ -158,10 +158,10 @@ class Inferencer:
 
         Returns:
             list[dict]: ``inputs``, a (C, H, W) tensor, usually uint8 in BGR, and ``data_samples``:
-            one for the image or, for pose, one for each person.
+            one for the image or, for pose, one per person.
 
         Raises:
-            ValueError: If the image cannot be read as the config says.
+            ValueError: If the test pipeline cannot read the image.
         """
         return self._transform(picture, self.loader.load(picture), boxes)
 
@@ -170,10 +170,10 @@ class Inferencer:
         """Run the model on a batch.
 
         Args:
-            items (Sequence[dict]): Outputs of :meth:`prepare`, of one size.
+            items (Sequence[dict]): Outputs of :meth:`prepare`, all of one size.
 
         Returns:
-            list: A data sample for each, on the CPU.
+            list: One data sample per item, on the CPU.
         """
         scope = DefaultScope.overwrite_default_scope(self.scope)
         with scope, autocast_features(self.model, self.device, self.autocast):
@@ -181,7 +181,7 @@ class Inferencer:
         return [sample.cpu() for sample in samples]
 
     def _check_call(self, media: Media, batch_size: int, boxes: object, draw: dict) -> Boxes:
-        """Check what can be checked before the work; return the boxes of each image."""
+        """Validate the arguments of a call; return the boxes of each image."""
         check_batch_size(batch_size)
         check_draw_options(draw, self.draw_options)
         for picture in [] if isinstance(media, Video) else media:
@@ -195,7 +195,7 @@ class Inferencer:
     def _results(
         self, media: Media, batch_size: int, boxes: Boxes, draw: dict | None
     ) -> Iterator[Result]:
-        """Yield the result of each image; an error of one among others becomes its prediction."""
+        """Yield the result of each image; if one of several fails, its error is the prediction."""
         total, failed = 0, []
         for picture, result in self._predict(media, batch_size, boxes, draw):
             if isinstance(result, Exception):
@@ -203,14 +203,14 @@ class Inferencer:
                 if isinstance(media, Video) or len(media) == 1:
                     kind = ValueError if isinstance(result, ValueError) else RuntimeError
                     raise kind(f'inputs: {message}') from result
-                warnings.warn(f'{message}; left out', stacklevel=3)
+                warnings.warn(f'{message}; skipped', stacklevel=3)
                 failed.append(message)
                 result = Result(picture, dict(input=picture.name, error=reason(result)))
             total += 1
             yield result
         if failed and len(failed) == total:
             raise ValueError(
-                f'inputs: none of the {total} images could be read; the first is {failed[0]}'
+                f'inputs: none of the {total} images could be read; the first one: {failed[0]}'
             )
 
     def _predict(
@@ -251,7 +251,7 @@ class Inferencer:
     def _transform(
         self, picture: Picture, pixels: np.ndarray, boxes: np.ndarray | None
     ) -> list[dict]:
-        """Run the test pipeline behind its loading step, once for each input of the model."""
+        """Run the test pipeline after its loading step, once per input of the model."""
         size = pixels.shape[:2]
         loaded = dict(img=pixels, img_path=picture.name, img_shape=size, ori_shape=size)
         with DefaultScope.overwrite_default_scope(self.scope):
@@ -261,12 +261,12 @@ class Inferencer:
                 if pixels.dtype in (np.uint8, np.float32):
                     raise
                 raise ValueError(
-                    f'it is of {pixels.dtype} ({err}). Set to_float32=True in the loading step of '
-                    'the test pipeline'
+                    f'its data type is {pixels.dtype} ({err}). Set to_float32=True in the loading '
+                    'step of the test pipeline'
                 ) from err
 
     def _run(self, items: Sequence[dict], batch_size: int) -> list:
-        """Run the model in batches of one size each; return data samples or errors."""
+        """Run the model in batches of equal size; return data samples or errors."""
         groups = defaultdict(list)
         for i, item in enumerate(items):
             groups[self._size(item)].append(i)
@@ -281,7 +281,7 @@ class Inferencer:
 
     def _build_visualizer(self) -> Visualizer:
         options = self.cfg.get('visualizer') or dict(type=self.visualizer_type)
-        # mmengine shares visualizers of equal names; files are written here, not by backends.
+        # A unique name, since mmengine shares visualizers; no backends, since we write the files.
         return VISUALIZERS.build(dict(options, name=str(uuid4()), vis_backends=None))
 
     # Tasks override these, and define _dataset_meta, _to_plain and _draw.
@@ -289,8 +289,8 @@ class Inferencer:
     def _boxes_for(self, media: Media, boxes: object) -> Boxes:
         if boxes is not None:
             raise ValueError(
-                f'boxes: {type(self).__name__} takes whole images; leave boxes out, or give a '
-                'pose model'
+                f'boxes: {type(self).__name__} takes whole images; remove boxes, or use a pose '
+                'model'
             )
         return repeat(None)
 
@@ -310,7 +310,7 @@ class Inferencer:
 def collect(
     results: Iterable[Result], writer: Writer, return_vis: bool, return_datasamples: bool
 ) -> dict:
-    """Write results, and keep what was asked for; a long video would fill the memory."""
+    """Write results, and keep only what was requested, since a long video would fill the memory."""
     found = dict(predictions=[], visualization=[], data_samples=[])
     for result in results:
         writer.add(result)
@@ -326,17 +326,17 @@ def attempt(function: Callable, *args: Any) -> Any:
     """Return the result of a call, or the error that it raised."""
     try:
         return function(*args)
-    except Exception as err:  # whatever a single image causes
+    except Exception as err:  # a single image must not stop the others
         return err
 
 
 def build_pipeline(cfg: Config) -> tuple[Loader, Any]:
-    """Build the test pipeline of a config, see :func:`split_pipeline`; unwrap its data set."""
+    """Build the test pipeline of a config, see :func:`split_pipeline`; unwrap its dataset."""
     dataset = wrapped_dataset(cfg, 'pipeline')
     if 'pipeline' not in dataset:
         raise ValueError(
-            'model: the config has no test_dataloader.dataset.pipeline, which says how images are '
-            'prepared; add it'
+            'model: the config has no test_dataloader.dataset.pipeline, which prepares images; '
+            'add it'
         )
     cfg.test_dataloader.dataset = dataset
     return split_pipeline(dataset.pipeline)
@@ -346,10 +346,10 @@ def build_pipeline(cfg: Config) -> tuple[Loader, Any]:
 def autocast_features(
     model: nn.Module, device: torch.device, dtype: torch.dtype | None
 ) -> Iterator[None]:
-    """Let the backbone and neck compute under autocast, and give float32 to the heads.
+    """Run backbone and neck under autocast, but pass float32 features to the heads.
 
-    Heads end in NumPy, which has no bfloat16, and decide about coordinates and classes. The model
-    is unchanged afterwards; with ``dtype=None`` it computes in float32.
+    Heads use NumPy, which has no bfloat16, and determine coordinates and classes. The model is
+    restored afterwards; with ``dtype=None`` everything runs in float32.
     """
     if dtype is None:
         yield

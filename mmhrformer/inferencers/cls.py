@@ -12,10 +12,10 @@ from .base import Inferencer
 
 
 class ClsInferencer(Inferencer):
-    """Classifies images, by mmpretrain. The arguments are those of :class:`Inferencer`.
+    """Image classification with mmpretrain. The arguments are those of :class:`Inferencer`.
 
-    A prediction has ``pred_label``, ``pred_score``, ``pred_scores`` of all classes and, where names
-    are known from the config or the checkpoint, ``pred_class``.
+    A prediction has ``pred_label``, ``pred_score``, ``pred_scores`` of all classes and, if the
+    config or the checkpoint has class names, ``pred_class``.
 
     Examples:
         >>> classify = ClsInferencer('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP

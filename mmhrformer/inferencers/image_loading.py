@@ -1,4 +1,4 @@
-"""Images as the test pipeline of a config loads them, and as pictures to draw on."""
+"""Loading of images as in the test pipeline of a config, and conversion for drawing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mmengine.registry import TRANSFORMS
 
 from .media import Picture, check_file, local_file, reason
 
-STOCK = {'mmcv', 'mmpretrain', 'mmpose', 'mmseg'}  # their loading steps keep arrays as they are
+STOCK = {'mmcv', 'mmpretrain', 'mmpose', 'mmseg'}  # their loading steps do not modify arrays
 LABELS = {'LoadAnnotations', 'LoadDepthAnnotation'}  # steps that need labels
-# Arrays that the loading step may return, by the number of their channels.
+# Arrays that the loading step may return, by their number of channels.
 EXPECTED = {
     3: '(height, width, 3) uint8 in the order blue, green, red, as cv2.imread returns it',
     1: '(height, width) uint8, as cv2.imread(FILE, cv2.IMREAD_GRAYSCALE) returns it',
@@ -26,16 +26,16 @@ EXPECTED = {
 
 
 class Loader:
-    """The first step of a test pipeline, which loads images.
+    """The loading step of a test pipeline.
 
     Args:
         step (LoadImageFromFile, optional): The step. Defaults to None: color, by OpenCV.
 
     Attributes:
-        channels (int, optional): Channels of the images that it returns; None if they vary.
+        channels (int, optional): Channels of the loaded images; None if they vary.
 
     Raises:
-        ValueError: If it needs a package that is not installed.
+        ValueError: If the step needs a package that is not installed.
 
     Examples:
         >>> Loader(LoadImageFromFile(color_type='grayscale')).take(np.zeros((4, 6), np.uint8)).shape
@@ -72,25 +72,27 @@ class Loader:
             return self.read(path)
 
     def read(self, file: Path) -> np.ndarray:
-        """Load a file that was checked."""
+        """Load a file that has been checked."""
         try:
             results = self.step(dict(img_path=str(file)))
-            return results['img']  # None where ignore_empty hides an error
-        except Exception as err:  # of the file, its storage, or the step
+            return results['img']  # None if ignore_empty hides an error
+        except Exception as err:  # from the file, its storage, or the step
             details = '' if isinstance(err, AssertionError) else f' ({reason(err)})'
-            raise ValueError(f'{self.step} cannot read it{details}: convert it, to PNG') from err
+            raise ValueError(
+                f'{self.step} cannot read it{details}: convert it, for example to PNG'
+            ) from err
 
     def take(self, pixels: np.ndarray) -> np.ndarray:
-        """Return an array in the type and shape of the step; refuse one that no file gives."""
+        """Convert an array to type and shape of the step's output; refuse unsuitable ones."""
         if type(self.step).__module__.split('.')[0] not in STOCK:
             raise ValueError(
-                f'an array; the test pipeline loads files by {self.step}, and what that does with '
-                'arrays is not known. Give the paths of the images'
+                f'an array; the test pipeline loads files by {self.step}, which may process them '
+                'further. Pass the paths of the images'
             )
         if not self._returns(pixels):
             usual = self.channels == 3 and not self.step.to_float32
             raise ValueError(
-                f'an array of shape {pixels.shape} and type {pixels.dtype}; give '
+                f'an array of shape {pixels.shape} and type {pixels.dtype}; expected '
                 f'{EXPECTED[self.channels]}'
                 + ('' if usual else f'; the test pipeline loads by {self.step}')
             )
@@ -107,13 +109,13 @@ class Loader:
             return False
         if pixels.dtype == np.uint8:
             return True
-        # Numbers of 8 bits as float32, which is what the step makes of a file.
+        # 8-bit numbers as float32, to which the step converts files.
         whole = (pixels >= 0) & (pixels <= 255) & (pixels == np.rint(pixels))
         return bool(self.step.to_float32 and whole.all())
 
 
 def split_pipeline(pipeline: list[dict]) -> tuple[Loader, Compose]:
-    """Build a test pipeline in two parts: the loading of images, and the rest without labels."""
+    """Build a test pipeline in two parts: loading of images, and further steps without labels."""
     steps = [TRANSFORMS.build(step) for step in pipeline if _name(step) not in LABELS]
     if steps and isinstance(steps[0], LoadImageFromFile):
         return Loader(steps[0]), Compose(steps[1:])
@@ -124,7 +126,7 @@ def split_pipeline(pipeline: list[dict]) -> tuple[Loader, Compose]:
                 'LoadImageFromFile and its subclasses are supported, as the first step. Use '
                 'python -m mmhrformer test'
             )
-    return Loader(), Compose(steps)  # the data set holds arrays
+    return Loader(), Compose(steps)  # the dataset holds arrays
 
 
 def _name(step: dict) -> str:
@@ -133,14 +135,14 @@ def _name(step: dict) -> str:
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
-    """Convert an array of any depth and number of channels to a picture to draw on.
+    """Convert an array of any bit depth and number of channels to a picture for drawing.
 
     Args:
-        image (np.ndarray): (H, W) or (H, W, C). Three or more channels: the first three are blue,
-            green and red; fewer: the first is gray.
+        image (np.ndarray): (H, W) or (H, W, C). With three or more channels, the first three are
+            blue, green and red; otherwise, the first is gray.
 
     Returns:
-        np.ndarray: (H, W, 3) uint8. Numbers other than those of 8 bits are stretched.
+        np.ndarray: (H, W, 3) uint8. Numbers that are not 8-bit are rescaled.
 
     Examples:
         >>> displayable(np.array([[0, 30000, 60000]], np.uint16))[..., 0]

@@ -25,8 +25,8 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 CAMERA = re.compile(r'webcam(?::(\d+))?')
 STREAM = re.compile('(rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://', re.IGNORECASE)
-TIMEOUT = 30  # seconds without an answer of a server
-FALLBACK_FPS = 25.0  # for videos that do not say
+TIMEOUT = 30  # seconds without a response of a server
+FALLBACK_FPS = 25.0  # for videos without a frame rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +34,11 @@ class Picture:
     """An image that is not loaded yet.
 
     Attributes:
-        name (str): Its name in messages and predictions.
-        stem (str): Start of the names of its output files.
+        name (str): Name in messages and predictions.
+        stem (str): Beginning of the names of output files.
         source (Path | str | np.ndarray): A file, a URL, or an array.
         is_frame (bool): Whether the array is a frame of a video: BGR, uint8. Other arrays are
-            what the loading step of the test pipeline returns. Defaults to False.
+            like the output of the test pipeline's loading step. Defaults to False.
     """
 
     name: str
@@ -67,25 +67,25 @@ class Video:
             self.path = int(camera[1] or 0)
         elif not STREAM.match(self.path) and not Path(path).is_file():
             raise FileNotFoundError(
-                f'inputs={self.name!r}: no such file (from {Path.cwd()}). Check the path'
+                f'inputs={self.name!r}: no such file (in {Path.cwd()}). Check the path'
             )
         self.stem = stem_of(self.name) or 'video'
-        # Not mmcv.VideoReader, which refuses streams and seeks by frame numbers.
+        # Not mmcv.VideoReader, which does not support streams and seeks by frame numbers.
         reader = cv2.VideoCapture(self.path)
         fps, count = reader.get(cv2.CAP_PROP_FPS), reader.get(cv2.CAP_PROP_FRAME_COUNT)
         self.fps = fps if fps > 0 else FALLBACK_FPS
-        self._length = max(int(count), 1)  # streams and some files do not say
+        self._length = max(int(count), 1)  # unknown for streams and some files
         if not reader.read()[0]:
             kind, hint = (
                 'video',
                 (
-                    'Play it to see whether it is whole, or convert it: ffmpeg -i FILE -pix_fmt '
-                    'yuv420p NEW.mp4'
+                    'Play it to check whether it is complete, or convert it: ffmpeg -i FILE '
+                    '-pix_fmt yuv420p NEW.mp4'
                 ),
             )
             if camera:
-                kind, hint = 'camera', 'Check its number, and that nothing else is using it'
-            raise ValueError(f'inputs={self.name!r}: no frame of the {kind} can be read. {hint}')
+                kind, hint = 'camera', 'Check its number, and that no other program is using it'
+            raise ValueError(f'inputs={self.name!r}: cannot read from the {kind}. {hint}')
 
     def __len__(self) -> int:
         return self._length
@@ -100,7 +100,7 @@ class Video:
         if number < 0.9 * self._length:  # headers are not exact
             warnings.warn(
                 f'{self.name}: only {number} of {self._length} frames could be read; play it to '
-                'see whether it is whole',
+                'check whether it is complete',
                 stacklevel=2,
             )
 
@@ -109,20 +109,20 @@ Media = list[Picture] | Video
 
 
 def open_media(inputs: object) -> Media:
-    """Find the images or the video in the inputs; check what needs no decoding of whole images.
+    """Find the images or the video in the inputs, and check them without decoding whole images.
 
     Args:
-        inputs (str | Path | np.ndarray | Sequence): An image: a path, a URL, or an array as the
-            loading step of the test pipeline returns it, usually (H, W, 3) uint8 in BGR; a list
-            of these; a folder, whose images are sorted by name; a video: a path, a URL, a
-            stream (``'rtsp://...'``) or a camera (``'webcam'``, ``'webcam:1'``).
+        inputs (str | Path | np.ndarray | Sequence): An image: a path, a URL, or an array like the
+            output of the test pipeline's loading step, usually (H, W, 3) uint8 in BGR; a list of
+            these; a folder, whose images are sorted by name; a video: a path, a URL, a stream
+            (``'rtsp://...'``) or a camera (``'webcam'``, ``'webcam:1'``).
 
     Returns:
-        list[Picture] | Video: Gives one :class:`Picture` after the other.
+        list[Picture] | Video: An iterable of :class:`Picture`.
 
     Raises:
         FileNotFoundError: If there is no such file, or no image in the folder.
-        TypeError: If the inputs are none of these.
+        TypeError: If the inputs are of an unsupported type.
         ValueError: If they cannot be read.
 
     Examples:
@@ -146,19 +146,17 @@ def open_media(inputs: object) -> Media:
 
 
 def _pictures(sources: Sequence) -> list[Picture]:
-    """Check paths, URLs, arrays and pictures, and make pictures of all of them."""
+    """Check paths, URLs, arrays and pictures, and convert all of them to pictures."""
     if not sources:
-        raise ValueError('inputs=[]: the list is empty; give at least one image')
+        raise ValueError('inputs=[]: the list is empty; pass at least one image')
     paths = [source for source in sources if isinstance(source, (str, Path))]
     if videos := [path for path in paths if _has_video_name(path)]:
-        raise ValueError(f'inputs: {str(videos[0])!r} is a video; give a video by itself')
-    # One unreadable file among others must not stop the work.
+        raise ValueError(f'inputs: {str(videos[0])!r} is a video; pass each video separately')
+    # One unreadable file must not stop the others.
     there = os.path.lexists if len(sources) > 1 else os.path.isfile
     if missing := [str(path) for path in paths if not is_url(path) and not there(path)]:
         names = ', '.join(missing[:10]) + ', ...' * (len(missing) > 10)
-        raise FileNotFoundError(
-            f'inputs: no such file (from {Path.cwd()}): {names}. Check the path'
-        )
+        raise FileNotFoundError(f'inputs: no such file (in {Path.cwd()}): {names}. Check the path')
     pictures = [_picture(source, i) for i, source in enumerate(sources)]
     if len(pictures) == 1:
         _check_single(pictures[0])
@@ -172,24 +170,24 @@ def _picture(source: object, number: int) -> Picture:
         return Picture(f'array {number}', f'{number:06d}', source)
     if not isinstance(source, (str, Path)):
         raise TypeError(
-            f'inputs: got {type(source).__name__}; give a path, a URL (http, https), an array, a '
-            'list of these, a folder or a video'
+            f'inputs: got {type(source).__name__}; expected a path, a URL (http, https), an array, '
+            'a list of these, a folder or a video'
         )
     stem = stem_of(source) or f'{number:06d}'
     return Picture(str(source), stem, source if is_url(source) else Path(source))
 
 
 def _check_single(picture: Picture) -> None:
-    """Refuse a file that is no image early, before a model is built."""
+    """Refuse a file that is not an image early, before a model is built."""
     if isinstance(picture.source, Path):
         try:
             check_file(picture.source, decode=False)
         except ValueError as err:
-            raise ValueError(f'inputs={picture.name!r}: {err}. Give an image or a video') from err
+            raise ValueError(f'inputs={picture.name!r}: {err}. Pass an image or a video') from err
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The files of a folder that are images by their name or content."""
+    """The files of a folder that are images, by name or content."""
     files = sorted(path for path in folder.iterdir() if not path.is_dir())
     paths = [
         path
@@ -199,13 +197,13 @@ def _images_in(folder: Path) -> list[Path]:
     if not paths:
         raise FileNotFoundError(
             f'inputs={str(folder)!r}: no image in that folder ({", ".join(IMAGE_SUFFIXES)}, or '
-            'other files with the content of one); folders inside it are not searched. Give the '
-            'folder with the images'
+            'other files with the content of one); subfolders are not searched. Pass the folder '
+            'that contains the images'
         )
     videos = [path.name for path in files if path not in set(paths) and _has_video_name(path)]
     if videos:
         warnings.warn(
-            f'{folder}: only the images are read; give each video by itself: '
+            f'{folder}: only the images are read; pass each video separately: '
             + ', '.join(videos[:10]),
             stacklevel=2,
         )
@@ -213,7 +211,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _open_url(url: str) -> Media:
-    """Download an image or a video, which is told by its content."""
+    """Download an image or a video, as determined by its content."""
     folder = tempfile.mkdtemp(prefix='mmhrformer-')
     try:
         path = download(url, folder)
@@ -232,7 +230,7 @@ def _open_url(url: str) -> Media:
 
 @contextmanager
 def local_file(source: str | Path) -> Iterator[Path]:
-    """Provide a file of this machine; one that had to be downloaded is deleted afterwards."""
+    """Provide a local file; a downloaded one is deleted afterwards."""
     if not is_url(source):
         yield Path(source)
         return
@@ -242,7 +240,7 @@ def local_file(source: str | Path) -> Iterator[Path]:
 
 def download(url: str, folder: str) -> Path:
     """Download a file to a folder; refuse web pages."""
-    # mmengine's HTTPBackend waits forever, and has a user agent that some servers refuse.
+    # mmengine's HTTPBackend has no timeout, and a user agent that some servers refuse.
     request = Request(url, headers={'User-Agent': 'mmhrformer'})
     try:
         with urlopen(request, timeout=TIMEOUT) as answer:
@@ -250,12 +248,10 @@ def download(url: str, folder: str) -> Path:
     except (OSError, ValueError) as err:
         raise ValueError(
             f'inputs={url!r}: cannot be downloaded ({str(err).strip("<>")}). Check the URL and '
-            'the network, or give a local file'
+            'the network, or pass a local file'
         ) from err
     if kind == 'text/html':
-        raise ValueError(
-            f'inputs={url!r}: is a web page. Give the URL of the image or video itself'
-        )
+        raise ValueError(f'inputs={url!r} is a web page. Pass the URL of the image or video itself')
     path = Path(folder, f'file{PurePosixPath(urlsplit(url).path).suffix}')
     path.write_bytes(content)
     return path
@@ -273,7 +269,7 @@ def stem_of(source: str | Path) -> str:
 
 
 def _has_video_name(path: str | Path) -> bool:
-    """Whether a file has the suffix of a video, and is no image under a wrong name."""
+    """Whether a file has the extension of a video, and is not a misnamed image."""
     name = urlsplit(path).path if is_url(path) else path
     if PurePosixPath(name).suffix.lower() not in VIDEO_SUFFIXES:
         return False
@@ -281,21 +277,21 @@ def _has_video_name(path: str | Path) -> bool:
 
 
 def _is_video(path: Path) -> bool:
-    """Whether a file is a video by its name, or because OpenCV finds frames in it."""
+    """Whether a file is a video, by its name or because OpenCV can read frames from it."""
     if _has_video_name(path):
         return True
     if not path.is_file():
         return False
     with path.open('rb') as file:
         head = file.read(4096)
-    # FFmpeg renders text as a video of a terminal; files of videos contain zero bytes.
+    # FFmpeg renders text files as video, but real videos contain zero bytes.
     if not head.startswith((b'GIF87a', b'GIF89a')) and (b'\0' not in head or is_image(path)):
         return False
     return cv2.VideoCapture(str(path)).read()[0]
 
 
 def is_image(path: Path) -> bool:
-    """Whether OpenCV or Pillow recognize the content of a file as an image, perhaps damaged."""
+    """Whether OpenCV or Pillow recognizes a file as an image, which may be damaged."""
     try:
         if cv2.haveImageReader(str(path)):
             return True
@@ -308,9 +304,9 @@ def is_image(path: Path) -> bool:
 
 
 def check_file(file: Path, decode: bool = True) -> None:
-    """Refuse a file that is no image or, if it is decoded, an incomplete one.
+    """Refuse a file that is not an image or, with ``decode``, is incomplete.
 
-    OpenCV fills the missing part of a truncated file with gray; Pillow raises an error.
+    OpenCV silently fills the missing part of a truncated file with gray; Pillow raises an error.
     """
     if not file.is_file():
         raise ValueError('it is a folder' if file.is_dir() else 'there is no such file')
@@ -321,16 +317,16 @@ def check_file(file: Path, decode: bool = True) -> None:
             if decode:
                 image.load()
     except UnidentifiedImageError as err:
-        # OpenCV takes any GIF for readable by its first bytes.
+        # Not haveImageReader, which accepts any GIF by its first bytes.
         if cv2.imread(str(file), cv2.IMREAD_UNCHANGED) is None:
-            raise ValueError('it is no image') from err
+            raise ValueError('it is not an image') from err
     except Image.DecompressionBombError as err:
         raise ValueError(
             f'it is too large ({err}): raise PIL.Image.MAX_IMAGE_PIXELS if you trust it'
         ) from err
     except PermissionError as err:
         raise ValueError(f'it cannot be read ({err.strerror})') from err
-    except Exception as err:  # Pillow's readers raise errors of any kind
+    except Exception as err:  # Pillow's readers raise all kinds of errors
         raise ValueError(f'it is damaged ({reason(err)})') from err
 
 

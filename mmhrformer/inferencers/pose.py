@@ -19,24 +19,24 @@ PERSON = 0  # the category of people in detectors trained on COCO
 
 
 class PoseInferencer(Inferencer):
-    """Finds the joints of people, by mmpose.
+    """Pose estimation with mmpose.
 
-    A prediction has ``instances``, one for each person: ``keypoints``, ``keypoint_scores``,
-    ``bbox`` and ``bbox_score``. People are where the argument ``boxes`` of a call says: (N, 4) of
-    left, top, right and bottom in pixels, for every image, or a list of such, one for each image;
-    else where the detector finds them; else one person fills the image.
+    A prediction has ``instances``, one per person: ``keypoints``, ``keypoint_scores``, ``bbox`` and
+    ``bbox_score``. People are located by the argument ``boxes`` of a call: (N, 4) of left, top,
+    right and bottom in pixels, for all images, or a list of such, one per image; without it, by the
+    detector; without either, one person is assumed to fill the image.
 
     Args:
-        *args: As :class:`Inferencer`.
-        detector (bool | str): The detector of people: True for the one that mmpose uses, or name
-            or config of another model of mmdet. Defaults to False: none.
+        *args: As for :class:`Inferencer`.
+        detector (bool | str): The person detector: True for mmpose's default, or the name or
+            config of another mmdet model. Defaults to False: none.
         detector_weights (str, optional): Checkpoint of the detector. Defaults to None: the
             published one.
-        detector_threshold (float): Lowest score of a person. Defaults to 0.3.
-        **kwargs: As :class:`Inferencer`.
+        detector_threshold (float): Minimum score of a person. Defaults to 0.3.
+        **kwargs: As for :class:`Inferencer`.
 
     Raises:
-        ImportError: If a detector is wanted and mmdet is not installed.
+        ImportError: If a detector is requested and mmdet is not installed.
 
     Examples:
         >>> name = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
@@ -62,7 +62,7 @@ class PoseInferencer(Inferencer):
     ) -> None:
         if detector_weights and not detector:
             raise ValueError(
-                f'detector_weights={detector_weights!r} without a detector: give detector, too'
+                f'detector_weights={detector_weights!r} without a detector: set detector as well'
             )
         super().__init__(*args, **kwargs)
         self.detector_threshold = detector_threshold
@@ -75,20 +75,20 @@ class PoseInferencer(Inferencer):
 
         if self.cfg.model.type.split('.')[-1] != 'TopdownPoseEstimator':
             raise ValueError(
-                f'model.type={self.cfg.model.type!r}: PoseInferencer is for models that take one '
-                "person at a time, 'TopdownPoseEstimator'"
+                f'model.type={self.cfg.model.type!r}: PoseInferencer supports only top-down '
+                "models, 'TopdownPoseEstimator'"
             )
         meta = dataset_meta_from_config(self.cfg, 'test')
         if meta is None:
             raise ValueError(
-                'the config has no joints: set metainfo of test_dataloader.dataset, as in '
-                "metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
+                'the config does not define keypoints: set metainfo of test_dataloader.dataset, '
+                "as in metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
         return meta
 
     def _build_visualizer(self) -> Visualizer:
         options = self.cfg.get('visualizer') or {}
-        if options.get('type') == 'PoseLocalVisualizer':  # of a stock config
+        if options.get('type') == 'PoseLocalVisualizer':  # in stock configs
             options.type = self.visualizer_type
         return super()._build_visualizer()
 
@@ -96,23 +96,23 @@ class PoseInferencer(Inferencer):
         if boxes is None:
             return repeat(None)
         if self.detector is not None:
-            raise ValueError('boxes and a detector: give boxes, or build without detector')
+            raise ValueError('boxes and a detector: remove boxes, or build without a detector')
         try:
             is_single = all(np.ndim(box) <= 1 for box in boxes)
-        except (TypeError, ValueError):  # no sequence, or one of different things
+        except (TypeError, ValueError):  # not a sequence, or an irregular one
             is_single = True
         if is_single:
             return repeat(check_boxes(boxes, 'boxes'))
         if len(boxes) != len(media):
             raise ValueError(
-                f'boxes: {len(boxes)} lists for {len(media)} images; give one (N, 4) list for '
-                'each image, or a single one for all'
+                f'boxes: {len(boxes)} lists for {len(media)} images; expected one (N, 4) list per '
+                'image, or a single one for all'
             )
         each = [check_boxes(one, f'boxes[{i}]') for i, one in enumerate(boxes)]
-        return chain(each, repeat(each[-1]))  # a video may have more frames than it says
+        return chain(each, repeat(each[-1]))  # a video may have more frames than declared
 
     def _split(self, loaded: dict, boxes: np.ndarray | None) -> list[dict]:
-        """Make one input of each person."""
+        """Create one input per person."""
         image, scores = loaded['img'], None
         if boxes is None and self.detector is not None:
             boxes, scores = self._detect(image)
@@ -159,7 +159,7 @@ class PoseInferencer(Inferencer):
         **options: Any,
     ) -> np.ndarray:
         if skeleton_style not in ('mmpose', 'openpose'):
-            raise ValueError(f"skeleton_style={skeleton_style!r}: choose 'mmpose' or 'openpose'")
+            raise ValueError(f"skeleton_style={skeleton_style!r}: expected 'mmpose' or 'openpose'")
         self.visualizer.set_dataset_meta(self.dataset_meta, skeleton_style)
         self.visualizer.radius, self.visualizer.line_width = radius, thickness
         return self.visualizer.add_datasample(
@@ -173,12 +173,12 @@ class PoseInferencer(Inferencer):
 
 
 def build_detector(detector: bool | str, weights: str | None, device: torch.device) -> Any:
-    """Build mmdet's inferencer, for True that of the detector that mmpose uses for people."""
+    """Build mmdet's inferencer; True selects mmpose's default person detector."""
     try:
         from mmdet.apis import DetInferencer
     except ImportError as err:
         raise ImportError(
-            f'detector={detector!r} needs mmdet: pip install "mmdet>=3.0,<3.4"; or give boxes'
+            f'detector={detector!r} needs mmdet: pip install "mmdet>=3.0,<3.4"; or pass boxes'
         ) from err
     if detector is True:
         from mmpose.apis.inferencers.utils import default_det_models
@@ -190,8 +190,8 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
 
 
 def check_boxes(boxes: object, name: str) -> np.ndarray:
-    """Return boxes as (N, 4) float32; refuse others."""
-    expected = 'give (N, 4) numbers: left, top, right, bottom in pixels for each person'
+    """Return boxes as (N, 4) float32; refuse invalid ones."""
+    expected = 'expected (N, 4) numbers: left, top, right, bottom in pixels for each person'
     try:
         array = np.asarray(boxes, np.float32)
     except (TypeError, ValueError) as err:
@@ -204,7 +204,6 @@ def check_boxes(boxes: object, name: str) -> np.ndarray:
     if flat.any():
         i = int(flat.argmax())
         raise ValueError(
-            f'{name}[{i}]={array[i].tolist()}: a box without area; {expected} (not width and '
-            'height)'
+            f'{name}[{i}]={array[i].tolist()}: a box without area; {expected}, not width and height'
         )
     return array

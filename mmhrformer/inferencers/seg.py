@@ -13,11 +13,11 @@ from .base import Inferencer
 
 
 class SegInferencer(Inferencer):
-    """Finds the class of each pixel, by mmsegmentation; arguments of :class:`Inferencer`.
+    """Semantic segmentation with mmsegmentation. The arguments are those of :class:`Inferencer`.
 
-    A prediction has ``size``, height and width; ``areas``, the share of the image that each class
-    has, largest first; ``runs``, the labels row by row as pairs of label and number of pixels:
-    :meth:`label_map` makes an array of them.
+    A prediction has ``size``, height and width; ``areas``, the fraction of the image that each
+    class covers, largest first; ``runs``, the run-length encoded labels in row-major order, as
+    pairs of label and number of pixels, which :meth:`label_map` decodes to an array.
 
     Examples:
         >>> name = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
@@ -35,10 +35,10 @@ class SegInferencer(Inferencer):
 
     @staticmethod
     def label_map(prediction: Mapping) -> np.ndarray:
-        """Unpack the labels of a prediction.
+        """Decode the labels of a prediction.
 
         Args:
-            prediction (Mapping): One of the ``predictions``, perhaps read from its JSON file.
+            prediction (Mapping): One of the ``predictions``, or the content of its JSON file.
 
         Returns:
             np.ndarray: The label of each pixel, (H, W) uint8.
@@ -58,9 +58,9 @@ class SegInferencer(Inferencer):
         num_classes = (head[-1] if isinstance(head, (list, tuple)) else head).num_classes
         classes, palette = find_classes(self.cfg, num_classes, saved)
         classes = classes or tuple(f'class {i}' for i in range(num_classes))
-        if palette is None:  # the random colors that mmseg's data sets give to classes without
+        if palette is None:  # the same random colors as in mmseg's datasets
             palette = np.random.RandomState(42).randint(0, 255, (num_classes, 3)).tolist()
-        if num_classes == 1:  # of one channel: label 1; label 0 is the rest
+        if num_classes == 1:  # one channel predicts label 1; everything else is label 0
             classes, palette = ('background', *classes), [[0, 0, 0], *palette]
         return dict(classes=classes, palette=palette)
 

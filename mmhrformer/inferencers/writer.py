@@ -19,11 +19,11 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Result:
-    """What an inferencer found in an image.
+    """The result of an inferencer for an image.
 
     Attributes:
         picture (Picture): The image.
-        prediction (dict): The prediction in plain Python, for JSON.
+        prediction (dict): The prediction as plain Python objects, for JSON.
         sample (optional): The data sample of the framework; None after an error.
         drawn (np.ndarray, optional): The image with the prediction drawn on it, (H, W, 3) RGB.
         labels (np.ndarray, optional): The label of each pixel, (H, W) uint8.
@@ -37,21 +37,21 @@ class Result:
 
 
 class Writer:
-    """Writes results one by one, so that nothing is lost if the work stops.
+    """Writer of results, one by one, so that finished ones are kept if the run stops.
 
     Pictures go to ``visualizations/STEM.jpg`` (``.mp4`` for a video), predictions to
     ``predictions/STEM.json``, label maps to ``predictions/STEM.png`` (``STEM_NUMBER.png`` for a
-    video). Images of equal stems get numbers.
+    video). Images with the same stem are numbered.
 
     Args:
         folder (str | Path, optional): Folder to write to. Defaults to None: nothing is written.
         media (list[Picture] | Video): The inputs.
 
     Attributes:
-        files (list[str]): The files that were written.
+        files (list[str]): The written files.
 
     Raises:
-        ValueError: If the folder cannot be made.
+        ValueError: If the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path | None, media: Media) -> None:
@@ -67,7 +67,7 @@ class Writer:
             for part in ('visualizations', 'predictions'):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise ValueError(f'out_dir={str(folder)!r}: {err}. Give a folder to write to') from err
+            raise ValueError(f'out_dir={str(folder)!r}: {err}. Choose a writable folder') from err
 
     def __enter__(self) -> Writer:
         return self
@@ -79,10 +79,10 @@ class Writer:
             self._write_json(self._video.stem, self._frames)
 
     def add(self, result: Result) -> None:
-        """Write what was found in an image.
+        """Write the result for an image.
 
         Args:
-            result (Result): What was found.
+            result (Result): The result.
 
         Raises:
             ValueError: If a file cannot be written.
@@ -104,7 +104,7 @@ class Writer:
             self._write_json(stem, result.prediction)
 
     def _unused(self, stem: str) -> str:
-        """``stem``, or ``stem_1`` and so on if an image before had the same."""
+        """``stem``, or ``stem_1`` and so on if it is taken."""
         names = (f'{stem}_{number}' if number else stem for number in count())
         unused = next(name for name in names if name not in self._stems)
         self._stems.add(unused)
@@ -117,8 +117,8 @@ class Writer:
             self._encoder = cv2.VideoWriter(str(path), code, self._video.fps, size)
             if not self._encoder.isOpened():
                 raise ValueError(
-                    f'out_dir: OpenCV cannot write {path}. Check that the disk has space; an '
-                    'OpenCV with FFmpeg is needed: pip install opencv-python'
+                    f'out_dir: OpenCV cannot write {path}. Check the free disk space, and that '
+                    'OpenCV has FFmpeg: pip install opencv-python'
                 )
             self.files.append(str(path))
         self._encoder.write(pixels)
@@ -139,6 +139,6 @@ class Writer:
             write_atomically(path, content)
         except OSError as err:
             raise ValueError(
-                f'out_dir: cannot write {path} ({err.strerror}). Check that the disk has space'
+                f'out_dir: cannot write {path} ({err.strerror}). Check the free disk space'
             ) from err
         self.files.append(str(path))

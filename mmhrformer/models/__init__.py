@@ -1,4 +1,4 @@
-"""The parts of HRFormer; importing this registers them."""
+"""The backbone, heads, necks and losses of HRFormer; importing this package registers them."""
 
 from __future__ import annotations
 

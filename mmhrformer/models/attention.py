@@ -14,7 +14,7 @@ from .checks import check_attention
 
 def split_heads(qkv: Tensor, num_heads: int, head_dim: int) -> Tensor:
     """Split (B * nW, N, 3 * heads * head_dim) into (B * nW, N, 3, heads, head_dim)."""
-    # Not unflatten: torch's ONNX exporter would take the number of windows for fixed.
+    # Not unflatten: torch's ONNX exporter would make the number of windows constant.
     return qkv.reshape(*qkv.shape[:2], 3, num_heads, head_dim)
 
 
@@ -22,9 +22,9 @@ def split_heads(qkv: Tensor, num_heads: int, head_dim: int) -> Tensor:
 class LocalWindowSelfAttention(BaseModule):
     """Multi-head self-attention in non-overlapping square windows.
 
-    The map is padded with zeros to a multiple of the window, centred, before the projection to
-    query, key and value. As in the official code the padded tokens take part in the softmax
-    unless ``pad_mask`` is set.
+    The map is padded with zeros to a multiple of the window, on all sides, before the projection to
+    query, key and value. As in the official code, the padded tokens take part in the softmax unless
+    ``pad_mask`` is set.
 
     Args:
         embed_dims (int): Channels C of the map.
@@ -32,8 +32,8 @@ class LocalWindowSelfAttention(BaseModule):
         window_size (int): Side of the windows, in tokens. Defaults to 7 (paper, Section 3).
         with_rpe (bool): Whether to add a learned relative position bias to the attention
             logits. Defaults to True.
-        pad_mask (bool): Whether to keep padded tokens out of the softmax. Official checkpoints
-            were trained without. Defaults to False.
+        pad_mask (bool): Whether to exclude padded tokens from the softmax. The official
+            checkpoints were trained without it. Defaults to False.
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
@@ -70,7 +70,7 @@ class LocalWindowSelfAttention(BaseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the relative position biases anew, as Swin Transformer does."""
+        """Initialize the relative position biases as Swin Transformer does."""
         if self.relative_position_bias_table is not None:
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
@@ -78,7 +78,7 @@ class LocalWindowSelfAttention(BaseModule):
         """Attend within windows: transform a map of shape (B, H, W, C) to one of the same shape."""
         size, window, heads = x.shape[1:3], self.window_size, self.num_heads
         if ops.attends_on_map(x, self.qkv, heads, window) and self._has_stock_bias():
-            # One kernel reads the windows from the map: none is copied.
+            # One kernel reads the windows directly from the map, without copies.
             table = self.relative_position_bias_table
             return ops.attend_on_map(x, self.qkv, self.proj, table, heads, window, self.pad_mask)
         head_dim = self.embed_dims // heads
@@ -88,7 +88,7 @@ class LocalWindowSelfAttention(BaseModule):
         return window_merge(self.proj(windows), window, size)
 
     def _has_stock_bias(self) -> bool:
-        """Whether neither a subclass nor the instance has a bias that kernels do not know."""
+        """Whether the bias is not overridden: kernels support only the one defined here."""
         stock = LocalWindowSelfAttention
         return all(
             getattr(getattr(self, name), '__func__', None) is getattr(stock, name)
@@ -103,8 +103,8 @@ class LocalWindowSelfAttention(BaseModule):
             qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
 
         Returns:
-            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), of qkv's data type; None
-            for no bias.
+            Tensor | None: Bias that broadcasts to (B * nW, heads, N, N), in the data type of
+            ``qkv``; None for no bias.
         """
         bias = None
         if self.relative_position_bias_table is not None:
@@ -120,8 +120,8 @@ class LocalWindowSelfAttention(BaseModule):
     def relative_position_bias(self, dtype: torch.dtype) -> Tensor:
         """Learned bias of every pair of tokens in a window.
 
-        Pair (i, j) has row ``relative_position_index(window_size)[i, j]`` of the table. Here it is
-        found by views of the table: there is no index to be kept, moved or saved.
+        Pair (i, j) takes row ``relative_position_index(window_size)[i, j]`` of the table. Here the
+        rows are gathered by views of the table, so that no index buffer is needed.
 
         Args:
             dtype (torch.dtype): Data type of the result.
@@ -131,7 +131,7 @@ class LocalWindowSelfAttention(BaseModule):
         """
         window, N = self.window_size, self.window_size**2
         offsets = self.relative_position_bias_table.reshape(2 * window - 1, 2 * window - 1, -1)
-        # At (y, x, head, v, u) the offset (y + v, x + u); the key (window - 1 - v, window - 1 - u)
-        # is that far from the query (y, x).
+        # At (y, x, head, v, u): the table at (y + v, x + u), which is the offset between the query
+        # (y, x) and the key (window - 1 - v, window - 1 - u).
         bias = offsets.unfold(0, window, 1).unfold(1, window, 1).flip(3, 4)
         return bias.permute(2, 0, 1, 3, 4).reshape(1, -1, N, N).to(dtype)

@@ -1,4 +1,4 @@
-"""The blocks of HRFormer: the bottleneck of stage 1, the transformer block of the others."""
+"""The blocks of HRFormer: the bottleneck of stage 1 and the transformer block of the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Bottleneck(BaseModule):
     """Residual bottleneck, 1x1 - 3x3 - 1x1 convolution (ResNet).
 
     Args:
-        in_channels (int): Channels in.
+        in_channels (int): Input channels.
         mid_channels (int): Channels of the 3x3 convolution.
         depthwise (bool): Whether the 3x3 convolution is depth-wise, as in the classification
             neck. Defaults to False.
@@ -70,19 +70,19 @@ class HRFormerBlock(BaseModule):
         num_heads (int): Attention heads; must divide ``embed_dims``.
         window_size (int): Side of the attention windows, in tokens. Defaults to 7.
         mlp_ratio (float): Hidden channels of the FFN in multiples of C. Defaults to 4.
-        drop_path_rate (float): Stochastic depth rate, the probability to skip a residual path of
-            a sample in training. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate, the probability of skipping a residual path
+            of a sample in training. Defaults to 0.
         with_rpe (bool): See :class:`LocalWindowSelfAttention`. Defaults to True.
         pad_mask (bool): See :class:`LocalWindowSelfAttention`. Defaults to False.
         attn_cfg (dict): Config of the attention, without the arguments above.
         ffn_cfg (dict): Config of the FFN, without the arguments above.
         norm_cfg (dict): Config of the normalization in the FFN. Defaults to ``dict(type='BN')``.
         with_cp (bool): Whether to recompute the activations of the block in the backward pass
-            instead of keeping them: less memory, more time, equal gradients. Defaults to False.
+            instead of keeping them: less memory, more time, same gradients. Defaults to False.
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If an argument is invalid, or is in ``attn_cfg`` or ``ffn_cfg``, too.
+        ValueError: If an argument is invalid, or also set in ``attn_cfg`` or ``ffn_cfg``.
 
     Examples:
         >>> import torch

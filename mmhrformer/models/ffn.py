@@ -16,7 +16,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """3x3 depth-wise convolution, padded with zeros.
 
     Args:
-        channels (int): Channels in and out.
+        channels (int): Input and output channels.
         stride (int): Stride. Defaults to 1.
         bias (bool): Whether to learn a bias. Defaults to True.
     """
@@ -33,17 +33,17 @@ class DepthwiseConv2d(nn.Conv2d):
 class DWConvFFN(BaseModule):
     """FFN with a 3x3 depth-wise convolution, which connects the windows (paper, Figure 1b).
 
-    1x1 - 3x3 depth-wise - 1x1 convolution, each followed by batch normalization and GELU. The
-    GELU after the last one comes before the residual sum, as in the official code.
+    1x1 - 3x3 depth-wise - 1x1 convolution, each followed by batch normalization and GELU. The last
+    GELU comes before the residual sum, as in the official code.
 
     Args:
-        embed_dims (int): Channels C in and out.
+        embed_dims (int): Input and output channels C.
         feedforward_channels (int): Hidden channels; 4 C in the paper (Section 3).
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If the normalization does not fit maps of these channels.
+        ValueError: If the normalization does not work with these numbers of channels.
 
     Examples:
         >>> import torch

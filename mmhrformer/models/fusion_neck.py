@@ -19,9 +19,9 @@ from .ffn import DepthwiseConv2d
 class HRFormerFusion(BaseModule):
     """Sum of four streams in one map, for classification.
 
-    Each stream is widened by a bottleneck with a depth-wise 3x3 convolution. From the finest
-    stream on, the sum is halved in size, doubled in channels and added to the next stream; a
-    1x1 convolution widens the last sum. This is HRNet's classification head with depth-wise
+    Each stream is widened by a bottleneck with a depth-wise 3x3 convolution. Starting with the
+    finest stream, the sum is halved in size, doubled in channels and added to the next stream; a
+    1x1 convolution widens the final sum. This is HRNet's classification head with depth-wise
     convolutions, as in the official code.
 
     Args:
@@ -87,17 +87,17 @@ class HRFormerFusion(BaseModule):
             tuple[Tensor]: One map of shape (B, out_channels, H / 8, W / 8).
 
         Raises:
-            ValueError: If the number of streams or their channels are not those of the neck.
+            ValueError: If the number of streams or their channels do not match the neck.
         """
         if len(xs) != len(self.incre_modules):
             raise ValueError(
-                f'HRFormerFusion got {len(xs)} streams, it fuses {len(self.incre_modules)}: set '
+                f'HRFormerFusion got {len(xs)} streams, but expects {len(self.incre_modules)}: set '
                 "the backbone's out_indices to all of them"
             )
         channels = tuple(x.shape[1] for x in xs)
         if channels != self.in_channels:
             raise ValueError(
-                f'HRFormerFusion got streams of {channels} channels, in_channels is '
+                f'HRFormerFusion got streams of {channels} channels, but in_channels is '
                 f"{self.in_channels}: set in_channels to the channels of the backbone's arch"
             )
         total = self.incre_modules[0](xs[0])

@@ -1,4 +1,4 @@
-"""The repeated part of HRFormer's stages: blocks on each stream, then an exchange."""
+"""The module that HRFormer's stages repeat: blocks on each stream, then an exchange."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HRModule(BaseModule):
     Args:
         branches (Sequence[nn.Module]): The blocks of each stream, finest stream first.
         channels (Sequence[int]): Channels of the streams.
-        out_streams (Sequence[int]): Streams that leave the exchange; no others are computed.
+        out_streams (Sequence[int]): Streams that the exchange outputs; others are not computed.
         upsample (str): ``'nearest'`` or ``'bilinear'``, see :class:`HRFormer`.
         norm_cfg (dict): Config of the normalization.
     """
@@ -37,8 +37,8 @@ class HRModule(BaseModule):
         self.upsample = upsample
         self.out_streams = tuple(out_streams)
         self.branches = ModuleList(branches)
-        # Keys of checkpoints have the position i in them, so streams that do not leave keep their
-        # place (an Identity: mmengine's complexity analysis cannot handle None).
+        # The position i is part of the checkpoint keys, so an unused stream keeps a placeholder
+        # (an Identity: mmengine's complexity analysis cannot handle None).
         self.fuse_layers = ModuleList(
             ModuleList(self._exchange_layer(channels, i, j, norm_cfg) for j in range(len(channels)))
             if i in out_streams
@@ -49,7 +49,7 @@ class HRModule(BaseModule):
 
     @staticmethod
     def _exchange_layer(channels: Sequence[int], i: int, j: int, norm_cfg: dict) -> nn.Module:
-        """The way of stream j to the channels of stream i, and down to its size if j is finer."""
+        """Layer from stream j to the channels of stream i, and to its size if j is finer."""
         if j == i:
             return nn.Identity()
         if j > i:
@@ -75,9 +75,9 @@ class HRModule(BaseModule):
         align_corners = None if self.upsample == 'nearest' else False
         x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
         if may_differ(x.shape[-2:], size):
-            # Streams of odd size were rounded up when they were halved. The official codes
-            # correct this bilinearly: classification and segmentation (nearest) with aligned
-            # corners, pose (bilinear) without.
+            # Odd sizes were rounded up when they were halved. The official codes correct this by
+            # bilinear resizing: classification and segmentation (nearest) with aligned corners,
+            # pose (bilinear) without.
             aligned = self.upsample == 'nearest'
             x = F.interpolate(x, size=size, mode='bilinear', align_corners=aligned)
         return x
@@ -91,7 +91,7 @@ class HRModule(BaseModule):
         Returns:
             list[Tensor | None]: Streams of the same shapes, None where not in ``out_streams``.
         """
-        # The blocks work on channels-last maps: here the layout changes, once per module.
+        # The blocks work on channels-last maps: change the layout here, once per module.
         xs = [
             branch(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
             for branch, x in zip(self.branches, xs)

@@ -20,8 +20,8 @@ from .hr_module import HRModule
 STEM_CHANNELS = 64
 STAGE1_CHANNELS = STEM_CHANNELS * Bottleneck.expansion
 
-# Paper, Table 2: channels and heads of the four streams, modules of stages 2, 3 and 4. Every module
-# has two blocks on each of its streams.
+# Paper, Table 2: channels and heads of the four streams, modules of stages 2, 3 and 4. Each module
+# has two blocks per stream.
 ARCHS = {
     name: dict(channels=channels, num_heads=heads, num_modules=modules, num_blocks=2, mlp_ratio=4)
     for name, channels, heads, modules in (
@@ -33,7 +33,7 @@ ARCHS = {
 
 
 def parse_arch(arch: str | dict) -> dict:
-    """Look an architecture up, or check one that is spelled out.
+    """Look up an architecture by name, or validate a custom one.
 
     Args:
         arch (str | dict): A key of :data:`ARCHS`, or a dict with the same fields;
@@ -44,19 +44,19 @@ def parse_arch(arch: str | dict) -> dict:
 
     Raises:
         ValueError: If the name or a field is unknown, a field is missing, a list has the wrong
-            length, a number is not whole or below 1, or heads do not divide channels.
+            length, a number is not a positive integer, or heads do not divide channels.
     """
     if isinstance(arch, str) and arch in ARCHS:
         return dict(ARCHS[arch])
     if not isinstance(arch, Mapping):
-        raise ValueError(f'arch={arch!r}: choose one of {list(ARCHS)} or a dict with their fields')
+        raise ValueError(f'arch={arch!r}: choose one of {list(ARCHS)} or pass a dict of its fields')
     return checks.complete_arch(arch)
 
 
 def conv_norm_relu(
     in_channels: int, out_channels: int, stride: int, norm_cfg: dict
 ) -> tuple[nn.Module, ...]:
-    """3x3 convolution, normalization and ReLU, as a tuple of modules."""
+    """A 3x3 convolution, normalization and ReLU, as a tuple of modules."""
     return (
         nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
         build_norm_layer(norm_cfg, out_channels)[1],
@@ -68,35 +68,35 @@ def conv_norm_relu(
 class HRFormer(BaseModule):
     """High-Resolution Transformer, a backbone for dense prediction.
 
-    A stem and two bottlenecks bring the image to 1/4 of its size. Three stages follow with 2, 3
+    A stem and two bottlenecks reduce the image to 1/4 of its size. Three stages follow with 2, 3
     and 4 parallel streams at 1/4, 1/8, 1/16 and 1/32; each stage repeats a module of transformer
     blocks and an exchange between all streams. Any input of at least 32x32 pixels works.
-    Checkpoints of the official codes and of mmpose load as they are, also with another window.
+    Checkpoints of the official codes and of mmpose load directly, even with another window size.
 
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'base'`` (paper, Table 2), or a dict with
             the fields of :data:`ARCHS`. Defaults to ``'small'``.
         in_channels (int): Channels of the image. Defaults to 3.
-        window_size (int | Sequence[int]): Side of the attention windows in tokens, for all
-            streams or for each of the four. Defaults to 7 (paper, Section 3).
+        window_size (int | Sequence[int]): Side of the attention windows in tokens, one for all
+            streams or one per stream. Defaults to 7 (paper, Section 3).
         drop_path_rate (float): Stochastic depth rate of the last block; it rises linearly from
             0 over the blocks. Defaults to 0.
         attn_cfg (dict | Sequence[dict]): The registered attention of the blocks, with its own
-            options; several alternate from the first block to the last. Defaults to
+            options; several of them alternate from block to block. Defaults to
             ``dict(type='mmhrformer.LocalWindowSelfAttention')``.
         ffn_cfg (dict): The registered FFN of the blocks, with its own options. Defaults to
             ``dict(type='mmhrformer.DWConvFFN')``.
         with_rpe (bool): Whether attention has a relative position bias. Defaults to True.
-        pad_mask (bool): Whether attention ignores the padding of incomplete windows. Official
-            checkpoints were trained without. Defaults to False.
+        pad_mask (bool): Whether attention ignores the padding of incomplete windows. The official
+            checkpoints were trained without it. Defaults to False.
         upsample (str): How coarse streams are enlarged in the exchange: ``'nearest'`` as in the
-            official classification and segmentation codes, ``'bilinear'`` as in pose.
+            official classification and segmentation codes, ``'bilinear'`` as in the pose code.
             Defaults to ``'nearest'``.
         out_indices (int | Sequence[int]): Streams to return, 0 is the finest, -1 the coarsest.
-            Layers that only the others need are not built. Defaults to (0, 1, 2, 3).
-        frozen_stages (int): Stages to freeze, their statistics included: -1 none, 0 the stem,
-            1 also layer1 and transition1, up to 4. Defaults to -1.
-        norm_eval (bool): Whether batch normalization keeps its running statistics in training.
+            Layers that only other streams need are not built. Defaults to (0, 1, 2, 3).
+        frozen_stages (int): Stages to freeze, including their statistics: -1 for none, 0 for the
+            stem, 1 to also freeze layer1 and transition1, up to 4. Defaults to -1.
+        norm_eval (bool): Whether batch normalization uses its running statistics in training.
             Defaults to False.
         with_cp (bool): Whether transformer blocks recompute their activations in the backward
             pass to save memory. Defaults to False.
@@ -151,17 +151,17 @@ class HRFormer(BaseModule):
     def _block_options(
         self, drop_path_rate: float, attn_cfg: dict | Sequence[dict], common: dict
     ) -> Iterator[dict]:
-        """Options of the blocks, from the first to the last; parallel blocks have the same."""
+        """Options of the blocks, from first to last; parallel blocks share theirs."""
         attn_cfgs = attn_cfg if isinstance(attn_cfg, (list, tuple)) else [attn_cfg]
         if not attn_cfgs:
-            raise ValueError(f'attn_cfg={attn_cfg!r}: give the config of an attention, or several')
+            raise ValueError(f'attn_cfg={attn_cfg!r}: expected one or more configs of attention')
         depth = sum(self.arch['num_modules']) * self.arch['num_blocks']
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         for rate, cfg in zip(rates, cycle(attn_cfgs)):
             yield dict(common, drop_path_rate=rate, attn_cfg=cfg)
 
     def _build_stage1(self) -> None:
-        """The stem, which brings images to 1/4 of their size, and two bottlenecks."""
+        """Build the stem, which reduces images to 1/4 of their size, and two bottlenecks."""
         width, norm_cfg = STEM_CHANNELS, self.norm_cfg
         self.conv1, self.bn1, _ = conv_norm_relu(self.in_channels, width, 2, norm_cfg)
         self.conv2, self.bn2, _ = conv_norm_relu(width, width, 2, norm_cfg)
@@ -172,7 +172,7 @@ class HRFormer(BaseModule):
         )
 
     def _build_stages(self, blocks: Iterator[dict]) -> None:
-        """Stages 2 to 4, with 2, 3 and 4 streams; a transition before each adds the new one."""
+        """Build stages 2 to 4; the transition before each adds a stream."""
         channels = self.arch['channels']
         self.transition1 = self._transition((STAGE1_CHANNELS,), channels[:2])
         self.stage2 = self._stage(2, blocks)
@@ -182,7 +182,7 @@ class HRFormer(BaseModule):
         self.stage4 = self._stage(4, blocks)
 
     def _transition(self, before: Sequence[int], after: Sequence[int]) -> ModuleList:
-        """One more, half-size stream; the others pass unless their channels change."""
+        """Add a stream of half the size; the others pass through unless their channels change."""
         layers = [
             nn.Identity() if old == new else Sequential(*conv_norm_relu(old, new, 1, self.norm_cfg))
             for old, new in zip(before, after)
@@ -191,7 +191,7 @@ class HRFormer(BaseModule):
         return ModuleList([*layers, Sequential(added)])
 
     def _stage(self, num_streams: int, blocks: Iterator[dict]) -> Sequential:
-        """Modules of some streams, which take the options of their blocks one after the other."""
+        """Build the modules of a stage, which take the options of their blocks in turn."""
         channels = self.arch['channels'][:num_streams]
         streams = list(zip(channels, self.arch['num_heads'], self.window_sizes))
         out_streams = [range(num_streams)] * self.arch['num_modules'][num_streams - 2]
@@ -215,12 +215,12 @@ class HRFormer(BaseModule):
 
         Returns:
             tuple[Tensor, ...]: For each i of ``out_indices`` the stream of shape
-            (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))), in the memory format of
-            the convolutions before them: that of the images and of the weights.
+            (B, channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))), in the memory format that
+            convolutions give for these images and weights.
 
         Raises:
-            TypeError: If the input is no tensor, or of another data type than the weights.
-            ValueError: If the input has another shape or is too small.
+            TypeError: If the input is not a tensor or does not match the data type of the weights.
+            ValueError: If the input has the wrong shape or is too small.
         """
         checks.check_images(x, self.in_channels, next(self.parameters()).dtype)
         x = self.relu(self.bn1(self.conv1(x)))
@@ -232,7 +232,7 @@ class HRFormer(BaseModule):
             (self.transition2, self.stage3),
             (self.transition3, self.stage4),
         ):
-            # The new stream comes from the coarsest one.
+            # The new stream starts from the coarsest one.
             xs = stage([layer(x) for layer, x in zip(transition, [*xs, xs[-1]])])
         # The blocks work in channels-last.
         return tuple(xs[i].contiguous() if is_contiguous else xs[i] for i in self.out_indices)
@@ -250,7 +250,7 @@ class HRFormer(BaseModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> HRFormer:
-        """Set the mode; frozen stages, and with ``norm_eval`` all statistics, stay in eval."""
+        """Set the mode; frozen stages, and with ``norm_eval`` all batch norms, stay in eval."""
         super().train(mode)
         if mode:
             self._freeze_stages()
@@ -263,9 +263,9 @@ class HRFormer(BaseModule):
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter, for layer-wise learning rate decay.
 
-        The stem, layer1 and transition1 are layer 0; then every block counts, with the parallel
-        streams side by side. A transition belongs to the first block after it, an exchange to
-        the last block before it, and everything outside the backbone to the last layer.
+        The stem, layer1 and transition1 are layer 0; after that, each block is one layer, with the
+        parallel streams side by side. A transition belongs to the first block after it, an exchange
+        to the last block before it, and everything outside the backbone to the last layer.
 
         Args:
             param_name (str): Name of the parameter.
@@ -292,6 +292,6 @@ class HRFormer(BaseModule):
         return 1 + blocks_before + block, num_layers
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Every way to load a checkpoint passes here, so every dialect is understood everywhere.
+        # All ways of loading a checkpoint end here, so all formats work everywhere.
         adapt_backbone_keys(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -19,32 +19,32 @@ from torch import Tensor, nn
 from ..registry import MODELS
 
 REDUCTIONS = ('none', 'mean', 'sum')
-EPS = torch.finfo(torch.float32).eps  # as in mmseg, against a division by 0
+EPS = torch.finfo(torch.float32).eps  # against division by 0, as in mmseg
 
 
 def is_weight(value: Any) -> bool:
-    """Whether a value is a finite number of at least 0."""
+    """Whether a value is a finite, non-negative number."""
     return isinstance(value, Real) and 0 <= value < math.inf
 
 
 def check_reduction(name: str, value: str, avg_factor: Any = None) -> None:
-    """Refuse an unknown reduction, and a divisor for a sum."""
+    """Refuse an unknown reduction, and ``avg_factor`` with a sum."""
     if value not in REDUCTIONS:
         raise ValueError(f'{name}={value!r}: choose one of {REDUCTIONS}')
     if avg_factor is not None and value == 'sum':
-        raise ValueError(f"avg_factor={avg_factor!r}: leave it out for the reduction 'sum'")
+        raise ValueError(f"avg_factor={avg_factor!r}: remove it for the reduction 'sum'")
 
 
 def read_class_weight(value: Any) -> list[float] | None:
-    """Class weights of any form as a list; None stays None.
+    """Convert class weights to a list; None stays None.
 
     Args:
         value (Sequence[float] | np.ndarray | Tensor | str | Path, optional): The weights, or a
-            file of them as mmseg reads it: ``.npy``, ``.json``, ``.yml`` or ``.pkl``.
+            file with them as in mmseg: ``.npy``, ``.json``, ``.yml`` or ``.pkl``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it does not hold a number from 0 on for each class.
+        ValueError: If the weights are not non-negative numbers, one per class.
     """
     weights = value
     if isinstance(value, str | Path):
@@ -58,28 +58,28 @@ def read_class_weight(value: Any) -> list[float] | None:
         return weights
     read = '' if weights is value else f', read as {weights!r}'
     raise ValueError(
-        f'class_weight={value!r}{read}: give a number from 0 on for each class, a file of them '
-        '(.npy, .json, .yml), or None'
+        f'class_weight={value!r}{read}: expected a non-negative number per class, a file with '
+        'them (.npy, .json, .yml), or None'
     )
 
 
 @MODELS.register_module()
 class WeightedCrossEntropyLoss(nn.Module):
-    """Cross entropy, averaged over the labeled pixels by their class weights.
+    """Cross entropy, averaged over the labeled pixels with their class weights.
 
-    mmseg's own loss cannot be used with class weights when a label is ignored: it looks up the
-    weight of class 255. The calls are those of mmseg's.
+    mmseg's own loss does not support class weights together with ignored labels: it looks up the
+    weight of class 255. The interface is that of mmseg's loss.
 
     Args:
         class_weight (Sequence[float] | np.ndarray | Tensor | str | Path, optional): Weight of each
-            class, or a file of them: ``.npy``, ``.json``, ``.yml``. Defaults to None: 1.
+            class, or a file with them: ``.npy``, ``.json``, ``.yml``. Defaults to None: 1.
         loss_weight (float): Weight of the loss. Defaults to 1.
-        loss_name (str): Name in the log; only names that begin with ``loss_`` are optimized.
-            Defaults to ``'loss_ce'``.
+        loss_name (str): Name in the log; only losses whose name begins with ``loss_`` are
+            optimized. Defaults to ``'loss_ce'``.
         reduction (str): ``'mean'``, ``'sum'``, or ``'none'`` for the loss of each pixel.
             Defaults to ``'mean'``.
-        avg_non_ignore (bool): Whether the mean leaves ignored pixels out; else they count as
-            pixels of loss 0 and weight 1, as by default in mmseg. Defaults to True (official).
+        avg_non_ignore (bool): Whether the mean excludes ignored pixels; otherwise they count as
+            pixels of loss 0 and weight 1, mmseg's default. Defaults to True (official).
 
     Raises:
         ValueError: If an argument is invalid.
@@ -101,7 +101,7 @@ class WeightedCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not is_weight(loss_weight):
-            raise ValueError(f'loss_weight={loss_weight!r}: give a number from 0 on')
+            raise ValueError(f'loss_weight={loss_weight!r}: expected a non-negative number')
         check_reduction('reduction', reduction)
         self.loss_weight = loss_weight
         self.loss_name = loss_name
@@ -110,7 +110,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         weights = read_class_weight(class_weight)
         weights = None if weights is None else torch.tensor(weights, dtype=torch.float)
         self.register_buffer('class_weight', weights, persistent=False)
-        self._told_all_ignored = False
+        self._logged_all_ignored = False
 
     def forward(
         self,
@@ -126,21 +126,21 @@ class WeightedCrossEntropyLoss(nn.Module):
         Args:
             cls_score (Tensor): Class scores of shape (B, classes, H, W).
             label (Tensor): Class indices of shape (B, H, W), int64.
-            weight (Tensor, optional): Factors of the losses of the pixels, of shape (B, H, W),
-                such as a pixel sampler gives. Defaults to None: 1.
+            weight (Tensor, optional): Weights of the pixels' losses, of shape (B, H, W), as from a
+                pixel sampler. Defaults to None: 1.
             avg_factor (float, optional): Divisor of the mean. Defaults to None: the number of
                 pixels that count, or the sum of their class weights.
-            reduction_override (str, optional): ``reduction`` of this call.
-            ignore_index (int, optional): Label of pixels that do not count; None for none.
+            reduction_override (str, optional): ``reduction`` for this call.
+            ignore_index (int, optional): Label of pixels to ignore; None ignores no pixel.
                 Defaults to 255.
 
         Returns:
             Tensor: The loss, (B, H, W) or reduced to a scalar; 0 if every pixel is ignored.
 
         Raises:
-            ValueError: If an argument is invalid, or scores, labels and class weights do not fit.
+            ValueError: If an argument is invalid, or scores, labels and class weights do not match.
         """
-        # As in torch, where no label has to be ignored, -100 is.
+        # torch's default, which no label has.
         ignored = -100 if ignore_index is None else ignore_index
         reduction = reduction_override or self.reduction
         check_reduction('reduction_override', reduction, avg_factor)
@@ -154,62 +154,63 @@ class WeightedCrossEntropyLoss(nn.Module):
         return losses if reduction == 'none' else losses.sum()
 
     def _check_shapes(self, cls_score: Tensor, label: Tensor, weight: Tensor | None) -> None:
-        """Refuse scores, class weights, labels and weights that do not fit each other."""
+        """Refuse scores, class weights, labels and weights that do not match."""
         name, classes = type(self).__name__, cls_score.shape[1]
         if classes == 1:
             raise ValueError(
-                f'{name} got scores of one channel, of which the softmax is always 1: use '
+                f'{name} got scores of one channel, for which the softmax is always 1: use '
                 'num_classes=2 without out_channels, or for out_channels=1 '
                 "dict(type='mmseg.CrossEntropyLoss', use_sigmoid=True)"
             )
         if self.class_weight is not None and len(self.class_weight) != classes:
             raise ValueError(
-                f'{name}: class_weight has {len(self.class_weight)} numbers, the head '
+                f'{name}: class_weight has {len(self.class_weight)} numbers, but the head has '
                 f'{classes} classes'
             )
         shape = (len(cls_score), *cls_score.shape[2:])
         if label.shape != shape or label.dtype != torch.long:
             raise ValueError(
                 f'{name} got labels of shape {tuple(label.shape)} and {label.dtype} for scores of '
-                f'shape {tuple(cls_score.shape)}: give class indices of shape {shape}, torch.int64'
+                f'shape {tuple(cls_score.shape)}: expected class indices of shape {shape}, '
+                'torch.int64'
             )
         if weight is not None and weight.shape != shape:
             raise ValueError(
-                f'{name} got weights of shape {tuple(weight.shape)}: give one for each label, '
+                f'{name} got weights of shape {tuple(weight.shape)}: expected one per label, '
                 f'{shape}'
             )
 
     def _check_labels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> bool:
-        """Refuse labels that are no class; return whether any pixel counts."""
+        """Refuse labels that are not a class; return whether any pixel counts."""
         classes = cls_score.shape[1]
         counts = label != ignore_index
         wrong = counts & ((label < 0) | (label >= classes))
-        # A GPU would stop the program at the first wrong index, without saying which. Both
-        # questions are asked at once, since each answer waits for it.
+        # A GPU would abort on a wrong index without naming it. Both answers are read at once, as
+        # each synchronizes with the GPU.
         any_wrong, any_counts = torch.stack([wrong.any(), counts.any()]).tolist()
         if any_wrong:
             labels = label[wrong].unique()[:5].tolist()
             raise ValueError(
                 f'{type(self).__name__} got the labels {labels}, which are neither a '
                 f'class (0 to {classes - 1}, as num_classes={classes}) nor ignore_index='
-                f"{ignore_index}: correct the label maps, the data set's reduce_zero_label, or "
-                'num_classes of the head'
+                f"{ignore_index}: correct the label maps, the dataset's reduce_zero_label, or "
+                "the head's num_classes"
             )
         return any_counts
 
     def _zeros(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Losses and divisor if no pixel counts, which the log mentions once."""
-        if not self._told_all_ignored:
-            self._told_all_ignored = True
+        """Losses and divisor if no pixel counts; logs this once."""
+        if not self._logged_all_ignored:
+            self._logged_all_ignored = True
             print_log(
                 f'{type(self).__name__}: every pixel of a batch is ignored (label {ignore_index}), '
-                'its loss is 0. Check the labels if this happens often; it is said only once.',
+                'its loss is 0. Check the labels if this happens often; it is logged only once.',
                 'current',
             )
         return cls_score.sum(1) * 0, cls_score.new_ones(())
 
     def _losses(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Losses of the pixels, (B, H, W), and the divisor of their mean."""
+        """Losses of the pixels, (B, H, W), and the divisor for their mean."""
         losses = self._cross_entropy(cls_score, label, ignore_index)
         weights = torch.ones_like(losses)
         if self.class_weight is not None:
@@ -228,22 +229,22 @@ class WeightedCrossEntropyLoss(nn.Module):
 
 @MODELS.register_module()
 class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
-    """Cross entropy of the pixels that are hardest to classify, as in the official code.
+    """Cross entropy of the hardest pixels (OHEM), as in the official code.
 
-    Those whose true class has a probability below ``thresh`` count, and if they are too few, the
+    Pixels whose true class has a probability below ``thresh`` count; if these are too few, the
     ``min_kept`` least probable pixels of the batch on this device. The loss is their plain mean;
-    class weights scale the pixels, not the mean's denominator. mmseg's OHEM sampler keeps
-    ``min_kept`` for each image and averages over other counts.
+    class weights scale the losses, not the divisor. mmseg's OHEM sampler, in contrast, keeps
+    ``min_kept`` pixels per image and uses a different divisor.
 
     Args:
         thresh (float): Probability below which a pixel counts. Defaults to 0.9 (official
             scripts).
-        min_kept (int): Pixels that count at least. Defaults to 100000 (official scripts).
+        min_kept (int): Minimum number of pixels that count. Defaults to 100000 (official scripts).
         class_weight (Sequence[float], optional): As in :class:`WeightedCrossEntropyLoss`.
         loss_weight (float): Weight of the loss. Defaults to 1.
         loss_name (str): Name in the log. Defaults to ``'loss_ohem'``.
-        reduction (str): ``'mean'`` or ``'sum'`` of the pixels that count, or ``'none'``, where
-            the others have the loss 0. Defaults to ``'mean'``.
+        reduction (str): ``'mean'`` or ``'sum'`` over the pixels that count, or ``'none'``, with
+            loss 0 for the others. Defaults to ``'mean'``.
 
     Raises:
         ValueError: If ``thresh`` is not in (0, 1] or ``min_kept`` < 1.
@@ -260,9 +261,9 @@ class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
     ) -> None:
         super().__init__(class_weight, loss_weight, loss_name, reduction)
         if not 0 < thresh <= 1:
-            raise ValueError(f'thresh={thresh}: choose a probability in (0, 1]')
+            raise ValueError(f'thresh={thresh}: expected a probability in (0, 1]')
         if min_kept < 1:
-            raise ValueError(f'min_kept={min_kept}: choose a number of pixels of at least 1')
+            raise ValueError(f'min_kept={min_kept}: expected a positive number of pixels')
         self.thresh = thresh
         self.min_kept = min_kept
 
@@ -273,11 +274,11 @@ class OHEMCrossEntropyLoss(WeightedCrossEntropyLoss):
         return losses * counts, counts.sum()
 
     def _hard_pixels(self, cls_score: Tensor, label: Tensor, ignore_index: int) -> Tensor:
-        """Booleans of shape (B, H, W): the pixels whose losses are averaged."""
+        """Mask of the pixels whose losses are averaged, of shape (B, H, W)."""
         valid = label != ignore_index
         true_class = label.masked_fill(~valid, 0).unsqueeze(1)
         probability = cls_score.softmax(1).gather(1, true_class).squeeze(1)  # (B, H, W)
-        # The official code always ranks the first pixel of the batch, even an ignored one.
+        # The official code always ranks the first pixel of the batch, even if it is ignored.
         valid[(0,) * valid.dim()] = True
         ranked = probability[valid]
         bound = ranked.kthvalue(min(self.min_kept + 1, len(ranked))).values

@@ -1,7 +1,7 @@
 """Object-contextual representations (OCR) for mmseg's CascadeEncoderDecoder.
 
-Unlike mmseg's own OCR head, convolutions keep their bias in front of batch normalization: the
-official segmentation checkpoints have them.
+Unlike in mmseg's own OCR head, convolutions before batch normalization have a bias, as in the
+official segmentation checkpoints.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ..ops.state import modes
 from ..registry import MODELS
-from .checks import as_indices, check_norm_cfg, check_probability, check_whole, is_whole
+from .checks import as_indices, check_norm_cfg, check_positive_int, check_probability, is_integer
 
 
 def conv_norm_act(
     head: BaseDecodeHead, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
 ) -> Sequential:
-    """Convolution with bias, and the normalization and activation of a head, if it has any."""
+    """Convolution with bias, followed by the head's normalization and activation, if any."""
     options = dict(padding=kernel_size // 2, groups=groups)
     layers = [build_conv_layer(head.conv_cfg, in_channels, out_channels, kernel_size, **options)]
     if head.norm_cfg is not None:
@@ -36,17 +36,17 @@ def conv_norm_act(
 
 
 def base_options(kind: type, options: dict) -> dict:
-    """Arguments of a head in the form that mmseg's ``BaseDecodeHead`` takes: plain numbers."""
+    """Convert arguments of a head to what mmseg's ``BaseDecodeHead`` accepts: plain numbers."""
     outputs = {name: options.get(name) for name in ('num_classes', 'out_channels')}
     if outputs['out_channels'] is None:
-        # Said, since mmseg advises one channel for two classes otherwise.
+        # Set explicitly: otherwise mmseg warns that two classes need only one channel.
         outputs['out_channels'] = outputs['num_classes']
     if 1 in outputs.values():
         given = ', '.join(f'{name}={count}' for name, count in outputs.items())
         raise ValueError(
-            f'{kind.__name__}: {given}: OCR compares the regions of classes, which takes two '
-            'channels at least: use num_classes=2 (background and foreground) without '
-            'out_channels and threshold, in both heads'
+            f'{kind.__name__}: {given}: OCR compares the regions of classes, which takes at least '
+            'two channels: use num_classes=2 (background and foreground) without out_channels '
+            'and threshold, in both heads'
         )
     inputs = {name: options[name] for name in ('in_channels', 'in_index') if name in options}
     plain = {name: as_indices(value) for name, value in inputs.items()}
@@ -55,39 +55,39 @@ def base_options(kind: type, options: dict) -> dict:
     if is_mixed or len({len(values) for values in plain.values()}) > 1:
         given = ', '.join(f'{name}={value!r}' for name, value in inputs.items())
         raise ValueError(
-            f"{kind.__name__}: {given}: with input_transform='resize_concat' give lists of equal "
-            'lengths, without input_transform one number each'
+            f'{kind.__name__}: {given}: expected lists of equal length with '
+            "input_transform='resize_concat', or one number each without input_transform"
         )
     plain = {name: values if several else values[0] for name, values in plain.items()}
     return {**options, **plain, 'out_channels': outputs['out_channels']}
 
 
 def check_options(head: BaseDecodeHead, kernel_size: int, groups: int, **channels: int) -> None:
-    """Refuse options that mmseg builds silently, or fails at later.
+    """Refuse options that mmseg accepts silently or fails on later.
 
-    ``channels`` are numbers of channels by the names of their arguments.
+    ``channels`` are numbers of channels, by argument name.
     """
     channels['channels'] = head.channels
     for name, value in dict(channels, num_classes=head.num_classes).items():
-        check_whole(name, value)
-    if not is_whole(kernel_size, 1) or kernel_size % 2 == 0:
-        raise ValueError(f'kernel_size={kernel_size!r}: give an odd number, such as 3')
+        check_positive_int(name, value)
+    if not is_integer(kernel_size, 1) or kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size={kernel_size!r}: expected an odd number, such as 3')
     if head.input_transform == 'multiple_select':
         raise ValueError(
             "input_transform='multiple_select': choose 'resize_concat' for several streams, or "
             'None for one'
         )
-    if not is_whole(groups, 1) or head.in_channels % groups or head.channels % groups:
+    if not is_integer(groups, 1) or head.in_channels % groups or head.channels % groups:
         raise ValueError(
-            f'groups={groups!r}: give a number that divides the {head.in_channels} channels of the '
-            f'streams and channels={head.channels}'
+            f'groups={groups!r}: expected a number that divides the {head.in_channels} channels of '
+            f'the streams and channels={head.channels}'
         )
     check_probability('dropout_ratio', head.dropout_ratio)
     if head.norm_cfg is not None:
         check_norm_cfg(head.norm_cfg, channels.values())
     for name, cfg in dict(act_cfg=head.act_cfg, conv_cfg=head.conv_cfg).items():
         if cfg is not None and not (isinstance(cfg, Mapping) and 'type' in cfg):
-            raise ValueError(f'{name}={cfg!r}: give a config, dict(type=...), or None')
+            raise ValueError(f'{name}={cfg!r}: expected a config, dict(type=...), or None')
 
 
 def select_inputs(head: BaseDecodeHead, inputs: Sequence[Tensor]) -> Tensor:
@@ -96,21 +96,21 @@ def select_inputs(head: BaseDecodeHead, inputs: Sequence[Tensor]) -> Tensor:
     indices = [head.in_index] if isinstance(head.in_index, int) else head.in_index
     if not all(-len(inputs) <= index < len(inputs) for index in indices):
         raise ValueError(
-            f'{name} got {len(inputs)} streams, in_index is {head.in_index}: set in_index, or the '
-            "backbone's out_indices, so that each index has a stream"
+            f'{name} got {len(inputs)} streams, but in_index is {head.in_index}: set in_index or '
+            "the backbone's out_indices so that each index has a stream"
         )
     x = head._transform_inputs(inputs)
     if x.shape[1] != head.in_channels:
         raise ValueError(
-            f'{name} got streams of {[x.shape[1] for x in inputs]} channels, in_channels is '
-            f'{head.in_channels} in all for in_index={head.in_index}: set in_channels to the '
+            f'{name} got streams of {[x.shape[1] for x in inputs]} channels, but in_channels is '
+            f'{head.in_channels} in total for in_index={head.in_index}: set in_channels to the '
             "channels of the backbone's streams"
         )
     return x
 
 
 class ObjectAttention(nn.Module):
-    """Attention of pixels to object regions, by ``key_channels`` channels, in layers of a head."""
+    """Attention of pixels to object regions, with ``key_channels`` channels."""
 
     def __init__(self, head: BaseDecodeHead, channels: int, key_channels: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class ObjectAttention(nn.Module):
         value = self.f_down(regions).flatten(2).transpose(1, 2)  # (B, classes, K)
         relation = (query @ key * self.scale).softmax(-1)  # (B, H * W, classes)
         context = (relation @ value).transpose(1, 2)  # (B, K, H * W)
-        # Not unflatten, for exporters that write old opsets, such as mmdeploy's.
+        # Not unflatten, which exporters to old opsets, such as mmdeploy's, do not support.
         return self.f_up(context.reshape(*context.shape[:2], *pixels.shape[-2:]))
 
 
@@ -144,8 +144,8 @@ class ObjectAttention(nn.Module):
 class OCRHead(BaseCascadeDecodeHead):
     """The OCR head of the official HRFormer segmentation code.
 
-    The second head of a ``CascadeEncoderDecoder``, after :class:`OCRAuxHead`, whose logits tell
-    which pixels make up the region of each class. The defaults are the official "v2"; "v3" has
+    It is the second head of a ``CascadeEncoderDecoder``, after :class:`OCRAuxHead`, whose logits
+    define the region of each class. The defaults are the official "v2"; "v3" has
     ``kernel_size=7`` and as many ``groups`` as divide both numbers of channels, in both heads.
 
     Args:
@@ -213,11 +213,11 @@ class OCRHead(BaseCascadeDecodeHead):
 
 
 def origin_of(head: nn.Module, inputs: Sequence[Tensor]) -> tuple[list, list]:
-    """Everything that the logits of a head depend on.
+    """Fingerprint of everything that the logits of a head depend on.
 
     Returns:
-        tuple[list, list]: Modes, and identities and versions of tensors, to be compared; and the
-        tensors, to be held so that no others get their identities.
+        tuple[list, list]: Modes, and the ids and versions of tensors, for comparison; and the
+        tensors themselves, to be kept alive so that their ids are not reused.
     """
     tensors = [*inputs, *head.parameters(), *head.buffers()]
     versions = [(id(x), None if x.is_inference() else x._version) for x in tensors]
@@ -225,9 +225,9 @@ def origin_of(head: nn.Module, inputs: Sequence[Tensor]) -> tuple[list, list]:
 
 
 class StepLosses(dict):
-    """Losses of a training step, with their logits and the origin of these, until it ends.
+    """Losses of a training step, together with their logits and the origin of the logits.
 
-    The backward pass drops the logits. ``origin`` comes from :func:`origin_of`.
+    The backward pass drops the logits. ``origin`` is the result of :func:`origin_of`.
     """
 
     def __init__(self, losses: dict, logits: Tensor, origin: tuple[list, list]) -> None:
@@ -242,19 +242,19 @@ class StepLosses(dict):
         self.logits, self.origin = None, ([], [])
 
 
-# Of each auxiliary head, the losses that its last `loss` returned, for as long as they are held.
+# Losses from the last call of `loss` of each auxiliary head, as long as the caller keeps them.
 _LOSSES: WeakKeyDictionary[nn.Module, ref[StepLosses]] = WeakKeyDictionary()
 
 
 @MODELS.register_module()
 class OCRAuxHead(BaseDecodeHead):
-    """The auxiliary head in front of :class:`OCRHead`: convolution and classifier.
+    """The auxiliary head before :class:`OCRHead`: convolution and classifier.
 
     mmseg's ``CascadeEncoderDecoder`` runs its first head twice in a training step, in ``loss`` and
-    in ``forward``, which would update the statistics of batch normalization twice and cost a tenth
-    of the step. Neither call knows of the other, but the losses that the first one returns live as
-    long as the step. They carry the logits; while they are held and nothing has changed that the
-    logits depend on, the next ``forward`` returns these logits.
+    in ``forward``, which would update the statistics of batch normalization twice and take a tenth
+    of the step's time. To avoid that, the losses that ``loss`` returns carry the logits. As long as
+    the losses are alive and nothing that the logits depend on has changed, the next ``forward``
+    returns these logits.
 
     Args:
         kernel_size (int): Side of the kernel of the convolution. Defaults to 3.
@@ -299,7 +299,7 @@ class OCRAuxHead(BaseDecodeHead):
         return self.cls_seg(self.conv(select_inputs(self, inputs)))
 
     def loss(self, inputs: Sequence[Tensor], batch_data_samples: list, train_cfg: dict) -> dict:
-        """Compute the losses, see mmseg's ``BaseDecodeHead``; they carry the logits."""
+        """Compute the losses, see mmseg's ``BaseDecodeHead``; the result carries the logits."""
         _LOSSES.pop(self, None)
         logits = self.forward(inputs)
         losses = self.loss_by_feat(logits, batch_data_samples)

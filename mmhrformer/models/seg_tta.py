@@ -14,21 +14,20 @@ from ..registry import MODELS
 class SumLogitsTTAModel(SegTTAModel):
     """Sum of the logits of all scales and flips, as in the official code.
 
-    mmseg's own model averages probabilities. The results with several scales in the paper come
-    from sums of logits. Models with one channel (``out_channels=1``) predict its probability;
-    their threshold is for the mean of the logits.
+    mmseg's own model averages probabilities, but the multi-scale results in the paper come from
+    sums of logits. Models with one channel (``out_channels=1``) predict its probability, from the
+    mean of the logits, which their threshold applies to.
 
     Args:
-        module (dict | nn.Module): The segmentor; the stock test tool puts the model of the config
-            here.
+        module (dict | nn.Module): The segmentor; the stock test tool passes the config's model.
     """
 
     def merge_preds(self, data_samples_list: list[list[SegDataSample]]) -> list[SegDataSample]:
-        """Merge the predictions for each image.
+        """Merge the predictions of each image.
 
         Args:
-            data_samples_list (list[list[SegDataSample]]): For each image its predictions, with
-                logits (classes, H, W) of the original size.
+            data_samples_list (list[list[SegDataSample]]): The predictions of each image, with
+                logits (classes, H, W) at the original size.
 
         Returns:
             list[SegDataSample]: For each image the first prediction, with the merged logits and
@@ -38,7 +37,7 @@ class SumLogitsTTAModel(SegTTAModel):
         for samples in data_samples_list:
             scores = torch.stack([sample.seg_logits.data for sample in samples])
             if scores.shape[1] == 1:
-                # Probabilities of 0 and 1 have logits again, as far as the numbers tell.
+                # Back to logits, clamped for probabilities of 0 and 1.
                 scores = scores.logit(eps=torch.finfo(scores.dtype).eps).mean(0).sigmoid()
                 labels = (scores > self.module.decode_head.threshold).to(scores)
             else:

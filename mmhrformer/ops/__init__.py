@@ -1,9 +1,10 @@
-"""The functions of the model that have a plain form and fast forms.
+"""Operators of the model that have a reference form and faster ones.
 
-The model says what is computed, this package decides how. :func:`backend` picks a form by device,
-data type and what traces or transforms the computation; nothing else in the package asks.
+The model says what is computed, this package decides how: :func:`backend` picks the form of an
+operator by device, data type, and whether the computation is traced or transformed. Nothing else
+in the package makes such decisions.
 
-``ops.use('reference')`` forces the plain forms, and so does the environment variable
+``ops.use('reference')`` forces the reference forms, and so does the environment variable
 ``MMHRFORMER_OPS=reference``.
 """
 
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def dispatched(function: Callable) -> Callable:
-    """A function that calls the form which :func:`backend` picks by the first argument."""
+    """Wrap an operator so that it runs in the form that :func:`backend` picks for its input."""
 
     @wraps(function)
     def run(x: Tensor, *args, **kwargs):
@@ -61,7 +62,7 @@ fork_layer_norm = dispatched(reference.fork_layer_norm)
 norm_gelu_conv = dispatched(reference.norm_gelu_conv)
 pointwise_conv = dispatched(reference.pointwise_conv)
 window_attention = dispatched(reference.window_attention)
-# Without a plain form: the functions that ask come first.
+# The attends_* and has_* operators tell whether the kernels without a reference form apply.
 attends_on_map = dispatched(reference.attends_on_map)
 attend_on_map = dispatched(kernels.attend_on_map)
 map_attention = dispatched(kernels.map_attention)

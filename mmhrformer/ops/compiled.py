@@ -1,4 +1,4 @@
-"""Forms for compilers: the plain ones, which they merge, and attention as one operator."""
+"""Forms for compilers: the reference forms, which they fuse, and attention by SDPA."""
 
 from __future__ import annotations
 

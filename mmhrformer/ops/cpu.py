@@ -1,4 +1,4 @@
-"""Forms for CPUs. Each has its gain beside it; more of them in docs/benchmarks.md."""
+"""Forms for CPUs. The comments give the gain of each; see also docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import recompute, reference, sdpa
 from .state import autocast_dtype, needs_grad
 
-# Inference of HRFormer-S takes 1.02 to 1.08 times as long without. Before torch 2.3, attention with
-# a mask is the plain formula, in slower steps than ours.
+# Inference of HRFormer-S takes 1.02 to 1.08 times as long without it. Before torch 2.3, SDPA with a
+# mask falls back to separate operators, slower than ours.
 HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')
-# A training step of HRFormer-S takes 3.4 times as long without on torch 2.1: the backward pass of a
-# depth-wise convolution takes 6 to 25 times as long on channels-last memory there, and a third to
-# two thirds as long on torch 2.13. The versions between were not measured.
+# A training step of HRFormer-S takes 3.4 times as long without it on torch 2.1, where the backward
+# pass of a depth-wise convolution takes 6 to 25 times as long on channels-last memory. On torch
+# 2.13 it takes a third to two thirds as long. The versions in between were not measured.
 DEPTHWISE_BACKWARD_IS_CONTIGUOUS = digit_version(TORCH_VERSION) < digit_version('2.13')
-# oneDNN's convolution with an activation at its end, which torch.compile uses, too. Without, folded
+# oneDNN's convolution with a fused activation, which torch.compile uses as well. Without it, folded
 # HRFormer-S takes 1.07 to 1.09 times as long (batch 8, 512x1024; one image of 256x192: 1.0).
 ONEDNN_CONVOLUTION = None
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
@@ -27,9 +27,10 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolut
 
 
 def head_padding(head_dim: int) -> int:
-    """Zeros to append to each head, so that rows have a multiple of 8: 1 for 39, but none for 18.
+    """Number of zeros to append to each head for a multiple of 8: 1 for 39, but none for 18.
 
-    Without, folded HRFormer-B takes 1.02 (one image) to 1.08 times as long (eight, torch 2.13).
+    Without them, folded HRFormer-B takes 1.02 (one image) to 1.08 times as long (eight images,
+    torch 2.13).
     """
     missing = -head_dim % 8
     return missing if missing * 8 <= head_dim else 0
@@ -63,10 +64,10 @@ class ContiguousBackward(torch.autograd.Function):
         """Gradients of the map, of shape (B, C, H, W), the weight and the bias."""
         x, weight = ctx.saved_tensors
         is_contiguous = x.is_contiguous()
-        x, grad = x.contiguous(), grad.contiguous()  # lets go of what is computed again, too
+        x, grad = x.contiguous(), grad.contiguous()  # also releases recomputed tensors
         C = len(weight)
-        # With one input channel both formats of the weight are the same memory under other
-        # strides, and torch goes by the strides.
+        # With one input channel, both memory formats of the weight have the same layout but
+        # different strides, and torch decides by the strides.
         weight = weight.reshape(-1).view(weight.shape)
         options = ([ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], C)
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
@@ -89,7 +90,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """See :func:`mmhrformer.ops.conv_gelu`."""
-    # Autocast knows nothing of the kernel, which would go on in float32.
+    # Autocast does not apply to this operator, which would run in float32.
     plain = x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype('cpu')
     if ONEDNN_CONVOLUTION is None or plain:
         return reference.conv_gelu(x, conv)
@@ -100,7 +101,7 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
     """See :func:`mmhrformer.ops.norm_gelu_conv`.
 
-    In inference GELU is in place, without which HRFormer-S takes 1.06 to 1.07 times as long at
+    In inference GELU runs in place. Otherwise HRFormer-S takes 1.06 to 1.07 times as long at
     512x1024 (256x192: 1.00).
     """
     if torch.is_grad_enabled() or not recompute.is_plain(norm, _BatchNorm):

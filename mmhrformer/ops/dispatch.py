@@ -1,4 +1,4 @@
-"""Which form of a function runs: the one place that looks at device, gradients and tracing."""
+"""Choice of an operator's form: the only place that looks at device, gradients and tracing."""
 
 from __future__ import annotations
 
@@ -22,50 +22,51 @@ BACKENDS = {
     'kernels': kernels,
 }
 VARIABLE = 'MMHRFORMER_OPS'
-# Functions that a form does not have are those of a plainer one.
+# A form inherits what it does not define from a plainer one.
 for form, plainer in ((compiled, reference), (cpu, reference), (cuda, reference), (kernels, cuda)):
     for name in reference.__all__:
         vars(form).setdefault(name, getattr(plainer, name))
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Pick the module whose functions suit a tensor.
+    """Pick the module with the forms of the operators that suit a tensor.
 
     Args:
-        x (Tensor): First input of the function.
+        x (Tensor): First input of the operator.
 
     Returns:
-        ModuleType: ``compiled`` under a compiler, ``reference`` if it was asked for, in tracing,
-        export and transforms of ``torch.func``, else what suits the device: ``cpu``; ``cuda``, or
-        where no gradient will come back and Triton can run ``kernels``; ``reference`` for others.
+        ModuleType: ``compiled`` under a compiler; the requested form, if any; ``reference`` in
+        tracing, export and transforms of ``torch.func``; otherwise by device: ``cpu``; ``kernels``
+        on a GPU where no gradients are needed and Triton can run, else ``cuda``; ``reference`` on
+        other devices.
 
     Raises:
-        ValueError: If a form was asked for that is unknown or cannot run.
+        ValueError: If the requested form is unknown or cannot run.
     """
     if is_compiling():
         return compiled
     name = forced.get() or os.environ.get(VARIABLE)
     if name:
         if _check(name) == 'kernels' and (reason := why_not(x.device)):
-            raise ValueError(f'{VARIABLE} or ops.use asks for kernels, but {reason}')
+            raise ValueError(f'{VARIABLE} or ops.use requests the kernels, but {reason}')
         return BACKENDS[name]
     if torch.jit.is_tracing() or is_transformed():
         return reference
     if x.is_cuda:
-        # In training only within CUDA graphs, see prefer_kernels.
+        # For training, only CUDA graphs use the kernels, see prefer_kernels.
         return cuda if needs_grad(x) or why_not(x.device) else kernels
     return cpu if x.device.type == 'cpu' else reference
 
 
 def describe() -> str:
-    """Say which forms the functions have here, and why.
+    """Describe which forms of the operators run here, and why.
 
     Returns:
         str: Such as ``'kernels in inference, cuda in training (Triton 3.6.0)'``, ``'cpu'`` or
         ``'reference: MMHRFORMER_OPS'``.
 
     Raises:
-        ValueError: If the form that was asked for is unknown or cannot run.
+        ValueError: If the requested form is unknown or cannot run.
     """
     x = torch.empty(0, device='cuda' if torch.cuda.is_available() else 'cpu')
     names = []
@@ -73,20 +74,20 @@ def describe() -> str:
         with torch.enable_grad():
             names.append(backend(x).__name__.rpartition('.')[2])
     inference, training = names
-    said = (
+    text = (
         inference if inference == training else f'{inference} in inference, {training} in training'
     )
     if 'kernels' in names:
         import triton
 
-        said += f' (Triton {triton.__version__})'
+        text += f' (Triton {triton.__version__})'
     reason = VARIABLE if os.environ.get(VARIABLE) else x.is_cuda and why_not(x.device)
-    return f'{said}: {reason}' if reason else said
+    return f'{text}: {reason}' if reason else text
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force a form of all functions in this thread; compilers keep their own.
+    """Force one form of all operators in this thread; compiled code keeps its own.
 
     Args:
         name (str): A key of :data:`BACKENDS`, such as ``'reference'``.
@@ -110,16 +111,16 @@ def use(name: str) -> Iterator[None]:
 
 @contextmanager
 def prefer_kernels(device: torch.device) -> Iterator[None]:
-    """Take the kernels in training, too, where they can run and no form was asked for.
+    """Use the kernels in training as well, if they can run and no form was requested.
 
-    In a CUDA graph a training step of HRFormer-S takes 0.58 times as long with them, of -B 0.57;
-    launched one by one it may take longer: docs/benchmarks.md.
+    In a CUDA graph they shorten a training step of HRFormer-S to 0.58 times, of HRFormer-B to 0.57
+    times. Launched one by one, they may take longer: see docs/benchmarks.md.
 
     Args:
-        device (torch.device): Where the training runs.
+        device (torch.device): Device of the training.
     """
-    asked = forced.get() or os.environ.get(VARIABLE)
-    plain = asked or device.type != 'cuda' or why_not(device)
+    requested = forced.get() or os.environ.get(VARIABLE)
+    plain = requested or device.type != 'cuda' or why_not(device)
     with nullcontext() if plain else use('kernels'):
         yield
 
@@ -127,7 +128,7 @@ def prefer_kernels(device: torch.device) -> Iterator[None]:
 def _check(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(
-            f"{name!r} is no form of mmhrformer's operators ({VARIABLE}, ops.use): choose one of "
-            f'{list(BACKENDS)}'
+            f"{name!r} is not a form of mmhrformer's operators ({VARIABLE}, ops.use): choose one "
+            f'of {list(BACKENDS)}'
         )
     return name

@@ -1,4 +1,4 @@
-"""Triton kernels, on GPUs, where they fit; else what :mod:`.cuda` has."""
+"""Triton kernels for GPUs where they apply; the forms of :mod:`.cuda` otherwise."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .triton_support import DTYPES, direct
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
-# Where the linear kernel was measured. In float32, of which it makes three products of TF32, it was
-# not; there cuBLAS stays.
+# Data types for which the linear kernel was measured. It was not in float32, where it computes
+# three TF32 products; cuBLAS is used there.
 LINEAR_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @cache
 def why_not(device: torch.device) -> str:
-    """Tell why the kernels cannot run on a device; empty if they can, for which one is tried."""
+    """Reason why the kernels cannot run on a device, empty if a trial run succeeds."""
     return triton_support.why_not(device) or try_kernel(device)
 
 
 def try_kernel(device: torch.device) -> str:
-    """Compile and run a small kernel, for which Triton needs a C compiler; why that failed.
+    """Compile and run a small kernel, which takes a C compiler; return why it failed, or ''.
 
-    Around Triton's own launch, too: where that does something else it is given up.
+    The direct launch, without Triton's own, is tried as well, and disabled if its result differs.
     """
     from . import triton_launch
     from .triton_layer_norm import layer_norm
@@ -55,9 +55,9 @@ def try_kernel(device: torch.device) -> str:
 
 
 def channel_padding(channels: int) -> int:
-    """Zeros to append to the streams of a folded backbone, so that rows are whole 16 bytes.
+    """Number of zero channels that align the rows of a folded backbone's streams to 16 bytes.
 
-    None where they would be more than an eighth, as for 18 channels.
+    None if they would add more than an eighth, as with 18 channels.
     """
     missing = -channels % 8
     return missing if missing * 8 <= channels else 0
@@ -97,7 +97,7 @@ def attend_on_map(
     Returns:
         Tensor: Map of shape (B, H, W, C).
     """
-    # Heads of 39 channels get a zero more, in the weights: else a thread loads 2 bytes at a time
+    # Pad heads of 39 channels to 40, in the weights: otherwise a thread loads 2 bytes at a time
     # instead of 16.
     head_dim = qkv.out_features // 3 // heads
     missing = head_padding(head_dim)
@@ -124,13 +124,13 @@ def map_attention(
     scale: float,
     pad_mask: bool = False,
 ) -> Tensor:
-    """Window attention that reads the windows from the map: none is copied.
+    """Window attention that reads the windows directly from the map, without copies.
 
     Args:
         qkv (Tensor): Queries, keys and values of shape (B, H, W, 3 * heads * head_dim).
-        pad (Tensor): Those of a padded token, of shape (3 * heads * head_dim,): the bias of the
-            projection. Its gradient is that of the bias in all tokens, so that ``qkv`` is to be
-            projected with ``pad.detach()``.
+        pad (Tensor): Query, key and value of a padded token, of shape (3 * heads * head_dim,):
+            the bias of the projection. Its gradient is that of the bias in all tokens, so project
+            ``qkv`` with ``pad.detach()``.
         table (Tensor, optional): Relative position biases, ((2 * window - 1)**2, heads).
         heads (int): Attention heads.
         window (int): Side of the windows, in tokens.
@@ -204,11 +204,11 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
     from .triton_attention import attention_forward
     from .triton_conv import depthwise_forward, linear_forward
 
-    # Looking up parts and whether calls are recorded takes as long as launching: once each.
+    # Look up modules and the recording state once each: that takes as long as launching.
     attend, linear, depthwise = direct(x, attention_forward, linear_forward, depthwise_forward)
     attn, ffn = block.attn, block.ffn
     qkv, proj, fc1, dw3x3, fc2 = attn.qkv, attn.proj, ffn.fc1, ffn.dw3x3, ffn.fc2
-    (channels,) = block.norm1.normalized_shape  # of which padded maps have more
+    (channels,) = block.norm1.normalized_shape  # padded maps have more
     y = linear(x, qkv.weight, qkv.bias, False, None, block.norm1.eps, channels)
     y = attend(y, attn.pad, attn.table, attn.num_heads, attn.window_size, 1.0, False)
     x = linear(y, proj.weight, proj.bias, False, x, None)  # (B, H, W, C)
@@ -226,8 +226,8 @@ def fork_layer_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     dtype = autocast_dtype(x.device.type) or x.dtype
     if not fits or x.dtype not in DTYPES or x.shape[-1] > MAX_CHANNELS:
         return norm(x), x
-    # Under autocast torch's is float32, which the next layer would read only to round it to the
-    # data type that this is in already.
+    # Under autocast torch's result would be float32, which the next layer would cast to the data
+    # type that this result already has.
     return kernel(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
@@ -278,8 +278,8 @@ def fits_norm(norm: nn.Module) -> bool:
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
     """See :func:`mmhrformer.ops.norm_gelu_conv`.
 
-    As in :mod:`.recompute`, but normalization and GELU are one kernel, which keeps its input
-    alone, and of the statistics nothing is computed again.
+    As in :mod:`.recompute`, but normalization and GELU are one kernel that keeps only its input,
+    and the statistics are not recomputed.
     """
     if not (fits_norm(norm) and x.dtype in DTYPES and len(x)):
         return cuda.norm_gelu_conv(x, norm, conv)
@@ -295,7 +295,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
 
 
 def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """Compute the statistics of a map; the function that normalizes it by them, with GELU."""
+    """Compute the statistics of a map; return a function that normalizes it and applies GELU."""
     from .triton_norm import normalize_gelu
 
     statistics, group, eps, training, _ = measure_map(x, norm)
@@ -304,9 +304,9 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
 
 
 def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
-    """Statistics to normalize a map by, and who shares them; eps, whether they are its own, GELU.
+    """Statistics of a map, group that shares them, eps, whether computed from the map, GELU.
 
-    The running ones are updated.
+    Running statistics are updated.
     """
     from .triton_norm import batch_statistics
 
@@ -326,8 +326,9 @@ def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
 
 
 def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
-    """See :func:`mmhrformer.ops.add_path`: one pass instead of three, and in the backward pass one
-    instead of two.
+    """See :func:`mmhrformer.ops.add_path`.
+
+    One pass over the map instead of three, and one instead of two in the backward pass.
     """
     drops = is_plain(drop, DropPath) and drop.training and drop.drop_prob > 0
     if not drops or x.dtype != path.dtype:
@@ -339,7 +340,7 @@ def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
 
 
 def sync_group(norm: _BatchNorm) -> dist.ProcessGroup | None:
-    """The processes with which a normalization shares its statistics."""
+    """The process group in which a normalization shares its statistics, None if alone."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):

@@ -1,4 +1,4 @@
-"""Less memory in training: cheap steps are computed again in the backward pass."""
+"""Activation recomputation: cheap steps are recomputed in the backward pass to save memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from . import reference
 from .state import in_same_form, is_compiling, needs_grad
 
-# Whether something around is recomputed as a whole already.
+# Whether the code runs inside a recomputed call.
 _inside: ContextVar[bool] = ContextVar('mmhrformer_recompute', default=False)
 
 
 def is_recomputed() -> bool:
-    """Whether something around will be computed again, so that nothing in it need be."""
+    """Whether an enclosing call is recomputed as a whole, so that nothing inside needs to be."""
     return _inside.get()
 
 
 @contextmanager
 def frozen_running_stats(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of normalizations while a forward pass is recomputed."""
+    """Leave the running statistics of normalizations unchanged during a recomputation."""
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -42,7 +42,7 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
 
 
 def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tensor:
-    """Call a function, keep nothing of it, and call it again in the backward pass.
+    """Call a function without keeping its activations, and call it again in the backward pass.
 
     Args:
         module (nn.Module): Module whose running statistics are updated by the first call only.
@@ -54,7 +54,7 @@ def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tens
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    if is_compiling():  # compiled code updates running statistics once in any case
+    if is_compiling():  # compiled code updates running statistics only once
         return checkpoint(function, *args, use_reentrant=False)
     calls = count()
 
@@ -71,17 +71,17 @@ def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tens
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
-    """Whether a module computes what one of some classes does, and nothing else happens.
+    """Whether a module is an unmodified instance of one of some classes.
 
-    Not so if it has a forward function, compiled code, a parametrization or hooks of its own, as
-    what LoRA, quantization, pruning, FSDP and the like make of modules.
+    It is not if it has its own forward function, compiled code, a parametrization or hooks, as
+    with LoRA, quantization, pruning, FSDP and the like.
 
     Args:
         module (nn.Module): The module.
         *kinds (type): The classes, such as ``nn.Conv2d``.
 
     Returns:
-        bool: Whether it can be called again, or folded, without a difference.
+        bool: Whether recomputing or folding the module gives the same result as calling it.
     """
     forward = type(module).forward
     for kind in kinds:
@@ -100,20 +100,21 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         or hooks._global_backward_pre_hooks
     )
     compiled = getattr(module, '_compiled_call_impl', None) is not None
-    # As is_parametrized(), whose getattr() of what a module does not have takes 2 us.
+    # Like is_parametrized(), whose failing getattr() takes 2 us.
     parametrized = 'parametrizations' in module._modules
     changed = 'forward' in vars(module) or parametrized or compiled
     return not hooked and not changed
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
-    """:func:`mmhrformer.ops.norm_gelu_conv` with less kept for the backward pass.
+    """:func:`mmhrformer.ops.norm_gelu_conv` that keeps less memory for the backward pass.
 
-    Of three equally large maps that the backward pass needs, the input of the normalization is
-    kept. If the normalization is not a plain batch normalization (a synchronized one would
-    communicate again), its output is kept, too; all three are if the convolution is not plain.
-    Each module is called once, and gradients have the bits of the plain form. HRFormer-S keeps
-    0.6 times the memory of the plain form; a training step takes 0.99 to 1.03 times as long.
+    Of the three equally large maps that the backward pass needs, only the input of the
+    normalization is kept. If that is not a plain batch normalization (a synchronized one would
+    communicate again), its output is kept as well; if the convolution is not plain, all three are.
+    Each module is called once, and gradients are bit-identical to the reference form. HRFormer-S
+    keeps 0.6 times the memory of the reference form; a training step takes 0.99 to 1.03 times as
+    long.
     """
     modules = [norm] if conv is None else [norm, conv]
     learned = needs_grad(x, *(p for module in modules for p in module.parameters()))
@@ -124,7 +125,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
         z = reference.gelu(y)
         return z if conv is None else call_without_input(conv, z, lambda: reference.gelu(y))
     normalize = prepare_norm(x, norm)
-    again = []  # the output of the normalization, between two steps of the backward pass
+    again = []  # holds the output of the normalization between two steps of the backward pass
 
     def gelu_again() -> Tensor:
         again[:] = [normalize()]
@@ -135,7 +136,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
 
 
 def prepare_norm(x: Tensor, norm: _BatchNorm) -> Callable[[], Tensor]:
-    """A function that computes a batch normalization again, and leaves running statistics alone."""
+    """A function that recomputes a batch normalization without updating running statistics."""
     training = norm.training or norm.running_mean is None
     statistics = (None, None) if training else (norm.running_mean, norm.running_var)
 
@@ -149,8 +150,8 @@ def prepare_norm(x: Tensor, norm: _BatchNorm) -> Callable[[], Tensor]:
 def call_without_input(
     function: Callable[[Tensor], Tensor], x: Tensor, again: Callable[[], Tensor]
 ) -> Tensor:
-    """Call a function whose backward pass is to compute the input again instead of keeping it."""
-    # Not the address: that of all tensors without memory, on the meta device, is 0.
+    """Call a function so that its backward pass recomputes the input instead of keeping it."""
+    # Not data_ptr(): it is 0 for all tensors on the meta device.
     storage, shape = x.untyped_storage()._cdata, x.shape
 
     def pack(kept: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The plain forms: what the paper says, in ordinary operators, on any device."""
+"""The reference forms: the formulas of the paper in ordinary operators, for any device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .state import is_transformed
 
-# The functions that every form has, this one's where there is no other.
+# The operators that every form has; the reference is the fallback.
 __all__ = [
     'add_path',
     'attends_on_map',
@@ -32,8 +32,8 @@ def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
 
     Args:
         x (Tensor): Map of shape (B, H, W, C).
-        path (Tensor): The path, of the same shape.
-        drop (nn.Module): Module that drops paths, or an identity.
+        path (Tensor): Residual path of the same shape.
+        drop (nn.Module): Stochastic depth, or an identity.
 
     Returns:
         Tensor: ``x + drop(path)``.
@@ -42,23 +42,23 @@ def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:
 
 
 def window_attention(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Multi-head attention, softmax(q k^T * scale + bias) v, in many windows at a time.
+    """Multi-head attention, softmax(q k^T * scale + bias) v, in a batch of windows.
 
     Args:
         qkv (Tensor): Queries, keys and values of shape (B * nW, N, 3, heads, head_dim).
         bias (Tensor, optional): Bias of the logits; broadcasts to (B * nW, heads, N, N).
-        scale (float): Factor of the logits, before the bias.
+        scale (float): Factor of the logits, applied before the bias.
 
     Returns:
         Tensor: Weighted sums of the values, of shape (B * nW, N, heads * head_dim).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * nW, heads, N, head_dim) each
     if q.dtype == torch.float16 or torch.onnx.is_in_onnx_export():
-        # Products that are scaled afterwards can be too large for float16, which ONNX files may
-        # be turned into.
+        # Scale first: unscaled logits may overflow in float16, to which ONNX files may be
+        # converted.
         q, scale = q * scale, 1.0
     logits = q @ k.transpose(-2, -1)  # (B * nW, heads, N, N)
-    # Scale and bias in one pass, and no scaled copies of queries or keys for the backward pass.
+    # Scale and bias in one pass, without scaled copies of queries or keys for the backward pass.
     logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
     return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
@@ -80,12 +80,12 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
 
 def fork_layer_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Compute ``norm(x)`` for a layer that brings its input to the data type of autocast.
+    """Compute ``norm(x)`` for a layer that casts its input to the data type of autocast.
 
     Args:
         x (Tensor): Tokens of shape (..., C).
-        norm (nn.Module): The normalization. It is called, whatever it is, unless it is a plain
-            ``nn.LayerNorm``.
+        norm (nn.Module): The normalization. It is called as a module unless it is a plain
+            ``nn.LayerNorm``, which a kernel may replace.
 
     Returns:
         tuple[Tensor, Tensor]: Normalized tokens of shape (..., C), and ``x`` for the residual
@@ -97,13 +97,13 @@ def fork_layer_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
     """Compute ``conv(gelu(norm(x)))``.
 
-    Both modules are called, whatever they are. Of plain ones, what lies between ``x`` and the
-    result may be computed again in the backward pass instead of kept.
+    Both modules are called. If they are plain ones, intermediate results may be recomputed in the
+    backward pass instead of kept.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
         norm (nn.Module): The normalization.
-        conv (nn.Module, optional): The convolution. Defaults to None: none.
+        conv (nn.Module, optional): The convolution. Defaults to None: no convolution.
 
     Returns:
         Tensor: Map of shape (B, out_channels, H', W').
@@ -113,7 +113,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution, in folded models.
+    """1x1 convolution of folded models.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
@@ -131,7 +131,7 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
-        conv (nn.Conv2d): Weight, bias, stride, padding, dilation and groups. It is not called.
+        conv (nn.Conv2d): The convolution. Its weight, bias and options are used; it is not called.
 
     Returns:
         Tensor: Map of shape (B, out_channels, H', W').
@@ -140,12 +140,12 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def head_padding(head_dim: int) -> int:
-    """Zeros to append to each head for faster kernels: none."""
+    """Number of zeros to append to each head for faster kernels: none."""
     return 0
 
 
 def channel_padding(channels: int) -> int:
-    """Zeros to append to the streams of a folded backbone for faster kernels: none."""
+    """Number of zero channels to append to the streams of a folded backbone: none."""
     return 0
 
 
@@ -154,12 +154,13 @@ def attends_on_map(x: Tensor, qkv: nn.Module, heads: int, window: int) -> bool:
 
     Args:
         x (Tensor): Input of the projection, of shape (B, H, W, C).
-        qkv (nn.Module): The projection, whose bias must be its output for padding (zeros).
+        qkv (nn.Module): The projection to queries, keys and values. Its bias must be its output
+            for zero padding.
         heads (int): Attention heads.
         window (int): Side of the windows, in tokens.
 
     Returns:
-        bool: Whether there is a kernel for it.
+        bool: Whether a kernel supports this input.
     """
     return False
 
@@ -185,7 +186,7 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
         block (nn.Module): A :class:`mmhrformer.deploy.fuse.FusedBlock`.
 
     Returns:
-        bool: Whether there are kernels for it.
+        bool: Whether the kernels support this input.
     """
     return False
 
@@ -193,9 +194,9 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU of a map (B, C, H, W).
 
-    On a CPU, torch 2.1's own returns wrong gradients, without a word, if the input is contiguous
-    and the gradient from behind is not. Maps are channels-last in an FFN, so that nothing is
-    copied here; ``torch.func`` knows no other memory formats, and gets the formula.
+    On a CPU, torch 2.1's GELU silently returns wrong gradients if the input is contiguous and the
+    incoming gradient is not. The maps in an FFN are channels-last, so nothing is copied here.
+    ``torch.func`` does not support memory formats and gets the formula.
     """
     if is_transformed():
         return x * (1 + torch.erf(x * math.sqrt(0.5))) / 2

@@ -10,14 +10,14 @@ def window_attention(qkv: Tensor, bias: Tensor | None, scale: float, padding: in
     """:func:`mmhrformer.ops.window_attention` by ``scaled_dot_product_attention``.
 
     Args:
-        qkv (Tensor): As there.
-        bias (Tensor, optional): As there.
-        scale (float): As there.
-        padding (int): Zeros to append to each query, key and value, for kernels that want other
+        qkv (Tensor): See :func:`mmhrformer.ops.window_attention`.
+        bias (Tensor, optional): See there.
+        scale (float): See there.
+        padding (int): Zeros to append to each query, key and value, for kernels that need other
             head dims. Defaults to 0.
 
     Returns:
-        Tensor: As there.
+        Tensor: Weighted sums of the values, of shape (B * nW, N, heads * head_dim).
     """
     head_dim = int(qkv.shape[-1])
     qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * nW, heads, N, head_dim)

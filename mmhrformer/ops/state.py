@@ -1,4 +1,4 @@
-"""The state of a computation: forced form, compiler, transforms, gradients, autocast."""
+"""The context of a computation: forced form, compiler, transforms, gradients, autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# The name of the form of all functions that ops.use forces, see dispatch.py.
+# Name of the form of all operators that ops.use forces, see dispatch.py.
 forced: ContextVar[str | None] = ContextVar('mmhrformer_ops', default=None)
 
 # Whether torch.compile (or torch.export) is tracing the code; public since torch 2.3.
@@ -18,9 +18,9 @@ is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling
 
 
 def in_same_form(function: Callable) -> Callable:
-    """A function that computes with the form of operators that is forced now, whoever calls it.
+    """Bind a function to the form of operators that is forced now, whatever thread calls it.
 
-    On a GPU, autograd computes again in a thread of its own.
+    For recomputation: on a GPU, autograd runs the backward pass in a separate thread.
     """
     form = forced.get()
 
@@ -36,19 +36,19 @@ def in_same_form(function: Callable) -> Callable:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` (vmap, grad, jvp ...) or forward-mode AD is at work."""
+    """Whether ``torch.func`` (vmap, grad, jvp ...) or forward-mode AD is active."""
     in_func = torch._C._functorch.peek_interpreter_stack() is not None
     return in_func or forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether there will be a backward pass to one of some tensors."""
+    """Whether any of the tensors will need a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """Data type of convolutions and products on a type of devices, None without autocast."""
-    if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4 and later ask by device
+    """Autocast's data type for convolutions and matrix products, None without autocast."""
+    if hasattr(torch, 'get_autocast_dtype'):  # since torch 2.4, for any device type
         is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if is_on else None
     if device == 'cpu':
@@ -57,20 +57,20 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def converts(x: Tensor) -> bool:
-    """Whether a tensor is brought to the data type of the weights without being asked.
+    """Whether the input is cast to the data type of the weights automatically.
 
-    Autocast does so with floating-point numbers; a compiler need not look.
+    Autocast casts floating-point tensors. Under a compiler the question does not matter.
     """
     return is_compiling() or (x.is_floating_point() and autocast_dtype(x.device.type) is not None)
 
 
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two sizes differ, here or in a trace that is to hold for other images, too."""
-    # Files for ONNX are traced at sizes at which all that can differ does.
+    """Whether two sizes differ, or may differ when a trace is reused for other images."""
+    # ONNX export traces at a size at which everything that can differ does.
     is_traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
     return is_traced or size != other
 
 
 def modes() -> list[bool]:
-    """The modes of torch on which the result of a module depends."""
+    """The global modes of torch that affect the result of a module."""
     return [torch.is_grad_enabled(), *(autocast_dtype(d) is not None for d in ('cuda', 'cpu'))]

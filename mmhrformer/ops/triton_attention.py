@@ -1,7 +1,7 @@
-"""Window attention on the map itself, forward and backward, as Triton kernels.
+"""Window attention directly on the map, forward and backward, as Triton kernels.
 
-A map is read and written in place: windows are never copied, and nothing is kept for the backward
-pass but the arguments. Import this only where :func:`mmhrformer.ops.triton_support.available`.
+Windows are read from the map and written to it, never copied, and only the arguments are kept for
+the backward pass. Import this only if :func:`mmhrformer.ops.triton_support.available`.
 """
 
 from __future__ import annotations
@@ -18,51 +18,52 @@ from .triton_launch import Launch, planned
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 from .windows import window_count
 
-# What is set here wins over what launch_options() chooses for a kernel, for measurements.
+# Overrides of launch_options() for each kernel, for measurements.
 OPTIONS: dict[str, dict] = {'forward': {}, 'queries': {}, 'keys': {}, 'reduce': {}}
 
 
 def launch_options(kernel: str, block_n: int, block_d: int, dtype: torch.dtype) -> dict:
-    """How a kernel is launched.
+    """Choose the launch options of a kernel.
 
     Args:
         kernel (str): A key of :data:`OPTIONS`.
         block_n (int): Tokens of a window, rounded up to a power of two.
-        block_d (int): Numbers of a head, likewise.
+        block_d (int): Channels of a head, rounded up to a power of two.
         dtype (torch.dtype): Data type of the map.
 
     Returns:
-        dict: ``block``, the queries (or keys) of a program, ``programs``, how many there are at
-        most (each goes through many windows, for which it gathers the biases once, and leaves
-        ``block`` x N partial sums of their gradients), and Triton's own options. For the kernel
-        'reduce': ``block``, the entries of the table of a program.
+        dict: ``block``, the queries (or keys) of a program; ``programs``, their maximum number
+        (each loops over many windows, for which it gathers the biases once, and writes
+        ``block`` x N partial sums of their gradients); and Triton's own options. For the kernel
+        'reduce': ``block``, the table entries of a program.
     """
     if kernel == 'reduce':
         return dict(block=1, num_warps=4) | OPTIONS[kernel]
-    # Windows of 7 x 7 in one block: no more fits into registers, and in float32, of which products
-    # are three, not even the backward pass of that. Else blocks have more columns than rows, which
-    # Triton then distributes over the warps (of rows it would compute each several times).
+    # Windows of 7 x 7 fit into the registers as one block, larger ones do not; in float32, where a
+    # product is three TF32 ones, not even the backward pass of 7 x 7 does. Otherwise, blocks have
+    # more columns than rows, so that Triton distributes the columns over the warps (rows would be
+    # computed several times).
     half = dtype != torch.float32
     fits = {'forward': half or block_d == 32, 'queries': half, 'keys': False}
     whole = block_n <= 64 and fits[kernel]
     options = dict(
         block=block_n if whole else min(block_n, block_d // 2 if half else 16),
-        programs=528 if kernel == 'forward' else 264,  # 4 and 2 for each of 132 multiprocessors
+        programs=528 if kernel == 'forward' else 264,  # 4 and 2 per each of 132 multiprocessors
         num_warps=4 if whole else 8,
         num_stages=1,  # with 2, HRFormer-B's widest map takes 211 us instead of 84 on an H200
     )
     return options | OPTIONS[kernel]
 
 
-# Of larger ones neither keys nor logits fit into a multiprocessor.
+# Beyond these, neither keys nor logits fit into a multiprocessor.
 MAX_WINDOW, MAX_HEAD_DIM = 16, 64
 LOG2E = tl.constexpr(1.4426950408889634)
-SIZES = ['B', 'H', 'W']  # never compiled for: strides are multiples of the channels, which are
+SIZES = ['B', 'H', 'W']  # not specialized: alignment follows from the channels, which are
 
 
 @triton.jit
 def _window(index, t, H, W, WIN: tl.constexpr):
-    """Where a window starts, as a row of the map; which of its tokens are real."""
+    """Start of a window as a row of the map, and which of its tokens are real."""
     rows, cols = (H + WIN - 1) // WIN, (W + WIN - 1) // WIN
     y = (index // cols) % rows * WIN - (rows * WIN - H) // 2
     x = index % cols * WIN - (cols * WIN - W) // 2
@@ -73,7 +74,7 @@ def _window(index, t, H, W, WIN: tl.constexpr):
 
 @triton.jit
 def _bias(table, q, k, head, HEADS: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Biases of queries and keys, times log2(e) as exp2 is what there is; -inf for no token."""
+    """Biases of queries and keys, times log2(e) for exp2; -inf beyond the window."""
     N: tl.constexpr = WIN * WIN
     dy = q // WIN - k // WIN + WIN - 1
     dx = q % WIN - k % WIN + WIN - 1
@@ -87,7 +88,7 @@ def _bias(table, q, k, head, HEADS: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: t
 
 @triton.jit
 def _load(x, real, pad, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
-    """Keys or values of tokens (their rows start at x), those of padded tokens included."""
+    """Keys or values of tokens, padded ones included; ``x`` points to their rows."""
     if PAD_MASK:
         return tl.load(x[:, None] + d[None, :], mask=real[:, None] & (d < HD)[None, :], other=0.0)
     x = tl.where(real, x, pad)
@@ -96,9 +97,9 @@ def _load(x, real, pad, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
 
 @triton.jit
 def _add_tokens(sums, x, in_d):
-    """Add the rows of x to sums of this program, in memory: registers are scarce.
+    """Add the rows of x to sums of this program, in memory to save registers.
 
-    No other program adds to them, so that the order is the same each time.
+    No other program adds to them, so the order is deterministic.
     """
     tl.atomic_add(sums, tl.sum(x.to(tl.float32), 0), mask=in_d, sem='relaxed')
 
@@ -110,7 +111,7 @@ def _forward(
     PAD_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program has a head and a block of queries, and goes through windows with all their keys."""
+    """A program handles one head and one block of queries, and loops over windows."""
     C: tl.constexpr = HEADS * HD
     head = tl.program_id(0) % HEADS
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -146,12 +147,13 @@ def _grad_queries(
     PAD_MASK: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries, and of keys and values, too, if it is the WHOLE window.
+    """Gradients of a block of queries, and of keys and values as well if it is the WHOLE window.
 
-    A program goes through windows and adds the gradients of the biases in registers; they go to
-    its own place of ``part_bias`` (chunks, HEADS, N, N), the sums of dq and do over all tokens to
+    A program loops over windows and sums the gradients of the biases in registers. These sums go to
+    its part of ``part_bias`` (chunks, HEADS, N, N), the sums of dq and do over all tokens to
     ``part_sums`` (chunks * blocks, 2, C). If a block is not the whole window, the logarithms of
-    the denominators and the sums of p * dp of its queries go to ``stats`` (HEADS, 2, B, H, W).
+    the softmax denominators and the sums of p * dp of its queries go to ``stats``
+    (HEADS, 2, B, H, W).
     """
     N: tl.constexpr = WIN * WIN
     C: tl.constexpr = HEADS * HD
@@ -199,7 +201,7 @@ def _grad_queries(
                 dv.to(grad_qkv.dtype.element_ty),
                 mask=mask_k,
             )
-        # Loaded late, as registers are scarce.
+        # Loaded late to save registers.
         v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         delta = tl.sum(p * dp, 1)
@@ -278,7 +280,7 @@ def _reduce(
     HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, NUMBERS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add partial sums, always in the same order: a program has BLOCK numbers of the table.
+    """Add partial sums in a deterministic order: a program handles BLOCK numbers of the table.
 
     The first programs add ``part_bias`` (chunks, HEADS, N, N) over all pairs of tokens that share
     one of the NUMBERS of the table (entries, HEADS), the others ``part_sums`` (rows, 2, C), the
@@ -325,7 +327,7 @@ def _plan(
     kernel: str, shape: tuple[int, ...], dtype: torch.dtype, heads: int, window: int,
     has_bias: bool, pad_mask: bool,
 ) -> tuple[tuple[int, int], dict]:  # fmt: skip
-    """The grid of a kernel on maps (B, H, W, 3C), and the keywords that it is launched with."""
+    """Grid and keyword arguments of a kernel on maps (B, H, W, 3C)."""
     B, H, W, C3 = shape
     head_dim = C3 // 3 // heads
     block_n, block_d = _block(window**2, least=16), _block(head_dim, least=32)
@@ -349,7 +351,7 @@ def _plan(
 
 
 def _plan_reduce(plan: dict) -> tuple[int, dict]:
-    """The programs of :func:`_reduce` and its keywords, by those of a kernel on maps."""
+    """Number of programs of :func:`_reduce` and its keywords, from those of a kernel on maps."""
     keywords = {name: plan[name] for name in ('HEADS', 'HD', 'WIN', 'BLOCK_N')}
     heads, block_n = plan['HEADS'], plan['BLOCK_N']
     options = launch_options('reduce', block_n, plan['BLOCK_D'], torch.float32)
@@ -369,7 +371,7 @@ def _plan_forward(scale: float, shape: tuple[int, ...], *options) -> Launch:
 def _plan_backward(
     scale: float, shape: tuple[int, ...], *options
 ) -> tuple[Launch, Launch | None, Launch]:
-    """The launches for queries, for keys where it is another one, and for the sums."""
+    """The launches for queries, for keys (None if one launch does both), and for the sums."""
     grid, keywords = _plan('queries', shape, *options)
     sizes, whole, keys = (*shape[:3], scale), grid[1] == 1, None
     queries = Launch(_grad_queries, grid, *sizes, WHOLE=whole, **keywords)
@@ -405,7 +407,7 @@ def attention_forward(
 
 
 def _empty_grads(qkv: Tensor, pad: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for gradients."""
+    """Memory for the gradients."""
     table = pad.new_empty(0) if table is None else table
     return tuple(like.new_empty(like.shape) for like in (qkv, pad, table))
 
@@ -418,7 +420,7 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, pad: Tensor, table: Tensor | None, heads: int, window: int,
     scale: float, pad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, pad and table; the last one is empty without a table."""
+    """Gradients of qkv, pad and table; the last is empty without a table."""
     grad, qkv = grad.contiguous(), qkv.contiguous()
     options = qkv.dtype, heads, window, table is not None, pad_mask
     queries, keys, reduce = planned(_plan_backward, scale, qkv.shape, *options)
@@ -443,7 +445,7 @@ class WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, pad: Tensor, table: Tensor | None, *options) -> Tensor:
-        """Keep the tensors alone."""
+        """Attend, keeping only the inputs."""
         ctx.save_for_backward(qkv, pad, table)
         ctx.options = options
         return attention_forward(qkv, pad, table, *options)
@@ -468,29 +470,29 @@ def window_attention(
 ) -> Tensor:
     """Multi-head attention in the windows of a map, as one operator.
 
-    Gradients of ``qkv``, ``pad`` and ``table`` are the same bits each time. Logits, softmax and
-    sums are in float32; products of float32 numbers are made of three of TF32's, which loses
-    nothing that matters.
+    Gradients of ``qkv``, ``pad`` and ``table`` are deterministic. Logits, softmax and sums are in
+    float32; a product of float32 numbers is computed as three TF32 products, without a relevant
+    loss of accuracy.
 
     Args:
         qkv (Tensor): Queries, keys and values of the tokens of a map, not padded, of shape
             (B, H, W, 3 * num_heads * head_dim): float32, float16 or bfloat16.
-        pad (Tensor): What padded tokens have instead, of shape (3 * num_heads * head_dim,): the
-            bias of the projection. Of any data type. Its gradient is that of the bias in all
-            tokens, so that ``qkv`` is to be projected with ``pad.detach()``.
+        pad (Tensor): Query, key and value of padded tokens, of shape
+            (3 * num_heads * head_dim,): the bias of the projection. Of any data type. Its gradient
+            is that of the bias in all tokens, so project ``qkv`` with ``pad.detach()``.
         table (Tensor, optional): Relative position biases of shape
             ((2 * window - 1)^2, num_heads), of any data type. None: no biases.
         num_heads (int): Heads.
-        window (int): Side of the square windows, in tokens, centred on the map.
-        scale (float): What to multiply products of queries and keys with.
+        window (int): Side of the square windows, in tokens, centered on the map.
+        scale (float): Factor of the products of queries and keys.
         pad_mask (bool): Whether padded tokens are hidden from the others. Defaults to False.
 
     Returns:
-        Tensor: Weighted sums of the values, of shape (B, H, W, num_heads * head_dim), of qkv's
-        data type.
+        Tensor: Weighted sums of the values, of shape (B, H, W, num_heads * head_dim), in the data
+        type of ``qkv``.
 
     Raises:
-        ValueError: If shapes, data type, window (up to 16) or head_dim (up to 64) do not fit.
+        ValueError: If a shape or data type is not supported, or ``window`` > 16, or head_dim > 64.
 
     Examples:
         >>> import torch
@@ -510,19 +512,21 @@ def _check(qkv: Tensor, pad: Tensor, table: Tensor | None, num_heads: int, windo
     C3 = qkv.shape[-1]
     if qkv.dim() != 4 or C3 % (3 * num_heads):
         raise ValueError(
-            f'qkv has shape {tuple(qkv.shape)}: give a map (B, H, W, 3 * {num_heads} * head_dim)'
+            f'qkv has shape {tuple(qkv.shape)}: expected (B, H, W, 3 * {num_heads} * head_dim)'
         )
     if qkv.dtype not in DTYPES:
-        raise ValueError(f'qkv is {qkv.dtype}: give float32, float16 or bfloat16')
+        raise ValueError(f'qkv is {qkv.dtype}: expected float32, float16 or bfloat16')
     if pad.shape != (C3,):
-        raise ValueError(f'pad has shape {tuple(pad.shape)}: give one number a channel, ({C3},)')
+        raise ValueError(
+            f'pad has shape {tuple(pad.shape)}: expected one number per channel, ({C3},)'
+        )
     if table is not None and table.shape != ((2 * window - 1) ** 2, num_heads):
         raise ValueError(
-            f'table has shape {tuple(table.shape)}: window={window} and num_heads={num_heads} '
-            f'make ({(2 * window - 1) ** 2}, {num_heads})'
+            f'table has shape {tuple(table.shape)}: expected ({(2 * window - 1) ** 2}, '
+            f'{num_heads}) for window={window} and num_heads={num_heads}'
         )
     if window > MAX_WINDOW or C3 // 3 // num_heads > MAX_HEAD_DIM:
         raise ValueError(
-            f'window={window} and head_dim={C3 // 3 // num_heads} do not fit into a GPU: '
-            f'up to {MAX_WINDOW} and {MAX_HEAD_DIM} do, use sdpa() for more'
+            f'window={window} and head_dim={C3 // 3 // num_heads} are too large for the kernel, '
+            f'which supports up to {MAX_WINDOW} and {MAX_HEAD_DIM}: use mmhrformer.ops.sdpa instead'
         )

@@ -1,7 +1,7 @@
-"""Triton kernels of folded FFNs: depth-wise convolution and linear layer, each with its GELU.
+"""Triton kernels of folded FFNs: depth-wise convolution and linear layer, each fused with GELU.
 
-In inference the maps of an FFN are read once and written once by each of its three layers. Import
-this only where Triton can run: it registers the operators ``mmhrformer::depthwise_gelu`` and
+In inference each of the three layers of an FFN reads and writes its map once. Import this only
+where Triton can run: it registers the operators ``mmhrformer::depthwise_gelu`` and
 ``mmhrformer::linear_gelu``.
 """
 
@@ -21,10 +21,10 @@ from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
 
 class DepthwiseTile(NamedTuple):
-    """What a program of the depth-wise kernel computes, and with how many warps.
+    """Tile of a program of the depth-wise kernel, and its number of warps.
 
-    Each row is loaded while the one above it is computed with: ``ahead`` into registers, or into
-    shared memory by more ``stages`` than one.
+    Each row is prefetched while the one above it is processed: into registers with ``ahead``, into
+    shared memory with more than one of ``stages``.
     """
 
     rows: int
@@ -36,10 +36,10 @@ class DepthwiseTile(NamedTuple):
 
 
 class LinearTile(NamedTuple):
-    """What a program of the linear kernel computes at a time, and with how many warps.
+    """Tile of a program of the linear kernel, and its number of warps.
 
-    ``k`` is meant for 16 bits, and half as many of 32 bits. ``group`` blocks of rows go through
-    all blocks of columns together, so that both operands stay in the L2 cache.
+    ``k`` is for 16-bit numbers, and halved for 32-bit ones. ``group`` blocks of rows go through all
+    blocks of columns together, so that both operands stay in the L2 cache.
     """
 
     m: int
@@ -57,7 +57,7 @@ DEPTHWISE_TILES = {
     16: DepthwiseTile(rows=16, cols=4, channels=128, warps=4),
     1 << 31: DepthwiseTile(rows=32, cols=8, channels=64, warps=4, ahead=False, stages=3),
 }
-# What linear_tile chooses from.
+# The choices of linear_tile().
 LINEAR_TILES = {
     'unaligned': LinearTile(m=128, n=64, k=32, group=1, warps=4, stages=4),
     'few outputs': LinearTile(m=128, n=32, k=64, group=1, warps=4, stages=3),
@@ -86,10 +86,10 @@ def linear_tile(N: int, K: int) -> LinearTile:
 def _normal_tail(x):
     """1 - Phi(|x|) for the distribution function Phi, and exp(-x^2 / 2).
 
-    By a polynomial that is off by 7e-8 at most, as 1 + erf(x) rounded to float32 is, in half of
-    the instructions of CUDA's erf, which would take longer than the memory.
+    A polynomial with an error of at most 7e-8, the rounding error of 1 + erf(x) in float32, in half
+    the instructions of CUDA's erf, which would make the kernel slower than the memory.
     """
-    # The square of a reciprocal root takes 2 instructions, a division 9.
+    # The square of a reciprocal square root takes 2 instructions, a division 9.
     root = tl.rsqrt(1.0 + 0.33 * tl.abs(x))
     t = root * root
     bell = tl.exp2(x * x * -0.7213475204444817)
@@ -114,7 +114,7 @@ def _gelu_slope(x):
 
 @triton.jit
 def _add(sum, x0, x1, x2, w0, w1, w2):
-    """``sum`` first, so that each product is one instruction with its addition."""
+    """Add products to ``sum``, which comes first so that each is one multiply-add instruction."""
     return sum + x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
 
 
@@ -130,7 +130,7 @@ def _taps(weight, c, in_c, first, W_C: tl.constexpr, W_TAP: tl.constexpr, STEP: 
 
 @triton.jit
 def _row(x, y, end, col, c, in_c, W, C: tl.constexpr):
-    """The tiles (COLS, BLOCK_C) that the three taps of a row of the window see in row y."""
+    """The tiles (COLS, BLOCK_C) of row y for the three taps in a row of the window."""
     at = x + (y * W + col)[:, None] * C + c[None, :]
     in_y = (y >= 0) & (y < end)
     # Two of the three come from the L1 cache.
@@ -144,7 +144,7 @@ def _row(x, y, end, col, c, in_c, W, C: tl.constexpr):
 
 @triton.jit
 def _advance(next0, next1, next2, x, y, end, col, c, in_c, W, C: tl.constexpr, AHEAD: tl.constexpr):
-    """The tiles of row y, and those of the row below if that is to be on its way already."""
+    """The tiles of row y, and with AHEAD the prefetched ones of the row below."""
     if AHEAD:
         x0, x1, x2 = next0, next1, next2
         next0, next1, next2 = _row(x, y + 1, end, col, c, in_c, W, C)
@@ -163,8 +163,8 @@ def _depthwise_kernel(
 ):  # fmt: skip
     """gelu(conv3x3(x) + bias) of a map (B, H, W, C), or grad * gelu'(conv3x3(x) + bias).
 
-    A program goes down ROWS rows of the output. An input row is read once, adds to all the
-    output rows that it touches, and is forgotten.
+    A program goes down ROWS rows of the output. Each input row is read once and added to all
+    output rows that depend on it.
     """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     across = tl.cdiv(OW, COLS)
@@ -178,7 +178,7 @@ def _depthwise_kernel(
     out += b * OH * OW * C
     grad += b * OH * OW * C
     in_c = c < C
-    # Flipped, the kernel is the gradient of the one that is not.
+    # With flipped taps, the convolution computes the input gradient.
     STEP: tl.constexpr = -1 if FLIP else 1
     a0, a1, a2 = _taps(weight, c, in_c, 8 if FLIP else 0, W_C, W_TAP, STEP)
     b0, b1, b2 = _taps(weight, c, in_c, 5 if FLIP else 3, W_C, W_TAP, STEP)
@@ -193,7 +193,7 @@ def _depthwise_kernel(
     n0, n1, n2 = x0, x1, x2
     if AHEAD:
         n0, n1, n2 = _row(x, y + 1, end, left, c, in_c, W, C)
-    # Sums that lack the lowest row, and for a stride of 1 those that lack the two lowest rows.
+    # Partial sums that lack the lowest row, and for stride 1 those that lack the two lowest rows.
     one = _add(start, x0, x1, x2, a0, a1, a2)
     two = start
     if STRIDE == 1:
@@ -228,8 +228,8 @@ def _depthwise_weight_kernel(
     x, grad, out, H, W,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the nine taps and the bias, summed over a tile, to a place of their own in
-    ``out`` (tiles, 10, C): the same bits each time.
+    """Gradients of the nine taps and the bias, summed over a tile, and written to the tile's part
+    of ``out`` (tiles, 10, C), so that results are deterministic.
     """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     across = tl.cdiv(W, COLS)
@@ -276,7 +276,7 @@ def _depthwise_weight_kernel(
 def _row_statistics(
     x, m, in_m, eps, K: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Mean and reciprocal standard deviation of rows; read twice, the second time from a cache."""
+    """Mean and reciprocal standard deviation of rows, read twice (the second time from cache)."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros_like(m).to(tl.float32)
     for begin in range(0, K, BLOCK_K):
@@ -288,7 +288,7 @@ def _row_statistics(
     for begin in range(0, K, BLOCK_K):
         mask = in_m[:, None] & (begin + k < K)[None, :]
         a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
-        # Aligned loads of whole rows; only then the padding is left out.
+        # Load aligned whole rows, then mask the padding.
         real = in_m[:, None] & (begin + k < CHANNELS)[None, :]
         a = tl.where(real, a.to(tl.float32) - mean[:, None], 0.0)
         total += tl.sum(a * a, 1)
@@ -305,7 +305,8 @@ def _linear_kernel(
 ):  # fmt: skip
     """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K).
 
-    With NORM, the first CHANNELS numbers of the rows of x are normalized first; the rest is zeros.
+    With NORM, the first CHANNELS numbers of each row of x are normalized first; the others are
+    zeros.
     """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * BLOCKS) * GROUP
@@ -332,7 +333,7 @@ def _linear_kernel(
         if NORM:
             a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
             if b.dtype == tl.float16:
-                # Behind the channels -mean * scale may be infinite, and times a weight of 0 NaN.
+                # Beyond the channels, -mean * scale may overflow, and times a weight of 0 be NaN.
                 a = tl.where((k < CHANNELS)[None, :], a, 0.0)
             a = a.to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -353,7 +354,7 @@ def _linear_kernel(
 
 
 def _tiling(B: int, H: int, W: int, C: int) -> tuple[DepthwiseTile, int, int, int]:
-    """Find the tile for a map, the channels of a block, and the numbers of tiles and blocks."""
+    """The tile for a map, the channels of a block, and the numbers of tiles and blocks."""
     tile = next(tile for width, tile in DEPTHWISE_TILES.items() if width >= W)
     block = min(tile.channels, triton.next_power_of_2(C))
     tiles = B * triton.cdiv(H, tile.rows) * triton.cdiv(W, tile.cols)
@@ -378,7 +379,7 @@ def _plan_depthwise(
 
 
 def _plan_depthwise_weight(shape: tuple[int, ...]) -> Launch:
-    """The launch for the gradients of a weight by those of a map (B, C, H, W)."""
+    """The launch for the weight gradients from the gradient of a map (B, C, H, W)."""
     B, C, H, W = shape
     tile, block, tiles, blocks = _tiling(B, H, W, C)
     return Launch(
@@ -406,7 +407,7 @@ def _plan_linear(
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A map that is channels-last in memory; nothing is copied if it is already."""
+    """The map in channels-last memory; nothing is copied if it is already."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -451,7 +452,7 @@ def _linear(
 ) -> Tensor:
     """Launch the linear kernel; x (..., K), weight (N, K, ...), residual and grad (..., N).
 
-    With ``eps`` the rows of x are normalized first, all of them or ``channels`` before zeros.
+    With ``eps`` the rows of x are normalized first: whole, or the ``channels`` before the zeros.
     """
     x, weight = x.contiguous(), weight.contiguous()
     N = weight.shape[0]
@@ -486,7 +487,7 @@ def depthwise_forward(
 def _depthwise_gelu_grad(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 ) -> Tensor:
-    """Gradient of what the GELU gets, which is computed again."""
+    """Gradient of the input of the GELU, which is recomputed."""
     return _depthwise(x, weight, bias, grad, stride=stride)
 
 
@@ -539,11 +540,11 @@ def linear_forward(
     eps: float | None,
     channels: int | None = None,
 ) -> Tensor:
-    """:func:`linear_gelu` without gradients and checks, of rows that are normalized first.
+    """:func:`linear_gelu` without gradients and checks, and with optional layer normalization.
 
-    If ``eps`` is None they are not. The scale and shift of the normalization are in the weight,
-    which may be that of a 1x1 convolution.
-    Rows of fewer ``channels`` than K must end with zeros, which stay zeros and do not count.
+    With ``eps``, rows are normalized first; scale and shift of the normalization are folded into
+    the weight, which may be that of a 1x1 convolution. If ``channels`` is less than K, rows must
+    end with zeros, which are excluded from the normalization.
     """
     return _linear(x, weight, bias, gelu, residual, eps=eps, channels=channels)
 
@@ -553,7 +554,7 @@ def linear_forward(
     lambda grad, x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
 )
 def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Gradient of what the GELU gets, which is computed again."""
+    """Gradient of the input of the GELU, which is recomputed."""
     return _linear(x, weight, bias, gelu=True, grad=grad)
 
 
@@ -567,7 +568,7 @@ class DepthwiseGELU(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
     ) -> Tensor:
-        """Keep the tensors alone."""
+        """Compute the convolution, keeping only the inputs."""
         ctx.save_for_backward(x, weight, bias)
         ctx.stride, ctx.gelu = stride, gelu
         return depthwise_forward(x, weight, bias, stride, gelu)
@@ -581,7 +582,7 @@ class DepthwiseGELU(torch.autograd.Function):
         if ctx.gelu:
             grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
         wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
-        if ctx.stride == 2:  # only between branches
+        if ctx.stride == 2:  # only in exchanges between streams
             C, weight = len(weight), weight.to(x.dtype)
             options = ([2, 2], [1, 1], [1, 1], False, [0, 0], C)
             grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
@@ -601,7 +602,7 @@ class LinearGELU(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
     ) -> Tensor:
-        """Keep the rows and the parameters."""
+        """Compute the layer, keeping only the rows and the parameters."""
         ctx.save_for_backward(x, weight, bias)
         ctx.gelu = gelu
         return linear_forward(x, weight, bias, gelu, residual, None)
@@ -627,12 +628,12 @@ class LinearGELU(torch.autograd.Function):
 
 
 def _check(x: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Kernels do not look at sizes: they would read what is not theirs."""
+    """Check data type and shapes: kernels do not, and would access memory out of bounds."""
     if x.dtype not in DTYPES:
         raise ValueError(f'x has data type {x.dtype}: convert it to one of {DTYPES}')
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f'{name} has shape {tuple(tensor.shape)}: give one of shape {shape}')
+            raise ValueError(f'{name} has shape {tuple(tensor.shape)}: expected {shape}')
 
 
 def depthwise_gelu(
@@ -640,7 +641,7 @@ def depthwise_gelu(
 ) -> Tensor:
     """Exact GELU of a 3x3 depth-wise convolution, padded with one zero on each side.
 
-    Sums are in float32. The gradient is differentiable no second time.
+    Sums are in float32. There are no second derivatives.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W), of float32, float16 or bfloat16. It is copied
@@ -653,15 +654,15 @@ def depthwise_gelu(
 
     Returns:
         Tensor: Map of shape (B, C, ceil(H / stride), ceil(W / stride)), channels-last in memory,
-        of the data type of the input.
+        in the data type of the input.
 
     Raises:
-        ValueError: If the stride, a data type or a shape is another one.
+        ValueError: If the stride, a data type or a shape is not supported.
     """
     C = x.shape[1]
     _check(x, weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
     if stride not in (1, 2):
-        raise ValueError(f'stride is {stride}: the kernel knows 1 and 2')
+        raise ValueError(f'stride is {stride}: the kernel supports 1 and 2')
     run = DepthwiseGELU.apply if needs_grad(x, weight, bias) else depthwise_forward
     return run(x, weight, bias, stride, gelu)
 
@@ -673,22 +674,22 @@ def linear_gelu(
     gelu: bool = True,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Exact GELU of a linear layer, and what is added to it.
+    """Exact GELU of a linear layer, plus an optional residual.
 
-    Sums are in float32. The gradient is differentiable no second time.
+    Sums are in float32. There are no second derivatives.
 
     Args:
         x (Tensor): Rows of shape (..., K), of float32, float16 or bfloat16.
         weight (Tensor): Weight of shape (N, K), of the data type of the input.
         bias (Tensor, optional): Bias of shape (N,).
         gelu (bool): Whether GELU follows. Defaults to True.
-        residual (Tensor, optional): What to add afterwards, of shape (..., N).
+        residual (Tensor, optional): Residual of shape (..., N), added after the GELU.
 
     Returns:
-        Tensor: Rows of shape (..., N), of the data type of the input.
+        Tensor: Rows of shape (..., N), in the data type of the input.
 
     Raises:
-        ValueError: If a data type or a shape is another one.
+        ValueError: If a data type or a shape is not supported.
     """
     N, rows = len(weight), x.shape[:-1]
     _check(x, weight=(weight, (N, x.shape[-1])), bias=(bias, (N,)), residual=(residual, (*rows, N)))

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels that cost a CPU little. Import this only where Triton can run."""
+"""Launches of Triton kernels with little CPU overhead. Import this only where Triton can run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# The versions whose launchers take their arguments in the order below. Read the end of
+# The versions whose launchers take their arguments in the order used below. Check the end of
 # JITFunction.run() before adding one.
 VERSION = digit_version(triton.__version__)
 HAS_KNOWN_LAUNCHER = digit_version('3.3') <= VERSION < digit_version('3.8')
-# Where profilers put their hooks; Triton 3.3 has no knobs.
+# Where profilers set their hooks; Triton 3.3 has no knobs.
 RUNTIME = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
 
 
 class Launch:
-    """A launch of a kernel with all of its arguments but the tensors.
+    """A launch of a kernel with all arguments bound except the tensors.
 
-    Triton finds out by each argument of each call which of the compiled kernels fits, for which a
-    CPU takes longer than for any operator of torch. Numbers and constants are the same in each
-    call here, so that tensors are left: by their data types, by whether their addresses are
-    multiples of 16, and by the device. For what was not seen before, and where somebody listens to
-    launches, Triton is called.
+    Triton examines each argument of each call to find the compiled kernel, which takes the CPU
+    longer than any operator of torch. Here numbers and constants are fixed, so only the tensors
+    matter: their data types, whether their addresses are multiples of 16, and the device. New
+    combinations, and launches that are watched by hooks, go through Triton.
 
     Args:
         kernel (JITFunction): Kernel whose arguments are tensors, then numbers, then constants.
@@ -37,7 +36,7 @@ class Launch:
         **constants: Constants and Triton's options.
 
     Attributes:
-        compiled (dict): What Triton compiled for tensors of a kind.
+        compiled (dict): The compiled kernels, by the kinds of tensors.
     """
 
     def __init__(self, kernel: JITFunction, grid: tuple[int, ...], *numbers, **constants) -> None:
@@ -64,8 +63,8 @@ class Launch:
                     key.append('unaligned')
                 elif not address and tensor.numel():
                     raise ValueError(
-                        f'a {type(tensor).__name__} of the kernel {self.kernel.__name__} has no '
-                        'memory of its own: compute without kernels, by MMHRFORMER_OPS=cuda'
+                        f'a {type(tensor).__name__} passed to the kernel {self.kernel.__name__} '
+                        'has no memory: compute without kernels, by MMHRFORMER_OPS=cuda'
                     )
                 if tensor.get_device() != device:
                     key.append(tensor.get_device())
@@ -74,21 +73,21 @@ class Launch:
             return self._launch_by_triton(key, tensors)
         _, run, function, metadata, rest = self.compiled[key]
         stream = driver.active.get_current_stream(device)
-        # No data for hooks, and no hooks. A launcher would ask the driver about each tensor.
+        # Addresses instead of tensors, about which a launcher would query the driver; no hooks.
         run(*self.grid, stream, function, metadata, None, None, None, *addresses, *rest)
 
     def _is_watched(self) -> bool:
-        """Whether there are hooks, or settings of which Triton makes other kernels."""
+        """Whether there are hooks, or settings that change the compiled kernels."""
         enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
         return (
-            getattr(enter, 'calls', enter)  # since Triton 3.5 a chain of hooks, which may be empty
+            getattr(enter, 'calls', enter)  # since Triton 3.5 a chain of hooks, possibly empty
             or getattr(leave, 'calls', leave)
             or self.kernel.pre_run_hooks
             or getattr(RUNTIME, 'debug', False)
         )
 
     def _launch_by_triton(self, key: tuple, tensors: tuple[Tensor | None, ...]) -> None:
-        """Launch the kernel in Triton's own way, and keep what it compiled."""
+        """Launch the kernel through Triton, and keep the compiled kernel."""
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         is_known = HAS_KNOWN_LAUNCHER and isinstance(compiled, CompiledKernel)
         if not is_known or self._is_watched():
@@ -101,14 +100,14 @@ class Launch:
             self.compiled[key] = entry
 
 
-@lru_cache(maxsize=4096)  # a model has 50 for each size of images
+@lru_cache(maxsize=4096)  # a model has 50 for each image size
 def planned(plan: Callable, *args):
-    """What a function returns, for which it is called once: numbers decide about launches."""
+    """Cached result of a function that plans launches: they depend only on its arguments."""
     return plan(*args)
 
 
 def use_own_launch_only() -> None:
-    """Leave all launches to Triton from now on, since others do not work here."""
+    """Launch everything through Triton from now on, since direct launches do not work here."""
     global HAS_KNOWN_LAUNCHER
     HAS_KNOWN_LAUNCHER = False
-    planned.cache_clear()  # and with it what was compiled
+    planned.cache_clear()  # drops the launches and their compiled kernels

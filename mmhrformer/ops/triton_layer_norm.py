@@ -1,10 +1,10 @@
 """Layer normalization of the last axis in Triton.
 
-torch gives each row a block of threads, most of which find nothing to do on rows of 32 to 312
-numbers: 10 to 30 times the time that the bytes take. Here a program has many rows. It reads and
-writes each number once, and the backward pass gets mean and variance from the input again instead
-of keeping them. Gradients of weight and bias are sums in an order that depends on sizes alone: the
-same bits each time.
+torch gives each row a block of threads, most of which are idle on rows of 32 to 312 numbers: it
+takes 10 to 30 times as long as the memory traffic. Here a program processes many rows. It reads and
+writes each number once, and the backward pass recomputes mean and variance from the input. The
+gradients of weight and bias are summed in an order that depends on sizes only, so they are
+deterministic.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ['MAX_CHANNELS', 'fork_layer_norm', 'layer_norm']
 
 # For each kernel: elements of a tile, warps.
 LAUNCH = {'forward': (4096, 4), 'backward': (4096, 4)}
-# Programs of the backward kernel at most: what an H100 runs at once. So many tiles are worth the
-# write of a program's part of the gradients of weight and bias.
+# Maximum number of programs of the backward kernel: what an H100 runs at once. A program takes at
+# least MIN_TILES tiles, which pays for writing its part of the gradients of weight and bias.
 PROGRAMS = 1024
 MIN_TILES = 4
-# Rows are read in blocks of columns of one of these widths, the one that leaves the fewest columns
-# empty, of two that leave less than an eighth the first: 78 numbers as 5 x 16, for which the
-# forward kernel takes 13 instructions a number, not the 49 of one block of 128, and the backward
-# kernel 25, not 90. Few threads share a row, so that sums over it take few exchanges; in wider
-# blocks warps would share one, and wait for each other. Narrower blocks are for shorter rows only,
-# as memory moves 32 bytes at once.
+# Rows are read in blocks of columns of one of these widths: the one that leaves the fewest columns
+# empty, or the widest that leaves less than an eighth empty. 78 numbers are 5 x 16, for which the
+# forward kernel takes 13 instructions per number instead of 49 with one block of 128, and the
+# backward kernel 25 instead of 90. Few threads share a row, so sums over it take few exchanges; in
+# wider blocks, warps would share rows and wait for each other. Narrower blocks are for shorter rows
+# only, since memory moves 32 bytes at a time.
 WIDTHS = (64, 32, 16)
 NARROW = 8
 MAX_CHANNELS = 1024
@@ -53,7 +53,7 @@ def _load(x, at, row, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.cons
 def _vector(
     x, default: tl.constexpr, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """C numbers as blocks (1, WIDTH) in float32, all of one value if there are none."""
+    """C numbers as blocks (1, WIDTH) in float32, filled with a default if ``x`` is None."""
     blocks = ()
     for i in tl.static_range(BLOCKS):
         v = tl.full((WIDTH,), default, tl.float32)
@@ -83,7 +83,7 @@ def _mean_of_products(a, b, C: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _center(x, mean, col, C: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows without their means, zero where there are no columns."""
+    """Rows minus their means, zero beyond the last column."""
     blocks = ()
     for i in tl.static_range(BLOCKS):
         v = x[i] - mean
@@ -121,8 +121,8 @@ def _backward(
     grad, x, weight, skip, out, parts, eps, R,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the input, with that of another way of it (``skip``), and a program's part of
-    those of weight and bias, to ``parts`` (programs, 2, C).
+    """Gradient of the input, plus that of its skip connection (``skip``). Each program's share of
+    the gradients of weight and bias is written to ``parts`` (programs, 2, C).
     """
     row, col = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
     at = row[:, None] * C + col[None, :]
@@ -165,7 +165,7 @@ def _backward(
 
 
 def _tiling(name: str, rows: int, C: int) -> tuple[int, dict[str, int]]:
-    """Programs and constants of a kernel over a matrix."""
+    """Number of programs and constants of a kernel over a matrix."""
     elements, warps = LAUNCH[name]
     width = NARROW
     if C // WIDTHS[-1] > 1:
@@ -200,7 +200,7 @@ def forward(
 
 
 def _empty_grads(x: Tensor, weight: Tensor | None, of_parameters: bool) -> list[Tensor]:
-    """Memory for the gradients of the rows, weight and bias; of those two, if wanted."""
+    """Memory for gradients of rows, weight and bias; the last two are empty if not needed."""
     dtype = torch.float32 if weight is None else weight.dtype
     size = x.shape[-1] if of_parameters else 0
     return [torch.empty_like(x), *(x.new_empty(size, dtype=dtype) for _ in range(2))]
@@ -216,7 +216,7 @@ def backward(
     of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, weight and bias; ``skip`` is added to the first, the others are empty if
-    not asked for.
+    not needed.
     """
     out, *grads = _empty_grads(x, weight, of_parameters)
     launch, parts = planned(_plan, 'backward', x.numel() // x.shape[-1], x.shape[-1], eps), None
@@ -235,7 +235,7 @@ class LayerNorm(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Keep the input alone."""
+        """Normalize, keeping only the input and the weight."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
@@ -260,25 +260,25 @@ def layer_norm(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalize rows, and for the backward pass keep ``x`` and ``weight`` alone.
+    """Layer normalization that keeps only ``x`` and ``weight`` for the backward pass.
 
-    The arithmetic is in float32 whatever the data types, and the result is rounded once. There are
-    no second derivatives.
+    The arithmetic is in float32 for all data types, and the result is rounded once. There are no
+    second derivatives.
 
     Args:
-        x (Tensor): Rows of shape (..., C), in float32, float16 or bfloat16; they are copied if they
-            are not contiguous.
+        x (Tensor): Rows of shape (..., C), in float32, float16 or bfloat16; copied if not
+            contiguous.
         weight (Tensor, optional): Weight of shape (C,), in float32 or the data type of ``x``.
-        bias (Tensor, optional): Bias of shape (C,), likewise.
-        eps (float): What is added to the variance.
-        dtype (torch.dtype, optional): Data type of the result, one of those three. Defaults to
+        bias (Tensor, optional): Bias of shape (C,), in float32 or the data type of ``x``.
+        eps (float): Added to the variance.
+        dtype (torch.dtype, optional): Data type of the result, one of the three. Defaults to
             None: that of ``x``.
 
     Returns:
         Tensor: Normalized rows of shape (..., C).
 
     Raises:
-        ValueError: If a data type is none of those, or if rows are longer than 1024.
+        ValueError: If a data type is not supported, or if rows are longer than 1024.
 
     Examples:
         >>> x = torch.rand(2, 8, 6, 32, device='cuda')  # doctest: +SKIP

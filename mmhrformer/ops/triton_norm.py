@@ -1,13 +1,13 @@
 """Batch normalization and GELU of channels-last maps in Triton.
 
-Bytes decide: a map is read twice and written once in a forward pass, read four times and written
-once in a backward pass, and nothing but the input map is kept between them. Import this module
-only where Triton is installed.
+The kernels are bound by memory: a map is read twice and written once in a forward pass, read four
+times and written once in a backward pass, and only the input map is kept between them. Import this
+module only where Triton is installed.
 
-A map (B, C, H, W) is a matrix (B * H * W, C) here. Sums over its rows are made in two steps, one
-partial result per program and then their combination, in an order that depends on sizes alone: the
-same bits each time. Moments are triples (count, mean, sum of squared deviations from it), which
-can be combined without loss, as those of programs and of processes are.
+A map (B, C, H, W) is a matrix (B * H * W, C) here. Sums over its rows are computed in two steps,
+one partial result per program and then their combination, in an order that depends on sizes only,
+so they are deterministic. Moments are triples (count, mean, sum of squared deviations from it),
+which combine across programs and processes without loss of accuracy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .triton_support import refuse_second_derivatives, thin_operator
 
 __all__ = ['batch_statistics', 'normalize_gelu']
 
-# For each kernel over maps: elements of a tile, programs at most, warps.
+# For each kernel over maps: elements of a tile, maximum number of programs, warps.
 LAUNCH = {
     'moments': (4096, 1024, 4),
     'normalize': (4096, 4096, 4),
     'gradient_sums': (4096, 1024, 4),
     'input_gradient': (2048, 4096, 4),
 }
-# Columns of a tile: the number that leaves the fewest of them empty, of two that leave less than a
-# sixteenth the first.
+# Columns of a tile: the number that leaves the fewest of them empty, or the largest that leaves
+# less than a sixteenth empty.
 COLUMNS = (128, 64, 32)
-# Of the kernel that combines moments: how many at a time, of how many channels, warps.
+# The kernel that combines moments: how many at a time, of how many channels, warps.
 COMBINE = (128, 16, 8)
 
 
@@ -44,7 +44,7 @@ COMBINE = (128, 16, 8)
 def _place(
     R, COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr
 ):
-    """Where the first tile of a program is, and which of its rows and columns there are."""
+    """Addresses of the first tile of a program, its rows and columns, and the rows left."""
     first = tl.program_id(1).to(tl.int64) * (TILES * BLOCK_R)
     row = tl.arange(0, BLOCK_R)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -70,9 +70,9 @@ def _affine(count, mean, spread, weight, bias, eps, c, in_c, TRAINING: tl.conste
 def _phi(z):
     """Distribution function of the normal distribution, and its density times sqrt(2 pi).
 
-    Formula 7.1.26 of Abramowitz and Stegun, at most 7.5e-8 off: float32 knows no better near 1.
-    As the exponential is shared, a loop over gradients takes 28 instructions an element, of 51 with
-    ``tl.erf``: more than it can take at the speed of the memory.
+    Formula 7.1.26 of Abramowitz and Stegun. The error is at most 7.5e-8, the resolution of float32
+    near 1. With the shared exponential, a loop over gradients takes 28 instructions per element; it
+    takes 51 with ``tl.erf``, which would make it slower than the memory.
     """
     e = tl.exp2(-0.72134752 * z * z)
     t = 1.0 + 0.23164188 * tl.abs(z)
@@ -97,10 +97,10 @@ def _moments(
     x, parts, R, C: tl.constexpr, COLS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Moments of the channels in a program's rows, to ``parts`` (parts, 3, C).
+    """Moments of the channels in a program's rows, written to ``parts`` (parts, 3, C).
 
-    Sums of squares are of distances from the mean of the first tile, without which nothing would be
-    left of the variance of a channel whose mean is large.
+    Values are shifted by the mean of the first tile; otherwise, the variance of a channel with a
+    large mean would be lost to cancellation.
     """
     at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
     in_c = col < COLS
@@ -130,8 +130,8 @@ def _combine(
     parts, out, running_mean, running_var, tracked, momentum, P, C,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """Moments (3, C) of all the rows of ``parts`` (P, 3, C), and running statistics of them, of
-    which ``tracked`` counts how many there were.
+    """Combine moments ``parts`` (P, 3, C) to (3, C), and update the running statistics and
+    ``tracked``, the number of updates.
     """
     p = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -197,8 +197,8 @@ def _gradient_sums(
     C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the gradients of bias and weight, to ``parts`` (parts, 2, C), and the
-    result of the forward pass to ``out``, if wanted again.
+    """A program's share of the gradients of bias and weight, to ``parts`` (parts, 2, C), and the
+    recomputed result of the forward pass to ``out``, if needed.
     """
     at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
     in_c = col < COLS
@@ -255,10 +255,10 @@ def _input_gradient(
 
 
 def _tiling(name: str, rows: int, C: int, size: int) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, rows and constants of a kernel over a matrix of elements of a size.
+    """Grid, rows and constants of a kernel over a matrix of elements of ``size`` bytes.
 
-    Rows that are no multiple of 16 bytes, of 78 channels for example, are joined to such that are,
-    if the map has a multiple of as many: a thread then loads 16 bytes instead of 4 at once.
+    Rows that are not a multiple of 16 bytes, such as 78 channels, are joined to longer ones that
+    are, if the number of rows allows: a thread then loads 16 bytes at a time instead of 4.
     """
     fold = math.gcd(16 // math.gcd(C * size, 16), rows)
     rows, cols = rows // fold, fold * C
@@ -266,7 +266,7 @@ def _tiling(name: str, rows: int, C: int, size: int) -> tuple[tuple[int, int], i
     block_c = min(COLUMNS, key=lambda block: max(-cols % block, cols // 16))
     block_r = elements // block_c
     blocks = triton.cdiv(cols, block_c)
-    chunks = max(1, triton.cdiv(rows, block_r))  # processes may share statistics of no image
+    chunks = max(1, triton.cdiv(rows, block_r))  # a process may have no images
     tiles = triton.next_power_of_2(triton.cdiv(chunks * blocks, programs))
     constants = dict(C=C, COLS=cols, BLOCK_R=block_r, BLOCK_C=block_c, TILES=tiles)
     return (blocks, triton.cdiv(chunks, tiles)), rows, dict(constants, num_warps=num_warps)
@@ -276,7 +276,7 @@ KERNELS = dict(normalize=_normalize, gradient_sums=_gradient_sums, input_gradien
 
 
 def _plan(name: str, rows: int, C: int, size: int, *options) -> Launch:
-    """The launch of a kernel over a matrix of elements of a size."""
+    """The launch of a kernel over a matrix of elements of ``size`` bytes."""
     grid, rows, constants = _tiling(name, rows, C, size)
     if not options:
         return Launch(_moments, grid, rows, **constants)
@@ -307,7 +307,8 @@ def _empty_sums(x: Tensor, weight: Tensor, again: bool) -> tuple[Tensor, ...]:
 def _plan_combine(parts: int, C: int, momentum: float, update: bool) -> Launch:
     """The launch that combines moments."""
     block_p, block_c, warps = COMBINE
-    tiles = triton.next_power_of_2(triton.cdiv(parts, block_p))  # else a kernel for each number
+    # A power of two, to compile fewer kernels.
+    tiles = triton.next_power_of_2(triton.cdiv(parts, block_p))
     constants = dict(BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles, UPDATE=update, num_warps=warps)
     return Launch(_combine, (triton.cdiv(C, block_c),), momentum, parts, C, **constants)
 
@@ -319,13 +320,14 @@ def combine_moments(
     tracked: Tensor | None,
     momentum: float,
 ) -> Tensor:
-    """Moments of all rows of moments of parts of them.
+    """Combine the moments of parts of a map.
 
     Args:
         parts (Tensor): Count, mean and sum of squared deviations, of shape (parts, 3, C).
-        running_mean (Tensor, optional): Is updated. Of shape (C,).
-        running_var (Tensor, optional): Is updated, by the unbiased variance. Of shape (C,).
-        tracked (Tensor, optional): The number of updates, an integer of shape (), is one more.
+        running_mean (Tensor, optional): Running mean of shape (C,), updated in place.
+        running_var (Tensor, optional): Running variance of shape (C,), updated in place by the
+            unbiased variance.
+        tracked (Tensor, optional): Number of updates, an integer of shape (), incremented in place.
         momentum (float): Weight of the new statistics.
 
     Returns:
@@ -351,7 +353,7 @@ def moments(x: Tensor, *running) -> Tensor:
     return combine_moments(parts, *running)
 
 
-# Count, mean and sum of squared deviations in training, variance else; weight and bias.
+# Count, mean, and sum of squared deviations (in evaluation, the variance); weight and bias.
 STATISTICS = 'Tensor count, Tensor mean, Tensor spread, Tensor weight, Tensor bias'
 OPTIONS = 'float eps, bool training, bool gelu'
 
@@ -408,7 +410,7 @@ class BatchNormGELU(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor, statistics: tuple[Tensor, ...],
         group: dist.ProcessGroup | None, *options,
     ) -> Tensor:  # fmt: skip
-        """Keep the map and what is known of its channels."""
+        """Normalize, keeping the map, the statistics and the parameters."""
         ctx.group, ctx.options = group, options
         ctx.save_for_backward(x, *statistics, weight, bias)
         return normalize(x, *statistics, weight, bias, *options)
@@ -429,14 +431,14 @@ class BatchNormGELU(torch.autograd.Function):
 
 
 def share(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Add sums of all processes of a group up, in place."""
+    """Sum over all processes of a group, in place."""
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The moments (processes, 3, C) of all processes."""
+    """Gather the moments of all processes, (processes, 3, C)."""
     parts = local.new_empty(dist.get_world_size(group) * len(local), local.shape[1])
     dist.all_gather_into_tensor(parts, local, group)
     return parts.unflatten(0, (-1, len(local)))
@@ -450,7 +452,7 @@ def batch_statistics(
     process_group: dist.ProcessGroup | None = None,
     tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the channels of a map, which update the running ones.
+    """Compute the channel statistics of a map, and update the running ones.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W), channels-last, of one of :data:`DTYPES`.
@@ -465,12 +467,12 @@ def batch_statistics(
         tuple[Tensor, Tensor, Tensor]: Count, mean and sum of squared deviations, (C,) each.
 
     Raises:
-        ValueError: If there is one value of each channel to make statistics of.
+        ValueError: If there is only one value per channel.
     """
     if process_group is None:
         if x.numel() == x.shape[1]:
             raise ValueError(
-                f'x of shape {tuple(x.shape)} has one value per channel, which has no variance: '
+                f'x of shape {tuple(x.shape)} has only one value per channel, so no variance: '
                 'use more images, larger ones, or running statistics (evaluation mode)'
             )
         return moments(x, running_mean, running_var, tracked, momentum).unbind()
@@ -488,19 +490,19 @@ def normalize_gelu(
     process_group: dist.ProcessGroup | None = None,
     gelu: bool = True,
 ) -> Tensor:
-    """GELU of a normalized map; for the backward pass ``x`` alone is kept.
+    """GELU of a normalized map, keeping only ``x`` for the backward pass.
 
-    With :func:`batch_statistics` in front, this is batch normalization and GELU: gradients take
-    into account that the statistics are those of the map. They are the same bits each time. There
-    are no second derivatives.
+    Together with :func:`batch_statistics`, this is batch normalization and GELU: the gradients take
+    into account that the statistics depend on the map. They are deterministic. There are no second
+    derivatives.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W), channels-last, of one of :data:`DTYPES`.
         weight (Tensor): Weight of shape (C,).
         bias (Tensor): Bias of shape (C,).
-        statistics (tuple[Tensor, Tensor, Tensor]): What :func:`batch_statistics` returns in
-            training; else running mean, running mean and running variance.
-        eps (float): What is added to the variance.
+        statistics (tuple[Tensor, Tensor, Tensor]): In training, the result of
+            :func:`batch_statistics`; otherwise running mean, running mean and running variance.
+        eps (float): Added to the variance.
         training (bool): Whether the statistics are those of the map.
         process_group (ProcessGroup, optional): Processes that share them. Defaults to None: none.
         gelu (bool): Whether to compute GELU. Defaults to True.

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here, asked without importing Triton before it is needed."""
+"""Support for Triton kernels: availability checks and operators, without importing Triton."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from .state import is_compiling, is_transformed
 
-# The first that has tuples in kernels, and the torch that comes with it.
+# The first Triton with tuples in kernels, and the torch that it comes with.
 MIN_TRITON, MIN_TORCH = '3.3', '2.7'
-# The first with bfloat16 and TF32 in its matrix units.
+# The first with bfloat16 and TF32 tensor cores.
 MIN_CAPABILITY = (8, 0)
-# What the kernels compute with.
+# The data types that the kernels support.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @cache
 def why_not(device: torch.device | None = None) -> str:
-    """Tell why Triton kernels cannot run.
+    """Reason why Triton kernels cannot run.
 
     Args:
-        device (torch.device, optional): The device they are to run on. Defaults to None: only
-            the software is looked at.
+        device (torch.device, optional): Device to run them on. Defaults to None: only the
+            installed software is checked.
 
     Returns:
         str: The reason, empty if they can run.
@@ -48,7 +48,7 @@ def why_not(device: torch.device | None = None) -> str:
     if device.type != 'cuda':
         return f'Triton kernels run on GPUs, not on {device.type}'
     if torch.version.cuda is None:
-        return f'torch {torch.__version__} is not built for CUDA: the kernels know NVIDIA GPUs only'
+        return f'torch {torch.__version__} is not built for CUDA: the kernels need an NVIDIA GPU'
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f'{device} has compute capability {capability}, the kernels need {MIN_CAPABILITY}'
@@ -61,15 +61,15 @@ def available(device: torch.device | None = None) -> bool:
 
 
 def refuse_second_derivatives(name: str) -> None:
-    """Raise an error in a backward pass that is to be differentiated.
+    """Raise an error in a backward pass with ``create_graph=True``.
 
-    Gradients are on in such a pass. ``once_differentiable`` would let them pass as constants unless
-    the incoming one is differentiated, too.
+    Gradients are enabled in such a pass. ``once_differentiable`` would silently treat the result as
+    a constant unless the incoming gradient requires one itself.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f'{name} has no second derivatives, which create_graph=True asks for: force the plain '
-            "form by ops.use('reference') or MMHRFORMER_OPS=reference"
+            f'{name} has no second derivatives, which create_graph=True requires: force the '
+            "reference form by ops.use('reference') or MMHRFORMER_OPS=reference"
         )
 
 
@@ -77,16 +77,17 @@ LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 
 def thin_operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Make an operator of a function, without gradients, that is called without its dispatch.
+    """Register a function without gradients as an operator, and bypass its dispatch if possible.
 
-    That takes 2 us of a CPU, that of ``torch.library.custom_op`` 10, of ``triton_op`` 15 to 40.
+    A call takes 2 us on the CPU, one of a ``torch.library.custom_op`` 10, of a ``triton_op`` 15 to
+    40.
 
     Args:
         schema (str): Name, arguments and results.
-        fake (Callable): What makes results without content.
+        fake (Callable): Function that returns empty results, for tracing.
 
     Returns:
-        Callable: Decorator of the function. The operator is called where somebody records it.
+        Callable: Decorator of the function. The operator is called only where calls are recorded.
     """
     name = schema[: schema.index('(')]
 
@@ -107,20 +108,20 @@ def thin_operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]
 
 
 def direct(x: Tensor, *operators: Callable) -> list[Callable]:
-    """Functions of :func:`thin_operator` that need not look whether calls are recorded.
+    """Functions of :func:`thin_operator` without the check whether calls are recorded.
 
     Args:
-        x (Tensor): What they will be called with, or what depends on it.
+        x (Tensor): Input of the functions, or a tensor from which it is computed.
         *operators (Callable): The functions.
 
     Returns:
-        list[Callable]: The functions, for calls that follow at once.
+        list[Callable]: The functions, for immediate calls only.
     """
     return [call if is_recorded(x) else call.function for call in operators]
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a call must be one of an operator: something traces, transforms or counts it."""
+    """Whether calls must go through the operator: they are traced, transformed or counted."""
     return (
         type(x) is not Tensor
         or x.is_meta

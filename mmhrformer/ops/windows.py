@@ -1,4 +1,4 @@
-"""Maps cut into square windows, and put together again."""
+"""Partition of maps into square windows, and the inverse."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from torch import Tensor
 
 
 def window_count(size: int, window: int) -> int:
-    """Windows that an axis needs."""
-    # Not -(-size // window): ONNX rounds quotients of negative numbers towards zero.
+    """Number of windows along an axis."""
+    # Not -(-size // window): ONNX rounds quotients of negative numbers toward zero.
     return (size + window - 1) // window
 
 
 def window_padding(size: int, window: int) -> tuple[int, int]:
-    """Zeros to add before and after an axis so that windows divide it; the odd one goes last."""
+    """Zeros to add before and after an axis to reach whole windows; an odd one goes last."""
     missing = window_count(size, window) * window - size
     return missing // 2, missing - missing // 2
 
 
 def is_static(*sizes: int) -> bool:
-    """Whether sizes are plain numbers, which they are not while any size is traced at once.
+    """Whether sizes are plain integers, not symbols of a trace with dynamic sizes.
 
-    In ``torch.jit.trace`` and ``torch.export`` a decision by the size of the image would hold for
-    all others, too, so steps that only some sizes need are traced in any case.
+    In ``torch.jit.trace`` and ``torch.export`` a decision based on the image size would be baked
+    into the graph, so steps that only some sizes need are always traced.
     """
     return all(type(size) is int for size in sizes)
 
 
 def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) -> Tensor:
-    """Cut a map into windows, after padding it on all sides alike.
+    """Split a map into windows, after centered padding.
 
     Args:
         x (Tensor): Map of shape (B, H, W, C).
         window (int): Side of the square windows, in tokens.
-        pad_value (Tensor, optional): What to pad with, of shape (C,). Defaults to None: zeros.
+        pad_value (Tensor, optional): Padding value of shape (C,). Defaults to None: zeros.
 
     Returns:
         Tensor: Windows in row-major order, tokens in row-major order within each, of shape
@@ -43,12 +43,12 @@ def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) ->
     B, H, W, C = x.shape
     top, bottom = window_padding(H, window)
     left, right = window_padding(W, window)
-    if not is_static(H, W) or bottom or right:  # there is never more before than after
+    if not is_static(H, W) or bottom or right:  # never more padding before than after
         if pad_value is None:
             x = F.pad(x, (0, 0, left, right, top, bottom))
         else:
             inside = x
-            # vmap over images writes into tensors that have its batch only, which the sum gives.
+            # Under vmap over images, writing in place needs a batched tensor: the sum is one.
             value = inside.new_zeros(B, 1, 1, C) + pad_value
             x = value.expand(B, top + H + bottom, left + W + right, C).clone()
             x[:, top : top + H, left : left + W] = inside
@@ -58,7 +58,7 @@ def window_partition(x: Tensor, window: int, pad_value: Tensor | None = None) ->
 
 
 def window_merge(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
-    """Put windows together again and cut the padding off: undoes :func:`window_partition`.
+    """Merge windows into a map without padding, the inverse of :func:`window_partition`.
 
     Args:
         windows (Tensor): Windows of shape (B * rows * cols, window * window, C).
@@ -78,22 +78,22 @@ def window_merge(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
 
 
 def padding_mask(size: tuple[int, int], window: int, device: torch.device) -> Tensor:
-    """Which tokens of which window are padding.
+    """Mask of the padded tokens in each window.
 
     Args:
         size (tuple[int, int]): Height H and width W of the map without padding.
         window (int): Side of the square windows, in tokens.
-        device (torch.device): Where to make the mask.
+        device (torch.device): Device of the mask.
 
     Returns:
-        Tensor: Booleans of shape (rows * cols, window * window), True where padded.
+        Tensor: Booleans of shape (rows * cols, window * window), True for padding.
     """
     real = torch.ones(1, *size, 1, device=device)
     return window_partition(real, window).flatten(1) == 0
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for every (query, key) pair of a window, as in Swin Transformer.
+    """Row of the bias table for each (query, key) pair of a window, as in Swin Transformer.
 
     Args:
         window (int): Side of the square windows, in tokens.

@@ -1,4 +1,4 @@
-"""Addresses of pages and files of the repository, for messages: a wheel has none of them."""
+"""URLs of pages and files of the repository, for messages: a wheel does not contain them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def repository() -> str:
-    """The address of the repository, as pyproject.toml says; empty if not even metadata are here.
+    """URL of the repository, from pyproject.toml; empty if the package is not installed.
 
     Examples:
         >>> repository()  # doctest: +SKIP
@@ -26,10 +26,10 @@ def find_page(name: str) -> str:
     """Find a page of the documentation.
 
     Args:
-        name (str): Its path in the repository, perhaps with an anchor.
+        name (str): Path in the repository, optionally with an anchor.
 
     Returns:
-        str: The same, if it is there, as in a clone; else its address.
+        str: The path itself if the file exists, as in a clone; its URL otherwise.
 
     Examples:
         >>> find_page('docs/datasets.md#cityscapes')  # doctest: +SKIP

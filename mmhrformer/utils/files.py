@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there completely or not at all."""
+"""Atomic writes: a file exists completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-PARTIAL = '.partial'  # ends the name of a file that is being written
+PARTIAL = '.partial'  # suffix of a file that is being written
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: its name always stands for a whole file, the old or the new one.
+    """Write a file atomically: readers see either the old or the new content, never a part.
 
-    The bytes go to a second file, are flushed to the disk, and take over the name. For a moment,
-    both files take up space.
+    The bytes go to a temporary file next to it, which is flushed to disk and then renamed. Until
+    then, both files take up space.
 
     Args:
         path (str | Path): The file.
 
     Yields:
-        BinaryIO: The second file, open for writing.
+        BinaryIO: The temporary file, open for writing.
 
     Raises:
-        OSError: If it could not be written, for example on a full disk; the old file is unchanged.
+        OSError: If writing failed, for example on a full disk; the old file is unchanged.
 
     Examples:
         >>> import tempfile
@@ -35,7 +35,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes()
         b'content'
     """
-    unfinished = Path(f'{path}.{os.getpid()}{PARTIAL}')  # another process may write it, too
+    unfinished = Path(f'{path}.{os.getpid()}{PARTIAL}')  # other processes may write it as well
     try:
         with unfinished.open('wb') as file:
             yield file
@@ -43,14 +43,14 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)  # it may have filled the disk
+        unfinished.unlink(missing_ok=True)  # free the disk, which may be full
         raise
     _flush_folder(unfinished.parent)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk: only then is a new name in it safe from a power failure."""
-    with contextlib.suppress(OSError):  # some file systems cannot; then the old file comes back
+    """Flush a folder to disk, so that a rename in it survives a power failure."""
+    with contextlib.suppress(OSError):  # not supported by every file system
         number = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(number)
@@ -66,7 +66,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         data (bytes): Its new content.
 
     Raises:
-        OSError: If it could not be written; the old file is unchanged.
+        OSError: If writing failed; the old file is unchanged.
     """
     with whole_file(path) as file:
         file.write(data)

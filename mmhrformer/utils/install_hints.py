@@ -1,8 +1,8 @@
 """Installed packages, conflicts between them, and the commands that fix an installation.
 
-OpenMMLab's packages exist twice: the stock ones, whose last releases are of 2023 to 2025, and
-maintained forks of some, called ``onedl-...``, with the same import names. This module needs only
-the standard library: it works where torch or mmcv cannot be imported.
+OpenMMLab's packages exist in two families: the stock ones, last released between 2023 and 2025,
+and maintained forks of some of them, called ``onedl-...``, with the same import names. This module
+uses only the standard library, so it works where torch or mmcv cannot be imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import metadata
 
 from .addresses import find_page
 
-# Import name -> the distributions that provide it. They write the same files.
+# Import name -> the distributions that provide it. They install the same files.
 OWNERS = {
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
@@ -45,8 +45,8 @@ FORKS = 'or, of the maintained forks: pip install'
 CORE = f"pip install 'mmhrformer[core]'; {FORKS} onedl-mmengine onedl-mmcv"
 
 OLDER_TRANSFORMERS = (
-    "pip install 'transformers>=4.28,<4.56', or, where nothing else needs it, pip uninstall -y "
-    'transformers: nothing here uses it'
+    "pip install 'transformers>=4.28,<4.56', or, if nothing else needs it, pip uninstall -y "
+    'transformers: mmhrformer does not use it'
 )
 
 BUILD_FORK = (
@@ -54,7 +54,7 @@ BUILD_FORK = (
     '--force-reinstall --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv'
 )
 
-# Import name -> how to install it, of either family.
+# Import name -> how to install it, from either family.
 INSTALL = {
     'mmengine': CORE,
     'mmcv': CORE,
@@ -70,28 +70,27 @@ INSTALL = {
         'onedl-mmengine onedl-mmcv onedl-mmsegmentation'
     ),
     'mmdet': f"pip install 'mmdet>=3.0,<3.4'; {FORKS} onedl-mmdetection",
-    'torchvision': 'pip install torchvision, in the version that belongs to your torch',
+    'torchvision': 'pip install torchvision, in the version that matches your torch',
     'mim': (
-        'nothing: python -m mmhrformer does without. If you want it: '
+        'nothing: python -m mmhrformer works without it. If you want it: '
         'pip install openmim "setuptools<81", or pip install onedl-mim'
     ),
 }
 
-# The same where the forks are installed: a stock package would be written over them.
+# The same for environments with the forks: a stock package would overwrite them.
 INSTALL_FORKS = {
     'mmengine': 'pip install onedl-mmengine',
     'mmcv': 'pip install onedl-mmcv',
     'mmpretrain': 'pip install onedl-mmpretrain',
     'mmpose': (
-        'mmpose has no maintained fork, and the stock packages that it needs would be written over '
-        'the forks that are here: make an environment of its own '
-        f'({find_page("docs/compatibility.md")})'
+        'mmpose has no maintained fork, and the stock packages that it needs would overwrite the '
+        f'installed forks: create a separate environment for it ({find_page("docs/compatibility.md")})'
     ),
     'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
     'mmdet': 'pip install onedl-mmdetection',
 }
 
-# Import name -> distributions. The frameworks import most of them, and do not declare all.
+# Import name -> distributions. The frameworks import most of them without declaring all.
 SAME_NAME = (
     'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
     'numpy', 'packaging', 'prettytable', 'pycocotools', 'rich', 'safetensors', 'scipy', 'seaborn',
@@ -105,7 +104,7 @@ DISTRIBUTIONS = {
 }  # fmt: skip
 INSTALL.update((module, f'pip install {names}') for module, names in DISTRIBUTIONS.items())
 
-# Pattern of an error message -> what is wrong, and the fix. The first match counts.
+# Pattern of an error message -> cause and fix. The first match wins.
 FIXES = (
     (
         r'mmcv\S*_ext\S*: undefined symbol|lib(c10|torch|cudart)\S*: cannot open shared object',
@@ -123,13 +122,12 @@ FIXES = (
     ),
     (
         r"transformers[\w.]*' \(|No module named 'transformers\.|module 'transformers",
-        'mmpretrain 1.2 imports names that newer transformers have no longer, and mmsegmentation '
+        'mmpretrain 1.2 imports names that newer transformers no longer have, and mmsegmentation '
         f'and mmdet import mmpretrain: {OLDER_TRANSFORMERS}',
     ),
     (
         r'[Cc]ould not determine (the )?home directory',
-        'a library of the core wants a home: set HOME to a folder that can be written to, such as '
-        'HOME=/tmp',
+        'a core library needs a home directory: set HOME to a writable folder, such as HOME=/tmp',
     ),
     (
         r'Numpy is not available',
@@ -155,16 +153,16 @@ FIXES = (
     ),
     (
         r"No module named 'pkg_resources'",
-        'setuptools 82 has no pkg_resources any more: pip install "setuptools<81"',
+        'setuptools 82 removed pkg_resources: pip install "setuptools<81"',
     ),
     (
         r'operator torchvision::nms does not exist|torchvision\S*: undefined symbol',
         'this torchvision was built for another torch: pip install --force-reinstall --no-deps '
-        'torchvision, in the version that belongs to your torch',
+        'torchvision, in the version that matches your torch',
     ),
 )  # fmt: skip
 
-# Packages that are too new: name, first version that does not fit, beside which package, the fix.
+# Packages that are too new: name, first incompatible version, incompatible with, fix.
 TOO_NEW = (
     ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
     ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
@@ -201,10 +199,10 @@ def has_forks() -> bool:
 
 
 def how_to_install(module: str) -> str:
-    """Look up how to install a package, from the family that is installed already.
+    """Look up how to install a package, from the family that is already installed.
 
     Args:
-        module (str): Its import name.
+        module (str): Import name.
 
     Returns:
         str: Commands; empty if none are known.
@@ -217,12 +215,12 @@ def how_to_install(module: str) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Parse a version such as ``'2.1.2+cu121'`` into numbers that compare, such as (2, 1, 2)."""
+    """Parse a version such as ``'2.1.2+cu121'`` into a comparable tuple such as (2, 1, 2)."""
     return tuple(map(int, re.findall(r'\d+', re.split(r'[^\d.]', version)[0])))
 
 
 def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find packages that were installed over one another, see :func:`problems`."""
+    """Find packages that overwrote each other's files, see :func:`problems`."""
     found = []
     for module, owners in OWNERS.items():
         both = [name for name in owners if name in versions]
@@ -230,16 +228,16 @@ def overwritten(versions: dict[str, str]) -> list[tuple[str, str]]:
             names = ' and '.join(f'{name} {versions[name]}' for name in both)
             again = ' or '.join(f'pip install --no-deps {name}=={versions[name]}' for name in both)
             problem = (
-                f'{names} are both installed and both write the files of {module}: '
-                'the later one overwrote the other, pip does not notice'
+                f'{names} are both installed and both provide {module}: '
+                'the later one overwrote the other without pip noticing'
             )
-            fix = f'pip uninstall -y {" ".join(both)}, then one of them alone: {again}'
+            fix = f'pip uninstall -y {" ".join(both)}, then install only one of them: {again}'
             found.append((problem, fix))
     return found
 
 
 def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
-    """Find problems that the versions alone show: packages overwritten, too old or too new.
+    """Find problems that show in the versions alone: packages overwritten, too old or too new.
 
     Args:
         versions (dict[str, str]): As :func:`installed` returns them.
@@ -250,11 +248,11 @@ def problems(versions: dict[str, str]) -> list[tuple[str, str]]:
     found = overwritten(versions)
     for name, oldest in MINIMUM.items():
         if name in versions and _release(versions[name]) < _release(oldest):
-            problem = f'{name} {versions[name]} is too old, {oldest} is the oldest that works'
+            problem = f'{name} {versions[name]} is too old, the oldest that works is {oldest}'
             found.append((problem, f"pip install -U '{name}>={oldest}'"))
-    for name, first, beside, fix in TOO_NEW:
-        if {name, beside} <= versions.keys() and _release(versions[name]) >= _release(first):
-            problem = f'{name} {versions[name]} is too new for {beside} {versions[beside]}'
+    for name, first, peer, fix in TOO_NEW:
+        if {name, peer} <= versions.keys() and _release(versions[name]) >= _release(first):
+            problem = f'{name} {versions[name]} is too new for {peer} {versions[peer]}'
             found.append((problem, fix))
     return found
 
@@ -266,7 +264,7 @@ def suggest_fix(text: str) -> str:
         text (str): The error message, or the whole output of a process.
 
     Returns:
-        str: The cause and the commands that remove it; empty if none are known.
+        str: The cause and the commands that fix it; empty if none are known.
 
     Examples:
         >>> suggest_fix("No module named 'safetensors'")
@@ -280,40 +278,40 @@ def suggest_fix(text: str) -> str:
 
 
 def explain(err: BaseException) -> str:
-    """Look up the fix for an import that failed.
+    """Look up the fix for a failed import.
 
     Args:
-        err (BaseException): The error; the errors that it was raised from are read, too.
+        err (BaseException): The error; its causes are considered as well.
 
     Returns:
-        str: The fix, and other problems of the installed packages; perhaps empty.
+        str: The fix, and other problems of the installed packages; may be empty.
 
     Examples:
         >>> explain(ModuleNotFoundError("No module named 'pkg_resources'"))
-        'setuptools 82 has no pkg_resources any more: pip install "setuptools<81"'
+        'setuptools 82 removed pkg_resources: pip install "setuptools<81"'
     """
-    # The traceback has the names of the files, which tell what package it was.
+    # The traceback contains file names, which identify the package.
     fix = suggest_fix(''.join(traceback.format_exception(err)))
     found = [f'{problem}: {its_fix}' for problem, its_fix in problems(installed())]
     return '. '.join(filter(None, [fix, *found]))
 
 
 def check_core() -> None:
-    """Import what the backbone is built on; on failure, say how to fix the installation.
+    """Import the core dependencies; on failure, say how to fix the installation.
 
     Raises:
         ImportError: If torch, NumPy, mmengine or mmcv cannot be imported.
     """
     core = installed(['torch', 'numpy', *OWNERS['mmengine'], *OWNERS['mmcv']])
     for problem, fix in overwritten(core):
-        # Whether it works depends on which one was installed last.
+        # A warning only: it may work, depending on which one was installed last.
         warnings.warn(f'{problem}. Fix: {fix}', RuntimeWarning, stacklevel=3)
     try:
         for name in ('torch', 'numpy', 'mmengine.registry', 'mmcv.cnn'):
             importlib.import_module(name)
-    except Exception as err:  # a package built for another NumPy raises other errors, too
+    except Exception as err:  # not ImportError alone, as with packages built for another NumPy
         here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
         raise ImportError(
-            f'mmhrformer is built on torch, NumPy, mmengine and mmcv: {err}. Fix: '
+            f'mmhrformer needs torch, NumPy, mmengine and mmcv: {err}. Fix: '
             f'{explain(err) or CORE}. Installed: {here}'
         ) from err

@@ -10,8 +10,8 @@ def did_you_mean(name: str, names: Iterable[str], start: str = 'did') -> str:
     """Suggest names that are similar to a wrong one.
 
     Args:
-        name (str): The wrong name.
-        names (Iterable[str]): The right ones.
+        name (str): The misspelled name.
+        names (Iterable[str]): The valid names.
         start (str): First word of the question. Defaults to ``'did'``.
 
     Returns:

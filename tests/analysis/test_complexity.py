@@ -70,7 +70,7 @@ PRODUCTS = ('conv', 'linear', 'addmm', 'mm', 'matmul', 'bmm', 'einsum')
 
 
 def test_the_analysis_of_mmengine_counts_the_same():
-    """It can also be used as its documentation says: nothing in a model is in its way."""
+    """mmengine's analysis also works as documented, on any of our models."""
     arch = dict(ARCH, num_blocks=1)
     model = nn.Sequential(HRFormer(arch), HRFormerFusion(arch['channels'])).eval()
     with ops.use('reference'):
@@ -81,7 +81,7 @@ def test_the_analysis_of_mmengine_counts_the_same():
 
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_fused_attention_is_counted(device):
-    """That of CPUs, too, which torch's counter leaves out."""
+    """Including attention on CPUs, which torch's counter lacks."""
     query, key = torch.zeros(2, 3, 5, 8, device=device), torch.zeros(2, 3, 7, 8, device=device)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
         nn.functional.scaled_dot_product_attention(query, key, key)

@@ -141,11 +141,11 @@ def test_folded_models_show_features_but_no_attention(image):
 
 def test_what_cannot_be_drawn(segment, find_joints, image):
     for options, message in (
-        (dict(query=(0.5, 1.0)), r'query=\(0.5, 1.0\): give x and y'),
-        (dict(query=(0.5,)), 'give x and y'),
+        (dict(query=(0.5, 1.0)), r'query=\(0.5, 1.0\): expected x and y'),
+        (dict(query=(0.5,)), 'expected x and y'),
         (dict(block='stage4.0.branches.9.0'), r'no such block. did you mean stage4\.0\.branches'),
     ):
         with pytest.raises(ValueError, match=message):
             attention_of(segment, image, **options)
-    with pytest.raises(ValueError, match='nobody in it, nothing to draw; give boxes'):
+    with pytest.raises(ValueError, match='no people found, nothing to draw; pass boxes'):
         draw_features(find_joints, image, np.zeros((0, 4), np.float32))

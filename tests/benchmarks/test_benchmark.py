@@ -172,7 +172,7 @@ def test_snippets_are_timed_in_turn(tool):
     found = tool.measure.time_snippets(snippets, rounds=2, threads=1)
     assert [len(seconds) for seconds in found.values()] == [2, 2]
     assert min(found['long']) >= 0.1 > max(found['short'])
-    with pytest.raises(RuntimeError, match=r'start-up of wrong failed[\s\S]*ZeroDivisionError'):
+    with pytest.raises(RuntimeError, match=r'startup of wrong failed[\s\S]*ZeroDivisionError'):
         tool.measure.time_snippets({'wrong': '1 / 0'}, rounds=1, threads=1)
 
 
@@ -217,11 +217,11 @@ def test_names_of_candidates(tool):
         ('--candidates ours-cudagraph', 'ours-cudagraph: CUDA graphs need --device cuda'),
         ('--candidates ours-onnx --mode train', 'ours-onnx: exported files are measured with'),
         ('--candidates ours-onnx --dtype bf16', 'ours-onnx: exported files are measured with'),
-        ('--candidates ours-fused-onnx', 'onnx goes with no other suffix'),
+        ('--candidates ours-fused-onnx', 'onnx cannot be combined with other suffixes'),
         ('--candidates ours-fused --mode train', 'ours-fused: fused models cannot be trained'),
         ('--candidates ours --baseline mmpose', '--baseline mmpose is not measured'),
         ('--candidates ours vit-s --task seg', 'no such model for task seg; choose from hrnet-w48'),
-        ('--size 256', 'give height x width'),
+        ('--size 256', 'expected height x width'),
         ('--size 100x64', 'candidate mmpose needs multiples of 32'),
         ('--size 24x64 --candidates ours', 'at least 32x32'),
         ('--size 72x64 --candidates vit-b', 'vit-b needs multiples of 16'),
@@ -233,7 +233,8 @@ def test_names_of_candidates(tool):
             marks=needs('mmpose', 'mmseg'),
         ),
         pytest.param(
-            *('--startup --arch tiny', '--startup compares ours and mmpose'), marks=needs('mmpose')
+            *('--startup --arch tiny', '--startup compares only ours and mmpose'),
+            marks=needs('mmpose'),
         ),
         ('--json /nowhere/a.json', 'there is no such folder'),
     ],
@@ -331,7 +332,7 @@ def test_training(tool, tmp_path, capsys):
 
 @needs('mmpose')
 def test_bytes_kept_for_the_backward_pass(tool):
-    """Of HRFormer-S at the size of the paper, against mmpose's."""
+    """HRFormer-S at the size of the paper, compared with mmpose's."""
     kept, images = {}, torch.rand(1, 3, 256, 192).to(memory_format=torch.channels_last)
     for name in ('ours', 'ours-with-cp', 'mmpose'):
         spec = tool.peers.parse_spec(name)
@@ -402,7 +403,7 @@ def test_unequal_models_are_refused(tool, monkeypatch, tmp_path, capsys, mode):
     command = [*QUICK, '--mode', mode, '--batch-size', '2', '--json', str(file)]
     assert tool.main.main(command) == 1
     output = capsys.readouterr()
-    assert 'not timed, since these do not compute the same as ours: mmpose (64x64 b2)' in output.err
+    assert 'not timed, since these give other results than ours: mmpose (64x64 b2)' in output.err
     assert 'speed-up' not in output.out
     assert not file.exists()
     assert tool.main.main([*command, '--allow-different']) == 0

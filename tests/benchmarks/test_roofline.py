@@ -133,7 +133,7 @@ def test_kernels_of_a_training_step(tool):
 
 @can_count
 def test_padded_models_are_folded_for_kernels(tool):
-    """Also where none can run; the zeros are a small part of the work."""
+    """Even if they cannot run here; the padding is a small part of the work."""
     torch.manual_seed(0)
     arch = dict(MICRO, channels=(30, 62, 64, 64), num_heads=(2, 2, 2, 2))
     folded, padded = (tool.peers.fold(HRFormer(arch=arch), pad) for pad in (False, True))
@@ -160,6 +160,7 @@ def test_what_cannot_be_counted_is_told(tool, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['roofline.py', *options])
     tool.main()
     _, compiled, theirs = capsys.readouterr().out.splitlines()
-    assert compiled.endswith("left out: of the suffixes only ['fused', 'padded', 'with-cp'] change "
-                             'what is counted')  # fmt: skip
-    assert "left out: there is no candidate 'theirs'" in theirs
+    assert compiled.endswith(
+        "skipped: only the suffixes ['fused', 'padded', 'with-cp'] affect the counts"
+    )
+    assert "skipped: there is no candidate 'theirs'" in theirs

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share."""
+"""Shared fixtures of the checkpoint tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 
 @pytest.fixture
 def messages():
-    """What is logged during a test."""
+    """Messages logged during a test."""
     logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
     handler.emit = lambda record: seen.append(record.getMessage())
     logger.addHandler(handler)

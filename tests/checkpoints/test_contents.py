@@ -1,4 +1,4 @@
-"""Where the weights are in a file, and what wraps their names."""
+"""Location of the weights in a file, and wrappers of their names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 class Lightning(nn.Module):
-    """How people wrap models for Lightning: the model, its loss and its metrics."""
+    """A typical LightningModule: the model, its loss and its metrics."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Lightning(nn.Module):
 
 @cache
 def weights() -> dict[str, Tensor]:
-    """Of a model; not to be changed."""
+    """Weights of a model; not to be modified."""
     made = Model()
     golden.recipe.fill_module(made)
     return dict(made.state_dict())
@@ -147,7 +147,9 @@ def test_backbones_take_wrapped_names_by_load_state_dict(prefix):
 
 def test_names_that_are_ambiguous_are_refused():
     one = {f'module.{key}': tensor for key, tensor in weights().items()}
-    with pytest.raises(ValueError, match=r"has '\S+' and '\S+', which are one tensor of a model"):
+    with pytest.raises(
+        ValueError, match=r"has '\S+' and '\S+', which are the same tensor of a model"
+    ):
         unwrap({**one, **weights()})
     two = {f'{who}.{k}': t for who in ('student', 'teacher') for k, t in weights().items()}
     with pytest.raises(ValueError, match=r"several models, under \['student\.', 'teacher\.'\]"):
@@ -201,7 +203,7 @@ def test_other_weights_are_told_and_can_be_taken(key, tmp_path, messages):
     assert f"others under '{key}'" in messages[-1]
     assert f"load_checkpoint(model, FILE, key='{key}')" in messages[-1]
     assert f'convert_checkpoint.py --key {key}' in messages[-1]
-    assert ('averaged, by their name' in messages[-1]) == (key != 'teacher')
+    assert ('averaged, judging by the name' in messages[-1]) == (key != 'teacher')
     mmengine_load(Model(), f'mmhrformer://{file}')
     assert any(f"others under '{key}'" in message for message in messages[-3:])
     load_checkpoint(made, file, strict=True, key=key)
@@ -209,7 +211,7 @@ def test_other_weights_are_told_and_can_be_taken(key, tmp_path, messages):
 
 
 def test_the_averaged_weights_of_mmengine_are_those_taken(tmp_path, messages):
-    """Its EMAHook exchanges the two in the file."""
+    """mmengine's EMAHook swaps the two in the file."""
     raw = {f'module.{key}': tensor for key, tensor in weights().items()}
     averaged = {key: torch.zeros_like(tensor) for key, tensor in weights().items()}
     raw['steps'] = torch.tensor(3)
@@ -218,7 +220,7 @@ def test_the_averaged_weights_of_mmengine_are_those_taken(tmp_path, messages):
     report = load_checkpoint(made, tmp_path / 'a.pth', strict=True)
     assert report.others == {'ema_state_dict': SWAPPED}
     assert same(made.state_dict(), averaged)
-    assert "EMAHook saves the averaged ones as 'state_dict'" in messages[-1]
+    assert "EMAHook saves the averaged weights as 'state_dict'" in messages[-1]
     report = load_checkpoint(made, tmp_path / 'a.pth', strict=True, key='ema_state_dict')
     assert same(made.state_dict(), weights())
     assert report.outside == ['steps']

@@ -113,7 +113,7 @@ def test_whole_models_of_ours_are_recognized(build):
     ids=['nothing', 'ResNet', 'HRNet'],
 )
 def test_checkpoints_of_other_models_are_refused(keys):
-    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect') as error:
+    with pytest.raises(ValueError, match='not an HRFormer checkpoint in a known format') as error:
         detect_dialect(keys)
     for word in ['official-cls', 'mmpose', f'{len(keys)} tensors', *keys]:
         assert word in str(error.value)
@@ -203,7 +203,7 @@ def test_joined_projections_are_where_our_models_have_them():
 def test_incomplete_projections_are_an_error_that_names_them(part):
     tensors = dict(pose_backbone())
     del tensors[f'stage3.0.branches.1.0.attn.attn.{part}.bias']
-    with pytest.raises(ValueError, match=rf"'{part}\.bias' is missing beside it") as error:
+    with pytest.raises(ValueError, match=rf"without '{part}\.bias'") as error:
         convert(tensors)
     assert 'stage3.0.branches.1.0.attn.attn.' in str(error.value)
 
@@ -274,7 +274,7 @@ def test_strict_loading_finds_bias_tables_of_blocks_that_are_not_there():
 
 
 def test_large_weights_are_finite():
-    """Also where their sum is not."""
+    """Even if their sum is not finite."""
     large = torch.full((4,), 3e38)
     check_finite(dict(large=large, half=large.clamp(max=6e4).half(), counter=torch.tensor(7)))
     for value in (float('nan'), float('inf'), -float('inf')):
@@ -289,7 +289,7 @@ def test_tensors_of_another_architecture_are_refused():
 
 def test_checkpoint_without_blocks_of_the_backbone_is_refused():
     state_dict = {'stage3.0.branches.0.0.attn.qkv.weight': torch.zeros(1)}
-    with pytest.raises(ValueError, match=r'known dialect|no tensor for the blocks'):
+    with pytest.raises(ValueError, match=r'known format|no tensor for the blocks'):
         HRFormer(arch=TINY).load_state_dict(state_dict, strict=False)
 
 
@@ -339,5 +339,7 @@ def test_bias_tables_are_resized_when_loaded_into_other_windows():
 def test_tables_of_no_square_window_are_refused(rows):
     state_dict = HRFormer(arch=TINY).state_dict()
     state_dict['stage2.0.branches.0.0.attn.relative_position_bias_table'] = torch.zeros(rows, 1)
-    with pytest.raises(ValueError, match=f'has {rows} rows, which no square window has'):
+    with pytest.raises(
+        ValueError, match=f'has {rows} rows, which does not match any square window'
+    ):
         HRFormer(arch=TINY).load_state_dict(state_dict)

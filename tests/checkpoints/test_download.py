@@ -40,7 +40,7 @@ def notes(monkeypatch):
 
 
 def left(folder: Path) -> set[str]:
-    """What lies in a folder beside the lock."""
+    """The files in a folder, except the lock."""
     return {path.name for path in folder.iterdir() if path.suffix != '.lock'}
 
 
@@ -72,7 +72,7 @@ def test_server_recovers(case, tmp_path, notes):
 
 # What the server does, for ever -> its answer, words of the error, requests.
 FAILED = {
-    'cut': (Answer(cut=9), r': 9 bytes came, .*cut.*network.*https_proxy', 3),
+    'cut': (Answer(cut=9), r': received 9 bytes, .*cut.*network.*https_proxy', 3),
     'resets': (Answer(cut=0, reset=True), r'connection failed.*network.*browser', 3),
     '503': (Answer(503), r'answers 503 .*try again later', 3),
     '404': (Answer(404), r'answers 404 Not Found: the link is dead\. By hand', 1),
@@ -80,7 +80,7 @@ FAILED = {
     '401': (Answer(401), r'answers 401 Unauthorized\. By hand', 1),
     'page': (Answer(body=b'\n<!DOCTYPE html>'), r'a web page, not a checkpoint.*\. By hand', 1),
     'page with a mark': (Answer(body=b'\xef\xbb\xbf <HTML>'), 'web page', 1),
-    'wrong hash': (Answer(body=OTHER), rf'{len(OTHER)} bytes came, .* expected {SHA[:8]}:', 3),
+    'wrong hash': (Answer(body=OTHER), rf'received {len(OTHER)} bytes, .* expected {SHA[:8]}:', 3),
     'redirect to a file': (Answer(302, {'Location': 'file:///etc/passwd'}), 'not allowed', 1),
 }
 
@@ -93,7 +93,7 @@ def test_server_fails(case, tmp_path):
         download(server.url(NAME), path)
     assert len(server.requests) == count
     assert f'cannot download {server.url(NAME)}: ' in str(e.value)
-    assert f'browser and put it here: {path}. It is then used from there' in str(e.value)
+    assert f'browser and put it here: {path}. It is then used without network' in str(e.value)
     assert left(tmp_path) == set()
 
 
@@ -146,7 +146,12 @@ EXISTING = {
     'good by its name': (NAME, CONTENT, '', None),
     'good by sha256': ('model.pth', CONTENT, SHA, None),
     'bad by its name': (NAME, OTHER, '', 'its name says.* SHA-256 .*remove it and'),
-    'bad by sha256': ('model.pth', OTHER, SHA, f'it has to be.*expected {SHA}.*remove it and'),
+    'bad by sha256': (
+        'model.pth',
+        OTHER,
+        SHA,
+        f'not the expected file.*expected {SHA}.*remove it and',
+    ),
 }
 
 
@@ -166,7 +171,7 @@ def test_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr('shutil.copyfileobj', fail)
-    words = rf'cannot keep \S+ as .*{NAME}: .*No space left.*Make room.*MMHRFORMER_CACHE'
+    words = rf'cannot save \S+ as .*{NAME}: .*No space left.*Free disk space.*MMHRFORMER_CACHE'
     with Server(CONTENT) as server, pytest.raises(DownloadError, match=words):
         download(server.url(NAME), tmp_path / NAME)
     assert len(server.requests) == 1
@@ -174,7 +179,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 
 def test_redirect_from_https_to_http():
-    """What anybody on the way can change is not fetched, whatever the hash says."""
+    """Insecure URLs are not followed, even with a hash."""
     request = Request('https://host/x')
     for url in ('http://host/x', 'ftp://host/x'):
         with pytest.raises(HTTPError, match=f'to {url}, which is not https'):
@@ -186,7 +191,7 @@ def test_folder_of_no_use(tmp_path):
     (tmp_path / 'file').touch()
     (tmp_path / NAME).mkdir()
     for path in (tmp_path / 'file' / NAME, tmp_path / NAME):
-        with pytest.raises(DownloadError, match=f'cannot keep {NOWHERE} as .*MMHRFORMER_CACHE'):
+        with pytest.raises(DownloadError, match=f'cannot save {NOWHERE} as .*MMHRFORMER_CACHE'):
             download(NOWHERE, path)
 
 
@@ -199,7 +204,7 @@ def test_folder_of_no_use(tmp_path):
     ],
 )
 def test_bad_url(url, tmp_path):
-    with pytest.raises(DownloadError, match=re.escape(f'url={url!r}') + '.*has to be http'):
+    with pytest.raises(DownloadError, match=re.escape(f'url={url!r}') + '.*expected http'):
         download(url, tmp_path / NAME)
 
 
@@ -207,7 +212,7 @@ def test_bad_or_no_sha256(tmp_path):
     for sha256 in ('abc', f'sha256:{SHA}', SHA[:8]):
         with pytest.raises(ValueError, match=f'sha256={sha256!r}'):
             download(NOWHERE, tmp_path / NAME, sha256)
-    with pytest.raises(ValueError, match=r'could not be checked.* Give all 64 as sha256'):
+    with pytest.raises(ValueError, match=r'could not be verified.* Pass all 64 digits as sha256'):
         download(NOWHERE, tmp_path / 'model.pth')
 
 
@@ -221,7 +226,7 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
 
 
 def test_processes_wait_for_one_another(tmp_path):
-    """Of four one downloads; it is killed on the way, and of the others one goes on."""
+    """One of four processes downloads; when it is killed, another one continues."""
     with Server(CONTENT, [Answer(cut=1000, hold=True)]) as server:
         first, *others = (
             multiprocessing.get_context('fork').Process(  # importing torch again takes seconds

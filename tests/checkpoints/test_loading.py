@@ -87,7 +87,7 @@ def test_tables_that_the_model_does_not_have_do_not_count_as_used(messages):
     report = load_checkpoint(model, official('pose'), strict=True)
     assert not report.missing
     assert report.used == len(model.state_dict())
-    assert any('38 relative position tables not used' in message for message in messages)
+    assert any('38 relative position bias tables not used' in message for message in messages)
 
 
 def test_official_pose_estimator_without_some_tensors():
@@ -200,7 +200,7 @@ def test_weights_are_copied():
 
 
 def test_load_from_of_openmmlab_takes_our_checkpoints(tmp_path):
-    """What ``load_from`` in a config and ``--checkpoint`` call."""
+    """The call behind ``load_from`` in a config and ``--checkpoint``."""
     model = make_backbone()
     torch.save({'meta': {}, 'state_dict': model.state_dict()}, tmp_path / 'ours.pth')
     other = HRFormer(arch=TINY)
@@ -209,7 +209,7 @@ def test_load_from_of_openmmlab_takes_our_checkpoints(tmp_path):
 
 
 def test_unknown_dialect_is_an_error():
-    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+    with pytest.raises(ValueError, match='not an HRFormer checkpoint in a known format'):
         load_checkpoint(make_backbone(), {'state_dict': {'conv1.weight': torch.zeros(1)}})
 
 
@@ -233,7 +233,7 @@ def test_other_classes_are_an_error_unless_they_are_wanted(messages):
     assert torch.equal(model.head.fc.weight, before)
     assert (report.missing, report.unused) == ([], [])
     assert report.used == len(model.state_dict()) - 2
-    assert 'left as it is, for other classes: head.fc.weight' in messages[-1]
+    assert 'not loaded, for other classes: head.fc.weight' in messages[-1]
     assert torch.equal(model.backbone.conv1.weight, official('cls')['model']['conv1.weight'])
 
 

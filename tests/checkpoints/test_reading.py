@@ -125,7 +125,7 @@ def test_checkpoint_of_an_openmmlab_run_is_read(tmp_path):
 
 
 def scheduler_states() -> Iterator[tuple[str, dict]]:
-    """What the schedulers of mmengine store."""
+    """State as stored by the schedulers of mmengine."""
     options = dict(
         CosineAnnealing=dict(T_max=9),
         CosineRestart=dict(periods=[2, 3], restart_weights=[1, 0.5], eta_min=0),
@@ -144,7 +144,7 @@ def scheduler_states() -> Iterator[tuple[str, dict]]:
 
 
 def optimizer_states() -> Iterator[tuple[str, dict]]:
-    """What the optimizers of torch store after a step."""
+    """State as stored by the optimizers of torch after a step."""
     for name, kind in vars(torch.optim).items():
         if not isinstance(kind, type) or name in ('Optimizer', 'SparseAdam'):
             continue
@@ -156,11 +156,11 @@ def optimizer_states() -> Iterator[tuple[str, dict]]:
 
 
 Point = namedtuple('Point', 'x y')
-Colour = Enum('Colour', 'RED')
+Color = Enum('Color', 'RED')
 
 
 def odd_objects() -> dict:
-    """What else may stand beside weights, by name."""
+    """Other content that may be stored besides weights, by name."""
     loop, objects = [], types.SimpleNamespace()
     loop.append(loop)
     objects.self = objects
@@ -175,8 +175,8 @@ def odd_objects() -> dict:
         texts=[b'', bytearray(b'a'), re.compile('a'), Path('a'), ValueError('a')],
         functions=[print, functools.partial(sorted, key=len), type(None), OrderedDict],
         containers=[ChainMap({}), UserDict(a=1), UserList([1]), Point(1, 2), loop, objects],
-        keys={Point(1, 2): 1, np.int64(3): 2, Colour.RED: 3, frozenset({1}): 4, torch.float32: 5},
-        sets=[{Colour.RED, np.int64(1)}, {Point(1, 2)}],
+        keys={Point(1, 2): 1, np.int64(3): 2, Color.RED: 3, frozenset({1}): 4, torch.float32: 5},
+        sets=[{Color.RED, np.int64(1)}, {Point(1, 2)}],
         torch=[torch.strided, torch.get_rng_state(), torch.quint8, torch.eye(2).to_sparse()],
         mmengine=[ConfigDict(a=1), Config(dict(a=1)), HistoryBuffer([1], [1])],
         modules=[torch.nn.CrossEntropyLoss(), with_attribute, torch.ones(2, device='meta')],
@@ -229,7 +229,7 @@ def test_what_is_left_inert_is_named(tmp_path, messages):
 
 
 class Evil:
-    """What an attacker saves: unpickling it calls a function."""
+    """A malicious object: unpickling it calls a function."""
 
     def __init__(self, function, *arguments) -> None:
         self.call = (function, arguments)
@@ -256,7 +256,7 @@ def test_code_in_a_file_does_not_run(tmp_path, place, name, messages):
     path = tmp_path / 'evil.pth'
     if place == 'pickle':
         path.write_bytes(pickle.dumps(content['meta']))
-        with pytest.raises(ValueError, match=r'evil\.pth.*no format that checkpoints have'):
+        with pytest.raises(ValueError, match=r'evil\.pth.*not in a checkpoint format'):
             read_checkpoint(path)
     else:
         weights = {**make_tensors(), 'conv1.weight': content['meta']}
@@ -371,7 +371,9 @@ def test_a_file_changes_nothing_that_is_real():
     assert kind.cpu != 1
     unpickler.find_class = lambda *_: lambda: torch.ones(1)
     tensor = unpickler(io.BytesIO(b'ca\nb\n)R}b.'))
-    with pytest.raises(pickle.UnpicklingError, match='in a form that torch does not write'):
+    with pytest.raises(
+        pickle.UnpicklingError, match='it stores tensors in a way that torch does not'
+    ):
         tensor.load()
 
 
@@ -455,14 +457,14 @@ def test_tensors_of_other_kinds_that_are_plain_are_read(tmp_path):
 
 @FORMATS
 def test_truncated_file_is_an_error_that_says_so(tmp_path, zipped):
-    """As an interrupted download leaves it, wherever it stopped."""
+    """A file truncated at any position, as by an interrupted download."""
     content = {'state_dict': make_tensors(), 'large': torch.zeros(4000)}
     good = save(content, tmp_path / 'good.pth', zipped).read_bytes()
     for length in range(4, len(good), 97):
         (tmp_path / 'cut.pth').write_bytes(good[:length])
         with pytest.raises(ValueError, match=r'cannot read the checkpoint .*cut\.pth') as error:
             read_checkpoint(tmp_path / 'cut.pth')
-        assert str(error.value).endswith('it is cut off: download it again')
+        assert str(error.value).endswith('it is truncated: download it again')
 
 
 PAGE = 'it is a web page'
@@ -474,13 +476,13 @@ OTHER_FILES = {
     '<!doctype html><title>Zugriff für'.encode() + 600 * 'ü'.encode(): PAGE,
     '<html>Zugriff für'.encode('latin-1'): PAGE,
     b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n': 'git lfs pull',
-    b'hello': "it is text, beginning with 'hello'.*check the path",
-    b'{"a": 1}\n': 'it is text',
-    b'config = 3\n': 'it is text',
-    b'\x80\x02': 'it is cut off',
-    b'\0' * 99: 'no format that checkpoints have',
-    b'\x1f\x8b\x08' + b'\1' * 99: 'no format that checkpoints have',
-    b'PK\3\4' + b'\0' * 99: 'it is cut off',
+    b'hello': "it is a text file, beginning with 'hello'.*check the path",
+    b'{"a": 1}\n': 'it is a text file',
+    b'config = 3\n': 'it is a text file',
+    b'\x80\x02': 'it is truncated',
+    b'\0' * 99: 'not in a checkpoint format',
+    b'\x1f\x8b\x08' + b'\1' * 99: 'not in a checkpoint format',
+    b'PK\3\4' + b'\0' * 99: 'it is truncated',
 }
 
 
@@ -504,7 +506,7 @@ def what_is_wrong(path: Path) -> str:
 
 @FORMATS
 def test_damaged_file_is_an_error_that_names_it(tmp_path, zipped):
-    """Or it is read all the same; in any case no other error comes up."""
+    """Or it is still read correctly; in any case no other error is raised."""
     good = save({'state_dict': make_tensors()}, tmp_path / 'good.pth', zipped).read_bytes()
     path = tmp_path / 'damaged.pth'
     # The part with the names and shapes; a wrong number in a tensor cannot be noticed.
@@ -599,7 +601,7 @@ def test_truncated_safetensors_are_an_error_that_says_so(tmp_path):
         (tmp_path / 'cut').write_bytes(good[:length])
         with pytest.raises(ValueError, match=r'cannot read the checkpoint .*cut') as error:
             read_checkpoint(tmp_path / 'cut')
-        assert length < 9 or 'it is cut off: download it again' in str(error.value)
+        assert length < 9 or 'it is truncated: download it again' in str(error.value)
 
 
 def test_damaged_safetensors_are_an_error_that_names_the_file(tmp_path):

@@ -43,7 +43,7 @@ class Trained(BaseModel):
 
 
 class Noise(Dataset):
-    """Random images, with the metainfo of a stock data set for pose."""
+    """Random images, with the metainfo of a stock dataset for pose."""
 
     metainfo = dict(classes=('person',), sigmas=np.ones(17, np.float32), colors={0: np.uint8([1])})
 
@@ -86,7 +86,7 @@ def run(tmp_path_factory) -> Runner:
 
 
 class Code:
-    """What an attacker saves: unpickling it makes a folder."""
+    """A malicious object: unpickling it creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,7 +161,7 @@ def test_a_run_of_the_pose_recipe_through_every_door(run, door, tmp_path):
 
 
 def test_the_run_goes_on(run, tmp_path):
-    """Also with torch 2.6 and later, which reads no more than it is allowed to."""
+    """Also with torch 2.6 and later, which loads only allowed types."""
     file = Path(run.work_dir, 'epoch_1.pth')
     again = train(tmp_path, 2, resume=True, load_from=str(file))
     assert again.iter == 4

@@ -41,7 +41,7 @@ def test_official_file_into_a_whole_model(task, tmp_path):
 
 
 def test_tensors_are_translated_once(monkeypatch, tmp_path):
-    """By the scheme; the load hook of the backbone, which can do it, too, finds nothing to do."""
+    """Converted by the scheme; nothing is left to do for the load hook of the backbone."""
     checkpoint = golden.official_checkpoint('pose', 'keys_pose_tiny.json')
     torch.save(checkpoint, tmp_path / 'official.pth')
     renamed, rename = [], dialects.rename
@@ -74,7 +74,7 @@ def test_missing_and_foreign_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'):
         mmengine_load(model, 'mmhrformer://nowhere.pth')
     torch.save({'fc.weight': torch.zeros(2, 2)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+    with pytest.raises(ValueError, match='not an HRFormer checkpoint in a known format'):
         mmengine_load(model, f'mmhrformer://{tmp_path}/other.pth')
 
 

@@ -295,7 +295,7 @@ def test_bias_tables_of_zero_change_no_output():
 def test_unknown_targets_and_foreign_tensors_are_refused():
     with pytest.raises(ValueError, match=r"target='timm' is unknown: choose one of \['official'"):
         to_dialect(make_backbone().state_dict(), 'timm')
-    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+    with pytest.raises(ValueError, match='not an HRFormer checkpoint in a known format'):
         to_dialect({'fc.weight': torch.zeros(1)}, 'official')
 
 
@@ -360,7 +360,9 @@ def test_safetensors_without_the_package_are_refused_before_anything_is_done(tmp
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     for function in (check_destination, lambda path: write_checkpoint({}, path)):
-        with pytest.raises(ImportError, match='pip install safetensors, or choose another suffix'):
+        with pytest.raises(
+            ImportError, match='pip install safetensors, or choose another extension'
+        ):
             function(tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
 
@@ -385,7 +387,7 @@ def test_link_stays_a_link(tmp_path):
 
 
 def test_places_that_cannot_be_written_are_errors_that_name_them(tmp_path):
-    with pytest.raises(IsADirectoryError, match='is a folder: name a file'):
+    with pytest.raises(IsADirectoryError, match='is a folder: specify a file'):
         write_checkpoint({}, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere'"):
         write_checkpoint({}, tmp_path / 'nowhere' / 'a.pth')

@@ -119,7 +119,9 @@ def test_sources_are_told_apart_by_origin_and_content(tmp_path, monkeypatch):
     assert find_source(f'{TINY}@official')[1].link == page['Link']
     with pytest.raises(ValueError, match=f'no.* whole model for {TINY}@mmpose; there'):
         find_source(f'{TINY}@mmpose', whole=True)
-    with pytest.raises(ValueError, match=f'a checkpoint for {TINY}@google; there is {TINY}@mmpose'):
+    with pytest.raises(
+        ValueError, match=f'no published checkpoint for {TINY}@google; there is {TINY}@mmpose'
+    ):
         find_source(f'{TINY}@google')
     # What is here already comes first.
     (tmp_path / 'cache').mkdir()
@@ -128,7 +130,7 @@ def test_sources_are_told_apart_by_origin_and_content(tmp_path, monkeypatch):
 
 
 def test_models_that_nobody_published():
-    with pytest.raises(ValueError, match=r'nobody published a checkpoint .* train it'):
+    with pytest.raises(ValueError, match=r'no published checkpoint .* train it'):
         fetch('td-hm_hrformer-tiny_8xb32-210e_coco-256x192')
 
 
@@ -160,9 +162,9 @@ def test_by_name_through_all_doors(tmp_path, monkeypatch, checkpoint):
     ('answer', 'message'),
     [
         (Answer(status=404), r'404 Not Found.*the link is dead'),
-        (Answer(body=b'<!DOCTYPE html><html>'), 'gives a web page, not a checkpoint'),
-        (Answer(body=b'PK something else'), r'17 bytes came, and their SHA-256 is \w+, expected'),
-        (Answer(cut=1000), '1000 bytes came.* the connection was cut'),
+        (Answer(body=b'<!DOCTYPE html><html>'), 'sent a web page, not a checkpoint'),
+        (Answer(body=b'PK something else'), r'received 17 bytes, whose SHA-256 is \w+, expected'),
+        (Answer(cut=1000), 'received 1000 bytes.* the connection was cut'),
     ],
     ids=['404', 'page', 'wrong hash', 'cut off'],
 )

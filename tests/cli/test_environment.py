@@ -60,7 +60,7 @@ def test_the_command_explains_a_broken_core(site):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('ImportError: mmhrformer is built on torch, NumPy, mmengine and mmcv')
+    assert last.startswith('ImportError: mmhrformer needs torch, NumPy, mmengine and mmcv')
     assert re.search('Fix: .*pip install ', last)  # of what, depends on what is installed
     assert 'mmcv 2.1.0' in last.partition('Installed: ')[2]
 
@@ -102,7 +102,7 @@ def test_every_failure_is_told_and_the_others_are_tried(site):
     works = [result['works'] for result in results]
     assert works == [True, True, False, False, True, True, True, True]
     first, good, bad, crash, second, again, quiet, last = [result['says'] for result in results]
-    assert (good, bad, crash) == ('as expected', 'ValueError: x', 'was ended by signal 11')
+    assert (good, bad, crash) == ('as expected', 'ValueError: x', 'killed by signal 11')
     assert (again, quiet) == ('as expected', '')
     assert first != second == last  # one process until something fails
 
@@ -135,7 +135,7 @@ def test_forms_of_the_operators_are_reported(monkeypatch):
     (result,) = environment.try_features({'operators': environment.FEATURES['operators']})
     assert (result['works'], result['says']) == (True, 'reference: MMHRFORMER_OPS')
     monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
-    with pytest.raises(ValueError, match=r"'fast' is no form .* choose one of"):
+    with pytest.raises(ValueError, match=r"'fast' is not a form .* choose one of"):
         dispatch.describe()
 
 

@@ -1,4 +1,4 @@
-"""What our tools do before a stock tool takes over."""
+"""Preparations of our tools before a stock tool runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_ablations_with_another_backbone_are_left_to_the_stock_tool(config, tmp_
     torch.save(dict(state_dict={'backbone.conv1.weight': torch.ones(1)}), file)
     run_stock_tool('test', [config, str(file)])
     assert ran == [str(file)]
-    with pytest.raises(SystemExit, match='no HRFormer checkpoint'):
+    with pytest.raises(SystemExit, match='not an HRFormer checkpoint'):
         run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(file)])
 
 
@@ -93,7 +93,7 @@ def test_the_tool_ends_with_one_line(tmp_path):
     ('option', 'message'),
     [
         ('work_dir=unused', 'data are missing:\ntrain_dataloader.dataset.data_root'),
-        ('fp16.loss_scale=512', 'options of the config that nothing reads:\nfp16'),
+        ('fp16.loss_scale=512', 'unused options in the config:\nfp16'),
     ],
 )
 @needs('mmpretrain')
@@ -111,7 +111,7 @@ def test_what_the_config_check_says_is_all(option, message, tmp_path):
 
 
 def test_the_rank_may_stand_before_the_config(monkeypatch):
-    """Where torch.distributed.launch puts it, for instance for mim."""
+    """At the position where torch.distributed.launch inserts it, for instance with mim."""
     ran = []
     monkeypatch.setattr('mmhrformer.cli.launch.run_script', lambda script, args: ran.append(args))
     run_stock_tool('train', ['--local-rank=0', 'hrformer-tiny_8xb128_in1k', '--amp'])

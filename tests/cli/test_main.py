@@ -64,7 +64,7 @@ def test_the_list_has_every_model_and_says_who_reported_the_numbers(capsys):
 
 
 def test_tasks_have_one_name_each(capsys):
-    """That of the metafiles, also where they have no result."""
+    """The task is that of the metafiles, even for models without results."""
     assert main(['list']) == 0
     rows = [row for row in capsys.readouterr().out.splitlines() if '_' in row]
     tasks = {row.split()[0]: row[row.index('  ') :].strip().split('  ')[0] for row in rows}

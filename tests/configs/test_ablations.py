@@ -88,7 +88,7 @@ ABLATED = [name for name in CONFIGS if re.search('_?hrformer-(tiny-|base-w15-)',
 
 @pytest.mark.parametrize('name', [name for name in ABLATED if 'v3' not in name])
 def test_only_the_compared_part_differs(name):
-    """From HRFormer of the same size, on the same data, with the same recipe."""
+    """The config differs from HRFormer's of the same size, data and recipe only in the ablation."""
     kind = re.search(r'hrformer-(?:tiny|base)-(.+?)_8xb', name)[1]
     base = name.replace(f'-{kind}_', '-w15_' if kind.startswith('w15') else '_')
     base = CONFIGS.get(base) or next(ROOT.glob(f'hrformer_*/{base}.py'))
@@ -116,7 +116,7 @@ def test_parts_of_the_ablated_models(task, kind):
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if not name.endswith('in1k')])
 def test_weights_to_start_from(name):
-    """From a config of ours that trains the same backbone on ImageNet, or from known files."""
+    """Weights come from our config for the same backbone on ImageNet, or from known files."""
     init = backbone_of(name).init_cfg
     source = re.search(
         r'(?:mmhrformer://|work_dirs/)([\w.-]+)(?:/epoch_300\.pth)?$', init.checkpoint
@@ -210,7 +210,7 @@ def reference(name: str) -> dict:
 
 
 def test_what_the_paper_says_about_sizes():
-    """Its text, since its tables were not at hand; docs/ablations.md tells where it holds."""
+    """The text of the paper, not its tables; docs/ablations.md says where it holds."""
     hrformer, hrnet = reference('hrformer-tiny_8xb128_in1k'), META['hrnet-tiny_8xb128_in1k']
     # "Only around 50 % parameters and FLOPs": the parameters are, the FLOPs are not.
     assert ratio(hrformer, hrnet, 'Parameters') == pytest.approx(0.515, abs=0.01)

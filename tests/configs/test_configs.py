@@ -68,7 +68,7 @@ LOADER_OPTIONS = inspect.signature(DataLoader.__init__).parameters
 
 @pytest.mark.parametrize('path', [path for path in ALL if path.stem.startswith('td-hm')], ids=str)
 def test_pose_configs_name_what_the_inferencers_of_mmpose_look_for(path):
-    """``MMPoseInferencer`` reads them at the top, not in the data set."""
+    """``MMPoseInferencer`` reads them at the top, not in the dataset."""
     cfg = golden.read_config(path)
     dataset = cfg.test_dataloader.dataset
     assert (cfg.dataset_type, cfg.data_mode) == (dataset.type, dataset.data_mode)
@@ -106,7 +106,7 @@ STOCK = {
 
 @pytest.mark.parametrize('scope', STOCK)
 def test_backbone_dropped_into_a_stock_config(scope):
-    """Only the backbone's type and its channels change; nothing is imported by hand."""
+    """Only the backbone's type and channels change; nothing is imported explicitly."""
     from pathlib import Path
 
     config, shape = STOCK[scope]

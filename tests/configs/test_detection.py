@@ -81,7 +81,7 @@ def test_nobody_reports_a_number(path):
     """The files and the page say so, and the zoo has none of them."""
     from mmhrformer import list_models
 
-    assert 'nobody reports a number' in path.read_text()
+    assert 'no results are reported' in path.read_text()
     assert path.stem not in list_models()
     page = (path.parent / 'README.md').read_text()
     assert 'Nobody has trained them, and there are no reported' in page

@@ -190,7 +190,7 @@ def copy(tmp_path):
 
 @pytest.fixture
 def _counted(monkeypatch):
-    """As if each config had been counted, with the result 7, 8, 9."""
+    """Pretend that counting each config gave 7, 8, 9."""
     monkeypatch.setattr(zoo, 'count', lambda model, root: dict(zip(zoo.COUNTS, (7, 8, 9))))
 
 
@@ -240,7 +240,7 @@ def test_missing_lines_are_named(copy):
         zoo.write_counts('- Name: a\n', 'c', {'FLOPs': 2})
     readme = copy / 'hrformer_seg/README.md'
     readme.write_text(readme.read_text().replace(zoo.END, ''))
-    with pytest.raises(SystemExit, match=f'{readme}: write two lines into it'):
+    with pytest.raises(SystemExit, match=f'{readme}: add two lines'):
         zoo.renew_table(readme.with_name('metafile.yml'))
     with pytest.raises(SystemExit, match=r'No such file.*README\.md'):
         zoo.renew_table(copy / 'demo/metafile.yml')
@@ -250,7 +250,7 @@ def test_missing_lines_are_named(copy):
 
 
 def test_mim_reads_the_metafiles(tmp_path):
-    """As in the installed package, where ``model-index.yml`` lies beside ``configs``."""
+    """The layout of the installed package, with ``model-index.yml`` next to ``configs``."""
     modelindex = pytest.importorskip('modelindex.load_model_index')
     search = pytest.importorskip('mim.commands.search')
     shutil.copytree(ROOT, tmp_path / 'configs')

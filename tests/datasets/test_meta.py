@@ -66,7 +66,7 @@ STEPS = [
 
 @pytest.mark.parametrize(('step', 'size'), STEPS)
 def test_size_is_that_of_the_pipeline_that_is_used(step, size):
-    """Not that of variables of a base config, which a child cannot change."""
+    """Not from variables of a base config, which a child cannot change."""
     steps = [dict(type='Resize', scale=(1, 1)), dict(type='LoadAnnotations')] * (size[0] != 224)
     dataset = dict(type='A', pipeline=[*steps, step, dict(type='PackInputs')])
     for nested in (

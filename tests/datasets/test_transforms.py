@@ -70,7 +70,7 @@ def test_brightness_shifts_all_channels_alike(sample):
     assert shifts == set(range(-10, 11))
 
 
-def test_small_images_are_placed_anywhere_on_the_colour(sample):
+def test_small_images_are_placed_anywhere_on_the_color(sample):
     corners = set()
     for _ in range(100):
         out = PlaceRandomly((64, 102), (1.5, 2.5, 3.5))(dict(sample))
@@ -108,7 +108,7 @@ def test_impossible_arguments_are_refused(build, message):
 
 @needs('mmseg')
 def test_pipeline_of_the_cityscapes_config(sample):
-    """From the config, in mmseg's scope, up to packed inputs of the crop's size."""
+    """The config's pipeline, in mmseg's scope, up to packed inputs of the crop's size."""
     cfg = Config.fromfile(config_root() / '_base_/datasets/cityscapes_512x1024.py')
     with DefaultScope.overwrite_default_scope('mmseg'):
         assert TRANSFORMS.get('RandomScaleAspect') is RandomScaleAspect
@@ -158,7 +158,7 @@ def test_impossible_changes_are_refused(options):
 @pytest.mark.parametrize('size', [(0.0, 10.0), (10.0, 0.0), (10.0, -1.0), (float('nan'), 10.0)])
 def test_boxes_without_a_size_are_named(size):
     results = dict(boxes(2), bbox_scale=np.float32([(10, 10), size]), img_path='a.jpg')
-    with pytest.raises(ValueError, match=r'bbox_scale=\[\[10.0, 10.0\].* from a\.jpg: boxes have'):
+    with pytest.raises(ValueError, match=r'bbox_scale=\[\[10.0, 10.0\].* from a\.jpg: boxes must'):
         RandomScaleRotation()(results)
 
 
@@ -181,12 +181,12 @@ class TestWhyALabelMapDoesNotFit:
         upright, lying = np.zeros((40, 30, 3), np.uint8), np.zeros((30, 40, 3), np.uint8)
         flat = np.zeros((30, 40), np.uint8)
         for orientation, image, labels, words in (
-            (1, lying, lying, "a picture in colours.*imdecode_backend='pillow'"),
-            (1, lying, np.zeros((30, 40, 4), np.uint8), 'a picture in colours'),
+            (1, lying, lying, "a color image.*imdecode_backend='pillow'"),
+            (1, lying, np.zeros((30, 40, 4), np.uint8), 'a color image'),
             (1, lying, flat.astype(np.float32), 'classes are integers'),
-            (6, upright, flat, "turned by its EXIF .*'color_ignore_orientation'"),
-            (8, lying, flat.T, "its label map was turned and it was not.*color_type='color'"),
-            (3, lying, flat.T, 'height and width are exchanged'),
+            (6, upright, flat, "rotated by its EXIF .*'color_ignore_orientation'"),
+            (8, lying, flat.T, "label map was rotated by the EXIF .*color_type='color'"),
+            (3, lying, flat.T, 'height and width are swapped'),
             (6, lying, flat[1:], 'as large as their images'),
         ):
             path = photo(orientation)
@@ -196,22 +196,22 @@ class TestWhyALabelMapDoesNotFit:
 
     def test_without_a_file_the_shapes_tell(self):
         sample = dict(img=np.zeros((40, 30, 3), np.uint8), gt_seg_map=np.zeros((30, 40), np.uint8))
-        with pytest.raises(ValueError, match='height and width are exchanged'):
+        with pytest.raises(ValueError, match='height and width are swapped'):
             RandomScaleAspect()(dict(sample, seg_fields=['gt_seg_map']))
 
     @needs('mmseg')
     def test_what_the_stock_loader_makes_of_masks(self, tmp_path):
-        """Colours as they are read; a palette as numbers, or as colours by another backend."""
+        """Colors as they are read; a palette as numbers, or as colors by another backend."""
         mask = Image.new('P', (40, 30))
         mask.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
         mask.save(tmp_path / 'palette.png')
-        mask.convert('RGB').save(tmp_path / 'colours.png')
+        mask.convert('RGB').save(tmp_path / 'colors.png')
         sample = dict(img=np.zeros((30, 40, 3), np.uint8))
         loads = dict(type='LoadAnnotations', reduce_zero_label=False)
         for name, backend, good in (
             ('palette.png', 'pillow', True),
             ('palette.png', 'cv2', False),
-            ('colours.png', 'pillow', False),
+            ('colors.png', 'pillow', False),
         ):
             with DefaultScope.overwrite_default_scope('mmseg'):
                 both = Compose([dict(loads, imdecode_backend=backend), RandomScaleAspect()])
@@ -224,15 +224,15 @@ class TestWhyALabelMapDoesNotFit:
             if good:
                 assert both(given)['gt_seg_map'].ndim == 2
             else:
-                with pytest.raises(ValueError, match='a picture in colours'):
+                with pytest.raises(ValueError, match='a color image'):
                     both(given)
 
 
-def test_grey_images(sample):
-    grey = sample['img'][..., 0]
-    assert RandomScaleAspect((1, 1), (1, 1))(dict(sample, img=grey))['img'].shape == SIZE
-    assert RandomBrightness()(dict(sample, img=grey))['img'].shape == SIZE
-    placed = PlaceRandomly((80, 120), (7,))(dict(sample, img=grey))
+def test_gray_images(sample):
+    gray = sample['img'][..., 0]
+    assert RandomScaleAspect((1, 1), (1, 1))(dict(sample, img=gray))['img'].shape == SIZE
+    assert RandomBrightness()(dict(sample, img=gray))['img'].shape == SIZE
+    placed = PlaceRandomly((80, 120), (7,))(dict(sample, img=gray))
     assert placed['img'].shape == (80, 120, 1)
     assert placed['gt_seg_map'].shape == (80, 120)
 

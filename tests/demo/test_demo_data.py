@@ -1,4 +1,4 @@
-"""demo/demo_data.py: formats, determinism, restart behaviour and error messages."""
+"""demo/demo_data.py: formats, determinism, restart behavior and error messages."""
 
 import hashlib
 import importlib.util
@@ -225,7 +225,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f'pose {tmp_path} 5\n'
     (tmp_path / 'file').write_text('')
     wrong = {
-        '--seed=-5': '--seed -5: give an integer of 0 or more',
+        '--seed=-5': '--seed -5: expected a non-negative integer',
         f'--out={tmp_path / "file"}': f'cannot write to --out {tmp_path / "file"}',
     }
     for arg, message in wrong.items():

@@ -119,5 +119,5 @@ def test_models_without_blocks_are_refused():
 
 def test_old_torch_is_refused(monkeypatch):
     monkeypatch.setattr(compiled, 'TORCH_VERSION', '2.1.2')
-    with pytest.raises(RuntimeError, match=r'needs torch 2\.5 or newer, and this is 2\.1\.2'):
+    with pytest.raises(RuntimeError, match=r'needs torch 2\.5 or newer, but this is 2\.1\.2'):
         compile_blocks(make_model())

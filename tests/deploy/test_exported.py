@@ -115,12 +115,16 @@ def test_files_of_one_shape_say_so(made, photo, tmp_path):
 @pytest.mark.parametrize(
     ('task', 'options', 'message'),
     [
-        ('pose', dict(device='cuda'), "device='cuda': an exported file .* leave device out"),
+        ('pose', dict(device='cuda'), "device='cuda': an exported file .* remove device"),
         ('pose', dict(dtype='bfloat16'), "dtype='bfloat16': an exported file"),
-        ('pose', dict(fuse=True), 'fuse=True: an exported file is folded already'),
-        ('seg', dict(), r'pose\.onnx has task=pose, the config task=segmentation: give the config'),
-        ('pose', {'model.head.out_channels': 5}, 'channels=17, the config channels=5'),
-        ('pose', {'model.data_preprocessor.bgr_to_rgb': False}, 'has channel_order=RGB, the'),
+        ('pose', dict(fuse=True), 'fuse=True: an exported file is already folded'),
+        (
+            'seg',
+            dict(),
+            r'pose\.onnx has task=pose, but the config has task=segmentation: use the config',
+        ),
+        ('pose', {'model.head.out_channels': 5}, 'channels=17, but the config has channels=5'),
+        ('pose', {'model.data_preprocessor.bgr_to_rgb': False}, 'has channel_order=RGB, but the'),
         ('pose', {'model.data_preprocessor.std': [1, 1, 1]}, r'has input_std=\[58\..*=\[1, 1, 1\]'),
     ],
     ids=str,

@@ -199,7 +199,7 @@ def test_heads_are_widened_for_the_device_they_are_folded_for():
 
 
 def test_pointwise_convolutions_are_linear_layers():
-    """All of the backbone, and those of nobody else's making."""
+    """All normalizations of the backbone are folded, modified ones elsewhere are not."""
     model = HRFormer(arch='tiny').eval()
     model.layer1[0].conv1.register_forward_hook(lambda *_: None)
     fused = fuse_for_inference(model)

@@ -230,7 +230,7 @@ def test_other_attentions_are_left_alone():
 
 @pytest.mark.filterwarnings('ignore')
 def test_other_exporters_may_write_an_older_opset():
-    """That of mmdeploy writes 11."""
+    """The exporter of mmdeploy writes opset 11."""
     content = io.BytesIO()
     deployed = HRFormer(arch=TINY, out_indices=(0,)).eval()
     image = torch.rand(1, 3, 64, 64)
@@ -354,11 +354,15 @@ def training(model):
         (training, dict(), 'training mode: call model.train'),
         (fuse_for_inference, dict(), 'export the model it was made from'),
         (lambda m: copy.deepcopy(m).half(), dict(), r'torch.float16: call model.float'),
-        (lambda m: m.backbone, dict(), 'a HRFormer, which is of no known task: give a classifier'),
+        (
+            lambda m: m.backbone,
+            dict(),
+            'a HRFormer, whose task is not supported: expected a classifier',
+        ),
         (None, dict(size=(31, 64)), r'size=\(31, 64\): .* at least 32 pixels'),
-        (None, dict(size=(64,)), r'size=\(64,\): give height and width'),
-        (None, dict(batch=0), 'batch=0: give a number of images'),
-        (None, dict(opset=11), 'opset=11: choose 14 to 17'),
+        (None, dict(size=(64,)), r'size=\(64,\): expected height and width'),
+        (None, dict(batch=0), 'batch=0: expected a positive integer'),
+        (None, dict(opset=11), 'opset=11: expected 14 to 17'),
         (None, dict(file='model.pt'), r"file='model.pt': .* ends in .onnx"),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
@@ -375,7 +379,7 @@ def test_augmented_tests_are_refused(models):
     tta = mmhrformer.MODELS.build(
         dict(type='SumLogitsTTAModel', module=make_model('segmentation'), data_preprocessor=None)
     )
-    with pytest.raises(ValueError, match=r'SumLogitsTTAModel: .* export the model in its \.module'):
+    with pytest.raises(ValueError, match=r'SumLogitsTTAModel: .* export its \.module instead'):
         export.task_of(tta)
     pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[])]
     for cfg in (
@@ -391,7 +395,7 @@ def test_augmented_tests_are_refused(models):
 def test_an_existing_file_stays(models, tmp_path):
     file = tmp_path / 'a.onnx'
     file.write_bytes(b'mine')
-    with pytest.raises(FileExistsError, match='name another file'):
+    with pytest.raises(FileExistsError, match='choose another file'):
         export_onnx(models['pose'], file)
     assert file.read_bytes() == b'mine'
 

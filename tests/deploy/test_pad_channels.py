@@ -84,7 +84,7 @@ def test_differences_are_rounding(pad):
 
 
 def test_what_is_padded(pad):
-    """All maps of the streams and in FFNs, where the zeros are an eighth of them at most."""
+    """All maps of the streams and in FFNs are padded, if by at most an eighth."""
     padded = pad(make_backbone())
     block, untouched = padded.stage4[0].branches[0][0], padded.stage4[0].branches[3][0]
     seen = [block.ffn.fc1, block.ffn.dw3x3, block.ffn.fc2, block.attn.proj]

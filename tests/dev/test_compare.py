@@ -107,7 +107,7 @@ def test_what_cannot_be_compared(tmp_path):
         "default_scope = 'mmpose'\ncustom_imports = dict(imports=['mmhrformer'])\n"
         "model = dict(backbone=dict(type='ResNet'))"
     )
-    with pytest.raises(ValueError, match=r"backbone\.type='ResNet': give a config of HRFormer"):
+    with pytest.raises(ValueError, match=r"backbone\.type='ResNet': expected HRFormer"):
         tool.demo_config(str(config))
     with pytest.raises(FileNotFoundError, match='no config'):
         tool.demo_config('no-such-config')

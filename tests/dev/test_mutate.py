@@ -57,7 +57,7 @@ def test_mutations_that_do_not_fit_are_named(project):
         assert sum(line.startswith(f'{start}: ') for line in told) == 1, told
     assert 'no Python: ' in '\n'.join(told)
     assert [line for line in told if line.startswith('no test')] == [
-        'no test: two have that name',
+        'no test: the name is not unique',
         'no test: there is no test_code.py::test_third',
         'no test: there is no test_other.py',
     ]
@@ -66,7 +66,7 @@ def test_mutations_that_do_not_fit_are_named(project):
 
 
 def test_a_project(project, monkeypatch, capsys):
-    """Of each mutation it is told whether a test noticed; the checkout stays as it is."""
+    """The outcome of each mutation is reported; the checkout is not changed."""
     mutations = [
         mutation('sign', 'x / 2', '-x / 2'),
         mutation('equal here', 'x / 2', 'x // 2'),

@@ -108,7 +108,7 @@ def test_what_a_build_needs(checkout, make, monkeypatch):
 
 def test_a_folder_that_is_no_environment_is_kept(setup):
     write(setup.venv / 'thesis.tex')
-    with pytest.raises(SystemExit, match='no virtual environment'):
+    with pytest.raises(SystemExit, match='is not a virtual environment'):
         setup.run()
     assert (setup.venv / 'thesis.tex').exists()
     assert setup.commands == []
@@ -221,7 +221,7 @@ def test_environment_that_is_not_whole_is_made_anew(setup, stamp):
 
 def test_failed_command(tmp_path, capfd):
     setup = env.Setup(tmp_path)
-    with pytest.raises(SystemExit, match=r'ended with code 1\.\n  Fix: see the output above'):
+    with pytest.raises(SystemExit, match=r'exited with code 1\.\n  Fix: see the output above'):
         setup.call(sys.executable, '-c', "print('dns error', flush=True); 1 / 0")
     shown = capfd.readouterr()
     assert 'dns error' in shown.out

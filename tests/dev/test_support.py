@@ -61,7 +61,7 @@ def test_versions_are_found():
 @pytest.mark.parametrize('second', [{}, {'mmcv': '2.1.0', 'mmcv-lite': '2.2.0'}])
 def test_environments_that_are_no_whole_are_refused(second):
     versions = {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.4.6', **second}
-    with pytest.raises(ValueError, match=r'mmcv is brought by .*mmhrformer env'):
+    with pytest.raises(ValueError, match=r'mmcv is provided by .*mmhrformer env'):
         module.name_of_record(versions)
 
 
@@ -109,7 +109,7 @@ def test_what_fails_is_written_down(tool, steps, monkeypatch):
     says['resumed'] = 'from the beginning'
     monkeypatch.setitem(VERSIONS, 'mmpretrain', '1.2.0')
     record = json.loads(tool.run(['cls'], processes=1).read_text())
-    assert record['parts']['cls']['error'].endswith('resumed.log does not tell of resuming')
+    assert record['parts']['cls']['error'].endswith('resumed.log shows no resuming')
 
 
 def test_tests_are_counted(tool, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: demo data, a place to run, an installed wheel."""
+"""Shared fixtures of the end-to-end tests: demo data, a working folder, an installed wheel."""
 
 from __future__ import annotations
 

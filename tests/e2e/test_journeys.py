@@ -1,4 +1,4 @@
-"""What users do with a shipped recipe: train, be interrupted, go on, test, use the checkpoint.
+"""User journeys with a shipped recipe: train, interrupt, resume, test, use the checkpoint.
 
 Nothing is replaced by a variant for tests, except that the architecture is small, the data are a
 few images in the real layout, the schedule has a few steps and training is in float32.

@@ -179,6 +179,6 @@ def test_spoiled_downloads_by_name_say_why(wheel, server):
         assert 'the link is dead' in said
         assert 'Traceback' not in said
         server.finally_ = Answer(body=b'<!DOCTYPE html>')
-        assert 'gives a web page' in fails(wheel, tool, CONFIG, f'mmhrformer://{CONFIG}')
+        assert 'sent a web page' in fails(wheel, tool, CONFIG, f'mmhrformer://{CONFIG}')
     finally:
         server.finally_ = Answer()

@@ -206,7 +206,7 @@ def start(clone: Place, tmp_path) -> Iterator[Callable[..., Run]]:
 
 
 def long_training(work_dir: Path) -> list[str]:
-    """With processes that load data: they have to end, too."""
+    """With data loading workers, which must also exit."""
     timeout = f'env_cfg.dist_cfg.timeout={TIMEOUT}'
     return train('mmpretrain', work_dir, 'train_cfg.max_epochs=1', timeout)
 
@@ -222,7 +222,7 @@ def pair(start, tmp_path) -> list[Run]:
 
 
 def assert_ends(run: Run, message: str) -> None:
-    """In time, not as if all were well, with a message, and with everything it started."""
+    """It exits in time, with an error status and a message, and without leftover processes."""
     assert run.process.wait(BOUND) != 0
     assert re.search(message, run.said), run.said[-3000:]
     assert poll(lambda: not run.members()), run.members()

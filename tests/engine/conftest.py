@@ -1,4 +1,4 @@
-"""What holds for the runs of the engine's tests."""
+"""Fixtures for the runs of the engine's tests."""
 
 from __future__ import annotations
 

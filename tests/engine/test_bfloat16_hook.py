@@ -49,7 +49,7 @@ def wrapper(monkeypatch):
 
 
 def prepare_run(model: nn.Module, wrapper: OptimWrapper) -> None:
-    """What a run calls before its first iteration."""
+    """Calls of a run before its first iteration."""
     logger = logging.getLogger('test_bfloat16_hook')
     runner = SimpleNamespace(model=model, optim_wrapper=wrapper, logger=logger)
     BFloat16PoseHook().before_train(runner)

@@ -85,7 +85,7 @@ def test_a_checkpoint_elsewhere_is_found_by_last_checkpoint(checkpoint, tmp_path
 # ---------------------------------------------------------------- resuming
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
     whole = train(tmp_path / 'whole')
     train(tmp_path / 'cut', 14)
     os.truncate(tmp_path / 'cut/epoch_3.pth', 500)
@@ -107,7 +107,7 @@ def test_without_a_whole_checkpoint_training_starts_from_the_beginning(tmp_path,
     for path in tmp_path.glob('*.pth'):
         os.truncate(path, 500)
     assert sorted(train(tmp_path, resume=True)) == list(range(16))
-    assert 'training starts from the beginning' in log(tmp_path)
+    assert 'training starts from scratch' in log(tmp_path)
     assert ('epoch_1.pth is damaged' in log(tmp_path)) == torn
 
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_was_named_is_used(tmp_path):
 
 
 def test_last_checkpoint_is_written_as_mmengine_reads_it(tmp_path, monkeypatch):
-    """In the encoding of the locale, which on Windows is not UTF-8."""
+    """The file uses the encoding of the locale, which on Windows is not UTF-8."""
     monkeypatch.setattr(locale, 'getpreferredencoding', lambda *args: 'iso-8859-1')
     train(tmp_path / 'dé')
     pointer = tmp_path / 'dé' / 'last_checkpoint'
@@ -199,7 +199,7 @@ def test_the_best_checkpoint_goes_after_the_better_one_is_noted(tmp_path, monkey
 
 
 def test_a_file_written_anew_under_an_outdated_name_stays(tmp_path):
-    """As a best checkpoint whose name is taken over by the next one."""
+    """Such as a best checkpoint that is overwritten by the next one."""
     backend, new, old = DeferredDeleteBackend(), tmp_path / 'new.pth', tmp_path / 'old.pth'
     for path in (new, old):
         path.write_bytes(b'old')
@@ -220,9 +220,9 @@ def test_a_full_disk_stops_training_and_says_what_is_left(tmp_path, monkeypatch)
             make_runner(work).train()
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value) == (
-        f'[Errno 28] No space left on device while the checkpoint was written to {work}/'
+        f'[Errno 28] No space left on device while writing the checkpoint to {work}/'
         f'epoch_3.pth. Training stops. The last good checkpoint, {work}/epoch_2.pth, is intact: '
-        'remove the cause and go on with --resume'
+        'fix the cause and continue with --resume'
     )
     assert names(work) == ['epoch_1.pth', 'epoch_2.pth']
     assert pointed(work) == 'epoch_2.pth'

@@ -66,7 +66,7 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor | None]:
 
 
 def all_cases(rank: int, world_size: int, folder: str) -> None:
-    """What each process does: its part of the batch through every case."""
+    """Work of each process: run its part of the batch through every case."""
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo',
@@ -85,7 +85,7 @@ def all_cases(rank: int, world_size: int, folder: str) -> None:
 
 @pytest.fixture(scope='module')
 def gradients(tmp_path_factory) -> list[dict[str, list[Tensor | None]]]:
-    """Of every case, in each of two processes."""
+    """Results of every case, in each of two processes."""
     folder = tmp_path_factory.mktemp('processes')
     paths = os.pathsep.join([str(Path(golden.__file__).parent), os.environ.get('PYTHONPATH', '')])
     env = dict(os.environ, PYTHONPATH=paths, GLOO_SOCKET_IFNAME='lo')
@@ -182,7 +182,7 @@ def test_a_process_that_never_comes(alone):
 
 
 def test_mmengine_builds_the_wrapper(alone):
-    """With the device that mmengine names, and synchronized normalization in the model."""
+    """With the device that mmengine passes, and synchronized normalization in the model."""
     alone.setenv('WORLD_SIZE', '1')
     init_dist('pytorch', backend='gloo', timeout=60)
     assert dist.get_backend() == 'gloo'
@@ -205,7 +205,7 @@ def test_mmengine_builds_the_wrapper(alone):
 def test_a_model_elsewhere_is_refused(alone):
     model = copy.deepcopy(HRFormer(MICRO)).to('meta')
     with pytest.raises(
-        ValueError, match=r"module: .*\['meta'\].* leave model_wrapper_cfg.type as it is"
+        ValueError, match=r"module: .*\['meta'\].* do not set model_wrapper_cfg.type"
     ):
         CPUDistributedDataParallel(model)
 

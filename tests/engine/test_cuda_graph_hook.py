@@ -310,7 +310,7 @@ def test_captured_again_for_other_images():
 
 @pytest.mark.usefixtures('_on_cpu')
 def test_inside_distributed_data_parallel(tmp_path):
-    """Its hooks at the parameters see all gradients, and no other node of autograd is used."""
+    """DDP's hooks on the parameters see all gradients, and no other autograd node is used."""
     options = dict(rank=0, world_size=1, init_method=f'file://{tmp_path}/store')
     torch.distributed.init_process_group('gloo', **options)
     try:
@@ -339,7 +339,7 @@ def test_inside_distributed_data_parallel(tmp_path):
 
 
 class FSDPModule(nn.Module):
-    """What FSDP makes of modules has a class of this name among its bases."""
+    """Modules wrapped by FSDP have a base class of this name."""
 
 
 @pytest.mark.usefixtures('_on_cpu')
@@ -353,13 +353,15 @@ def test_what_cannot_be_captured_is_refused():
     with pytest.raises(ValueError, match=r'model\.train\(\)'):
         graph_backbone(Squares().eval(), images())
     model = Squares(frozen_stages=4).train()
-    with pytest.raises(RuntimeError, match=r'HRFormer, cannot be captured .* that it learns'):
+    with pytest.raises(
+        RuntimeError, match=r'HRFormer, cannot be captured .* that require gradients'
+    ):
         graph_backbone(model, images())
     assert 'forward' not in vars(model.backbone)
 
 
 def test_there_has_to_be_a_gpu():
-    with pytest.raises(RuntimeError, match=r"device='cpu'.*leave CUDAGraphHook"):
+    with pytest.raises(RuntimeError, match=r"device='cpu'.*do not use CUDAGraphHook"):
         graph_backbone(Squares().train(), images())
 
 
@@ -401,7 +403,7 @@ def test_hook_in_a_config(tmp_path, options):
     assert checks.was_graphed
     assert 'forward' not in vars(runner.model.backbone)
     (log,) = (tmp_path / 'graphs').glob('*/*.log')
-    assert 'CUDA graphs: 4 of 6 passes of training' in log.read_text()
+    assert 'CUDA graphs: 4 of 6 training passes' in log.read_text()
     for part in ('state_dict', 'ema_state_dict'):
         assert ours[part].keys() == plain[part].keys()
         assert all(torch.equal(value, plain[part][name]) for name, value in ours[part].items())
@@ -415,7 +417,7 @@ def test_hook_refuses_before_training(tmp_path):
 
 @pytest.mark.usefixtures('_on_cpu')
 def test_graphs_prefer_kernels(monkeypatch):
-    """With another form as a stand-in for them, also in what the backward pass computes again."""
+    """With another form as a stand-in for the kernels, including recomputation."""
     preferred, seen = [], []
 
     def prefer(device: torch.device) -> contextlib.AbstractContextManager:

@@ -195,7 +195,7 @@ def test_rates_of_layers_need_a_backbone_that_has_some(model):
 
 @pytest.mark.parametrize('rate', [0, -1, 1.5, '0.5', None])
 def test_impossible_rates_of_layers_are_refused(rate):
-    with pytest.raises(ValueError, match=f'layer_decay_rate={rate!r}: choose'):
+    with pytest.raises(ValueError, match=f'layer_decay_rate={rate!r}: expected'):
         build(nn.Linear(2, 2), dict(layer_decay_rate=rate))
 
 
@@ -259,8 +259,8 @@ def test_the_first_argument_of_an_optimizer_may_have_any_name():
 
 
 def test_other_than_dicts_and_models_without_parameters_are_refused():
-    with pytest.raises(TypeError, match=r"paramwise_cfg=\['error'\]: give a dict"):
+    with pytest.raises(TypeError, match=r"paramwise_cfg=\['error'\]: expected a dict"):
         DecayGroupsConstructor(dict(optimizer=OPTIMIZER), ['error'])
     build = DecayGroupsConstructor(dict(optimizer=OPTIMIZER), dict(no_decay=['vectors']))
-    with pytest.raises(ValueError, match='Linear has no parameter that is to be trained'):
+    with pytest.raises(ValueError, match='Linear has no trainable parameter'):
         build(nn.Linear(2, 3).requires_grad_(False))

@@ -1,4 +1,4 @@
-"""What `--resume` keeps although the config says otherwise is told."""
+"""Options that `--resume` keeps although the config differs are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def optimizer(**options) -> dict:
 
 def told(work: Path) -> list[str]:
     """The lines of the warning."""
-    found = re.search(r'whatever the config says:\n((?:  .*\n)*)', log(work))
+    found = re.search(r'which override the config:\n((?:  .*\n)*)', log(work))
     return [line.strip() for line in found[1].splitlines()] if found else []
 
 
@@ -58,8 +58,8 @@ def told(work: Path) -> list[str]:
                 'param_scheduler[0].end: 6 in the config, 4 in the checkpoint',
                 'param_scheduler[0].gamma: 0.5 in the config, 0.1 in the checkpoint',
                 'param_scheduler[0].milestones: [3] in the config, [2, 3] in the checkpoint',
-                'train_cfg.max_epochs: 6, 4 before; but the schedule ends at 4, and the rate '
-                'stays what it is then',
+                'train_cfg.max_epochs: 6, was 4; but the schedule ends at 4, and the rate '
+                'stays constant from there',
             ],
         ),
         (
@@ -82,16 +82,16 @@ def told(work: Path) -> list[str]:
             dict(param_scheduler=dict(STEPS, end=4)),
             dict(param_scheduler=dict(STEPS, end=4), length=dict(max_epochs=5)),
             [
-                'train_cfg.max_epochs: 5, 4 before; but the schedule ends at 4, and the rate '
-                'stays what it is then'
+                'train_cfg.max_epochs: 5, was 4; but the schedule ends at 4, and the rate '
+                'stays constant from there'
             ],
         ),
         (
             dict(hook=dict(save_optimizer=False, save_param_scheduler=False)),
             dict(param_scheduler=STEPS),
             [
-                'optimizer: not in the checkpoint, starts anew',
-                'param_schedulers: not in the checkpoint, starts anew',
+                'optimizer: not in the checkpoint, starts from scratch',
+                'param_schedulers: not in the checkpoint, starts from scratch',
             ],
         ),
         (dict(param_scheduler=STEPS, **optimizer(**ADAMW)),) * 2 + ([],),

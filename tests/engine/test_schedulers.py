@@ -167,7 +167,7 @@ def test_warmup_must_fit_into_the_training(warmup):
         (dict(begin=5, end=20, warmup=15), 'warmup=15.*less than end=20 - begin=5'),
         (dict(begin=20, end=20, warmup=1), 'begin=20, end=20'),
         (dict(begin=-1, end=20, warmup=1), 'begin=-1'),
-        (dict(warmup=1), 'give steps'),
+        (dict(warmup=1), 'expected 0 <= begin < end'),
     ],
 )
 def test_begin_and_end_must_leave_room(options, message):
@@ -192,5 +192,5 @@ def test_conversion_to_iterations_needs_epochs(options):
 )
 def test_factors_that_are_none_are_refused(factors):
     name, value = next(iter(factors.items()))
-    with pytest.raises(ValueError, match=rf'{name}={value!r}: choose a number from 0 to 1'):
+    with pytest.raises(ValueError, match=rf'{name}={value!r}: expected a number from 0 to 1'):
         WarmupCosineLR(make_optimizer(1.0), **{**IMAGENET, **factors})

@@ -59,7 +59,7 @@ def test_workers_of_a_loader_keep_their_own_start(tmp_path):
 
 
 def test_workers_are_seeded_by_epoch_and_rank(monkeypatch):
-    """And go on being started as the config says."""
+    """And they are still started as the config says."""
     started, drawn = [], set()
     loader = DataLoader(NoisyNumbers(), num_workers=2, worker_init_fn=started.append)
     loop = SimpleNamespace(dataloader=loader)
@@ -75,7 +75,7 @@ def test_workers_are_seeded_by_epoch_and_rank(monkeypatch):
 
 
 class NotALoader:
-    """What DALI and WebLoader have: a length, a data set, batches."""
+    """A loader like DALI's or WebLoader, with a length, a dataset and batches."""
 
     dataset = NoisyNumbers()
 
@@ -113,7 +113,7 @@ def loader_of(kind: str):
     """A loader, and what is said of it."""
     options = dict(collate_fn=pseudo_collate, batch_size=2)
     if kind == 'no DataLoader':
-        return NotALoader(), 'is NotALoader, no DataLoader'
+        return NotALoader(), "is a NotALoader, not torch's DataLoader"
     if kind == 'iterable':
         return DataLoader(Stream(), num_workers=1, **options), ''
     if kind == 'batch sampler':
@@ -124,7 +124,9 @@ def loader_of(kind: str):
     if kind == 'subset':
         return DataLoader(Subset(NoisyNumbers(), range(4)), shuffle=True, **options), ''
     generator = torch.Generator()
-    return DataLoader(NoisyNumbers(), shuffle=True, generator=generator, **options), 'a generator'
+    return DataLoader(
+        NoisyNumbers(), shuffle=True, generator=generator, **options
+    ), 'its own generator'
 
 
 class Batch(NoisyNumbers):
@@ -141,7 +143,7 @@ class Batch(NoisyNumbers):
     'kind', ['no DataLoader', 'iterable', 'batch sampler', 'no batches', 'subset', 'generator']
 )
 def test_loaders_of_all_kinds(tmp_path, kind):
-    """They run, go on as they would have, and what would not is told once."""
+    """They run and resume exactly; what does not is logged once."""
     loader, said = loader_of(kind)
     whole = train(tmp_path / 'whole', train_dataloader=loader)
     train(tmp_path / 'cut', len(loader) + 1, train_dataloader=loader_of(kind)[0])

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share.
+"""Shared fixtures of the GPU tests.
 
 To find mistakes in the tests themselves, ``MMHRFORMER_TEST_DEVICE=cpu`` runs them on a CPU, without
 what only CUDA has: graphs, ``AmpOptimWrapper``, NCCL, counts of memory.
@@ -15,7 +15,7 @@ import torch
 
 @pytest.fixture(scope='session', autouse=True)
 def device() -> torch.device:
-    """Where the tests run; without a GPU they are skipped."""
+    """Device of the tests, which are skipped without a GPU."""
     kind = os.environ.get('MMHRFORMER_TEST_DEVICE', 'cuda')
     if kind == 'cuda' and not torch.cuda.is_available():
         pytest.skip('needs a GPU: torch.cuda.is_available() is False')

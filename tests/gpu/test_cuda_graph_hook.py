@@ -79,7 +79,7 @@ def train(
 
 
 def distance(ours: nn.Module, plain: nn.Module, start: nn.Module) -> float:
-    """How far weights are apart, in parts of how far they have come."""
+    """Distance between weights, relative to their distance from the start."""
 
     def norm(a: nn.Module, b: nn.Module) -> Tensor:
         pairs = zip(a.parameters(), b.parameters())
@@ -109,7 +109,7 @@ def test_five_steps_are_those_without_graphs(dtype, accumulate, layout):
 
 @every_dtype
 def test_dropped_paths_differ_from_step_to_step(dtype):
-    """They are those of training without graphs, as these draw as many random numbers."""
+    """Losses equal those without graphs, since both draw equally many random numbers."""
     start = Squares(drop_path_rate=0.5).cuda().train()
     plain, model = copy.deepcopy(start), copy.deepcopy(start)
     losses = []
@@ -188,7 +188,7 @@ def run(work, graphs: bool, dtype: str | None) -> dict:
     )
     runner.train()
     (log,) = work.glob('*/*.log')
-    assert ('CUDA graphs: 4 of 6 passes' in log.read_text()) == graphs
+    assert ('CUDA graphs: 4 of 6 training passes' in log.read_text()) == graphs
     return torch.load(work / 'epoch_2.pth', map_location='cpu', weights_only=False)
 
 

@@ -25,5 +25,5 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def tolerance() -> float:
-    """Of outputs in float32; gradients are compared in float64, as on a CPU."""
+    """Tolerance of outputs in float32; gradients are compared in float64, as on a CPU."""
     return 1e-3

@@ -90,7 +90,7 @@ class Run:
         return int(Path(pointed(self.work)).stem.split('_')[1])
 
     def scalars(self) -> list[dict]:
-        """What the newest log has, a line of JSON each."""
+        """The records of the newest log, one line of JSON each."""
         newest = max(self.work.glob('*/vis_data/scalars.json'))
         return [json.loads(line) for line in newest.read_text().splitlines()]
 

@@ -75,7 +75,7 @@ def same(ours, theirs) -> bool:
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_a_killed_run_resumes_with_the_same_bits(dtype, tmp_path, on_cuda):
-    """With two batches a step, averaged weights, and the scale of the losses in float16."""
+    """With two batches per step, averaged weights, and loss scaling in float16."""
 
     def run(folder: str, *stop: int, **more) -> dict[int, float]:
         options = dict(
@@ -118,7 +118,7 @@ def torchrun(processes: int, case: str, folder: Path, device: torch.device) -> s
 
 @pytest.mark.parametrize('processes', PROCESSES)
 def test_processes_train_as_one(processes, tmp_path, device):
-    """By NCCL with synchronized batch normalization; then mmengine's runner, killed and resumed."""
+    """With NCCL and synchronized normalization; then mmengine's runner, killed and resumed."""
     said = torchrun(processes, 'ddp', tmp_path, device)
     assert said.count('gradients are those of one process') == processes
     assert said.count('resumed as if left alone') == processes

@@ -1,4 +1,4 @@
-"""Arguments that cannot be: the message names the remedy."""
+"""Invalid arguments: the message names the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmhrformer.configs import find_config
 def test_precision_and_device_that_cannot_be():
     for options, message in (
         (dict(dtype='float8'), r"dtype='float8': choose one of"),
-        (dict(device='cuda:99'), r"device='cuda:99'.*Give a device that this machine has"),
+        (dict(device='cuda:99'), r"device='cuda:99'.*Choose an available device"),
         (dict(device='nowhere'), r"device='nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -33,7 +33,9 @@ def test_autocast_of_float16_is_refused_where_torch_would_ignore_it():
         half = get_inferencer(CONFIGS['cls'], False, device='cpu', dtype='float16')
         assert half.autocast == torch.float16
         return
-    with pytest.raises(ValueError, match=r"dtype='float16': torch .* cannot on device='cpu'"):
+    with pytest.raises(
+        ValueError, match=r"dtype='float16': torch .* does not support it on device='cpu'"
+    ):
         get_inferencer(CONFIGS['cls'], False, device='cpu', dtype='float16')
 
 
@@ -44,7 +46,7 @@ def test_other_arguments_that_cannot_be(models, tmp_path):
         (dict(batch_size=1.5), 'batch_size=1.5'),
         (dict(batch_size=True), 'batch_size=True'),
         (dict(min_side=256), 'min_side=256: no such argument. Drawing options of this task are'),
-        (dict(out_dir=tmp_path / 'file'), r'out_dir=.*file.*Give a folder to write to'),
+        (dict(out_dir=tmp_path / 'file'), r'out_dir=.*file.*Choose a writable folder'),
     ):
         with pytest.raises(ValueError, match=message):
             models['cls'](make_image(), **options)
@@ -58,9 +60,9 @@ def test_models_tasks_and_checkpoints_that_cannot_be(tmp_path):
         ('hrformer-tny_8xb128_in1k', True, None, FileNotFoundError, 'did you mean'),
         (cls, False, 'sge', ValueError, "task='sge': choose.*did you mean seg"),
         (cls, False, 'seg', ValueError, "is for task='cls', not 'seg'"),
-        (cls, True, None, ValueError, 'checkpoint=True: .* is no model of the zoo'),
-        (cls, '', None, ValueError, "checkpoint='': give the path of a file"),
-        (cls, None, None, ValueError, 'checkpoint=None: give the path of a file'),
+        (cls, True, None, ValueError, 'checkpoint=True: .* is not a model of the zoo'),
+        (cls, '', None, ValueError, "checkpoint='': expected the path of a file"),
+        (cls, None, None, ValueError, 'checkpoint=None: expected the path of a file'),
         (cls, 'no.pth', None, FileNotFoundError, "no checkpoint 'no.pth'"),
         (cls, file, None, RuntimeError, r'official\.pth.*checkpoint'),
     ):
@@ -72,7 +74,7 @@ def test_configs_that_do_not_tell_enough(tmp_path):
     text = find_config(CONFIGS['cls']).read_text().replace('../_base_', f'{base()}/_base_')
     for added, message in (
         ('test_dataloader = dict(_delete_=True)', 'has no test_dataloader.dataset.pipeline'),
-        ("default_scope = 'mmdet'", "default_scope is 'mmdet'; give a config of one of"),
+        ("default_scope = 'mmdet'", "default_scope is 'mmdet'; expected a config of one of"),
     ):
         path = tmp_path / 'mine.py'
         path.write_text(f'{text}\n{added}\n')

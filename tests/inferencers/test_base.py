@@ -121,7 +121,7 @@ def spoil(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         'empty.png': 'it is empty',
         'gone.jpg': 'there is no such file',
         'huge.png': 'it is too large',
-        'text.jpg': 'it is no image',
+        'text.jpg': 'it is not an image',
         'tiny.png': 'HRFormer got images of 20x20 pixels',
     }
     if cv2.haveImageReader(str(folder / 'still.gif')):  # from OpenCV 4.12 on
@@ -135,7 +135,7 @@ def test_no_single_file_ends_a_folder_or_a_list(task, models, tmp_path, monkeypa
     reasons = spoil(tmp_path, monkeypatch)
     cv2.imwrite(str(tmp_path / 'good.png'), make_image())
     for inputs in (tmp_path, [str(tmp_path / name) for name in [*reasons, 'good.png']]):
-        with pytest.warns(UserWarning, match='left out'):
+        with pytest.warns(UserWarning, match='skipped'):
             result = models[task](inputs, batch_size=3, return_vis=True)
         found = {Path(one['input']).name: one for one in result['predictions']}
         assert set(found) == {*reasons, 'good.png'}
@@ -149,7 +149,7 @@ def test_no_single_file_ends_a_folder_or_a_list(task, models, tmp_path, monkeypa
         pytest.warns(UserWarning, match=r'good\.png: there is no such file'),
         pytest.raises(
             ValueError,
-            match=r'none of the \d images could be read; the first is .*cut\.gif: it is damaged',
+            match=r'none of the \d images could be read; the first one: .*cut\.gif: it is damaged',
         ),
     ):
         models[task](folder)
@@ -179,7 +179,7 @@ def test_whatever_an_image_lets_happen_is_its_own_error(models, monkeypatch, tmp
 
         with monkeypatch.context() as patch:
             patch.setattr(cls, method, fail_once)
-            with pytest.warns(UserWarning, match='array 1: .*left out'):
+            with pytest.warns(UserWarning, match='array 1: .*skipped'):
                 result = cls(images, out_dir=tmp_path / method)
         assert ['error' in one for one in result['predictions']] == [False, True, False], method
         assert result['predictions'][1]['error']
@@ -234,22 +234,22 @@ def test_inputs_that_cannot_be_seen(tmp_path, models):
         (tmp_path / 'no.png', FileNotFoundError, r'no such file .*no\.png.*Check the path'),
         ([make_image(), 'a.png', 'b.png'], FileNotFoundError, 'no such file .*: a.png, b.png'),
         (tmp_path / 'empty', FileNotFoundError, 'no image in that folder'),
-        (tmp_path / 'text.png', ValueError, r"text\.png': it is no image. Give an image"),
+        (tmp_path / 'text.png', ValueError, r"text\.png': it is not an image. Pass an image"),
         (tmp_path / 'nothing.png', ValueError, 'it is empty'),
-        (tmp_path / 'walk.mp4', ValueError, r"walk\.mp4': no frame of the video can be read"),
+        (tmp_path / 'walk.mp4', ValueError, r"walk\.mp4': cannot read from the video"),
         (tmp_path / 'no.mp4', FileNotFoundError, r"no\.mp4': no such file"),
-        ([tmp_path / 'walk.mp4'], ValueError, 'give a video by itself'),
+        ([tmp_path / 'walk.mp4'], ValueError, 'pass each video separately'),
         ([], ValueError, 'the list is empty'),
-        (7, TypeError, 'got int; give a path'),
+        (7, TypeError, 'got int; expected a path'),
         ([None], TypeError, 'got NoneType'),
         (np.zeros((8, 8), np.uint8), ValueError, r'an array of shape \(8, 8\) and type uint8'),
-        (np.zeros((8, 8, 3)), ValueError, 'type float64; give'),
+        (np.zeros((8, 8, 3)), ValueError, 'type float64; expected'),
         (make_image(20, 20), ValueError, 'array 0: HRFormer got images of 20x20 pixels'),
     ):
         with pytest.raises(kind, match=message):
             cls(inputs)
     with (
-        pytest.warns(UserWarning, match='it is no image'),
+        pytest.warns(UserWarning, match='it is not an image'),
         pytest.raises(ValueError, match='none of the 2 images could be read'),
     ):
         cls(tmp_path / 'broken')

@@ -30,7 +30,7 @@ def loader(**options) -> Loader:
     return Loader(LoadImageFromFile(**options))
 
 
-PLAIN, GREY, ANY = loader(), loader(color_type='grayscale'), loader(color_type='unchanged')
+PLAIN, GRAY, ANY = loader(), loader(color_type='grayscale'), loader(color_type='unchanged')
 FLOAT = loader(to_float32=True)
 WIDE = loader(to_float32=True, color_type='unchanged')
 
@@ -43,8 +43,8 @@ def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     ('how', 'array'),
     [
         (PLAIN, noise(8, 6, 3)),
-        (GREY, noise(8, 6)),
-        (GREY, noise(8, 6, 1)),
+        (GRAY, noise(8, 6)),
+        (GRAY, noise(8, 6, 1)),
         (FLOAT, noise(8, 6, 3)),
         (FLOAT, noise(8, 6, 3).astype(np.float32)),
         (loader(color_type=cv2.IMREAD_GRAYSCALE), noise(8, 6)),
@@ -69,13 +69,13 @@ def test_an_array_that_is_taken_is_what_its_file_gives(how, array, tmp_path):
 @pytest.mark.parametrize(
     ('how', 'array', 'message'),
     [
-        (PLAIN, noise(8, 6), r'shape \(8, 6\) and type uint8; give \(height, width, 3\) uint8'),
+        (PLAIN, noise(8, 6), r'shape \(8, 6\) and type uint8; expected \(height, width, 3\) uint8'),
         (PLAIN, noise(8, 6, 4), r'\(8, 6, 4\)'),
         (PLAIN, noise(8, 6, 3, dtype=np.uint16), 'type uint16; give'),
         (PLAIN, noise(8, 6, 3).astype(np.float32), 'type float32; give'),
         (FLOAT, rng.random((8, 6, 3), np.float32), 'type float32.*to_float32=True'),
         (FLOAT, np.full((8, 6, 3), np.nan, np.float32), 'type float32'),
-        (GREY, noise(8, 6, 3), r"cv2\.IMREAD_GRAYSCALE.*color_type='grayscale'"),
+        (GRAY, noise(8, 6, 3), r"cv2\.IMREAD_GRAYSCALE.*color_type='grayscale'"),
         (ANY, noise(8, 6).astype(bool), r'type bool; give.*cv2\.IMREAD_UNCHANGED'),
         (ANY, noise(2, 8, 6, 3), r'\(2, 8, 6, 3\)'),
         (ANY, noise(0, 6, 3), r'\(0, 6, 3\)'),
@@ -91,7 +91,7 @@ def test_frames_are_brought_into_the_form_of_files():
     picture = Picture('frame 0', '0', frame, is_frame=True)
     assert np.array_equal(PLAIN.load(picture), frame)
     assert np.array_equal(ANY.load(picture), frame)
-    assert np.array_equal(GREY.load(picture), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY))
+    assert np.array_equal(GRAY.load(picture), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY))
     assert FLOAT.load(picture).dtype == np.float32
 
 
@@ -108,7 +108,7 @@ def test_a_step_of_ones_own_reads_files_and_refuses_arrays(tmp_path):
     cv2.imwrite(str(file), image)
     how = Loader(Halves())
     assert np.array_equal(how.read(file), image // 2)
-    with pytest.raises(ValueError, match=r'an array; .* loads files by Halves.*Give the paths'):
+    with pytest.raises(ValueError, match=r'an array; .* loads files by Halves.*Pass the paths'):
         how.take(image)
 
 
@@ -127,7 +127,7 @@ def test_pipelines_are_split_behind_the_loading_step():
     how, rest = split_pipeline([load, dict(type='mmcv.LoadAnnotations'), keys])
     assert how.step.color_type == 'grayscale'
     assert [type(step).__name__ for step in rest.transforms] == ['RandomFlip']
-    how, rest = split_pipeline([keys])  # of a data set that holds arrays
+    how, rest = split_pipeline([keys])  # of a dataset that holds arrays
     assert how.step.color_type == 'color'
     assert len(rest.transforms) == 1
 
@@ -167,7 +167,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     check_file(whole)
     for name, message in (
         ('empty.png', 'it is empty'),
-        ('text.jpg', 'it is no image'),
+        ('text.jpg', 'it is not an image'),
         ('cut.png', 'it is damaged'),
         ('head.png', 'it is'),
         ('junk.png', 'it is damaged'),
@@ -202,12 +202,12 @@ def test_what_a_reader_raises_is_told(tmp_path, monkeypatch):
 
 
 def test_anything_can_be_drawn_on():
-    colours = noise(8, 6, 3)
-    assert np.array_equal(displayable(colours), colours)
-    assert np.array_equal(displayable(colours.astype(np.float32)), colours)
-    assert np.array_equal(displayable(np.dstack([colours, colours[..., :1]])), colours)
-    for grey in (colours[..., 0], colours[..., :1], colours[..., :2]):
-        assert np.array_equal(displayable(grey), np.dstack([colours[..., 0]] * 3))
+    colors = noise(8, 6, 3)
+    assert np.array_equal(displayable(colors), colors)
+    assert np.array_equal(displayable(colors.astype(np.float32)), colors)
+    assert np.array_equal(displayable(np.dstack([colors, colors[..., :1]])), colors)
+    for gray in (colors[..., 0], colors[..., :1], colors[..., :2]):
+        assert np.array_equal(displayable(gray), np.dstack([colors[..., 0]] * 3))
     for other in (noise(8, 6, dtype=np.uint16), rng.random((8, 6, 12)) - 0.5, noise(8, 6) > 100):
         drawn = displayable(other)
         assert (drawn.shape, drawn.dtype) == ((8, 6, 3), np.uint8)
@@ -230,7 +230,7 @@ def as_loaded(task: str, load: dict, channels: int) -> Inferencer:
 
 
 def stock_sample(ours: Inferencer, task: str, pipeline: list, path: Path):
-    """What the stock inferencer finds with the same model.
+    """Predictions of the stock inferencer with the same model.
 
     That of mmpretrain does not look at how the test pipeline loads: the pipeline itself does.
     """
@@ -249,7 +249,7 @@ def stock_sample(ours: Inferencer, task: str, pipeline: list, path: Path):
             from mmpose.apis import Pose2DInferencer
 
             stock = type('Pose2DInferencer', (Pose2DInferencer,), own)
-            # It looks for the size of the image by OpenCV in colour, which knows no such floats.
+            # It looks for the size of the image by OpenCV in color, which knows no such floats.
             source = cv2.imread(str(path), -1) if path.suffix == '.tiff' else str(path)
             found = stock(cfg, det_model='whole_image')(source, return_datasamples=True)
             return next(found)['predictions'][0]
@@ -260,16 +260,16 @@ def stock_sample(ours: Inferencer, task: str, pipeline: list, path: Path):
 
 def write_images(folder: Path) -> None:
     """Images of 48x40 pixels in many forms."""
-    colours = make_image()
-    deep = colours.astype(np.uint16) * 255 + 77
-    cv2.imwrite(str(folder / 'colour.png'), colours)
-    cv2.imwrite(str(folder / 'colour.jpg'), colours)
-    cv2.imwrite(str(folder / 'grey.png'), colours[..., 0])
-    cv2.imwrite(str(folder / 'alpha.png'), np.dstack([colours, colours[..., 0]]))
+    colors = make_image()
+    deep = colors.astype(np.uint16) * 255 + 77
+    cv2.imwrite(str(folder / 'color.png'), colors)
+    cv2.imwrite(str(folder / 'color.jpg'), colors)
+    cv2.imwrite(str(folder / 'gray.png'), colors[..., 0])
+    cv2.imwrite(str(folder / 'alpha.png'), np.dstack([colors, colors[..., 0]]))
     cv2.imwrite(str(folder / 'deep.png'), deep)
-    cv2.imwrite(str(folder / 'deepgrey.png'), deep[..., 0])
+    cv2.imwrite(str(folder / 'deepgray.png'), deep[..., 0])
     cv2.imwrite(str(folder / 'float.tiff'), deep.astype(np.float32) / 70000)
-    photo = Image.fromarray(colours)
+    photo = Image.fromarray(colors)
     exif = photo.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     photo.save(folder / 'turned.jpg', exif=exif)
@@ -277,19 +277,19 @@ def write_images(folder: Path) -> None:
 
 
 WAYS = {  # options of the loading step, channels of the model, images
-    'colour': (dict(), 3, 'colour.png alpha.png deep.png turned.jpg palette.png'),
-    'grey': (dict(color_type='grayscale'), 1, 'colour.jpg alpha.png turned.jpg'),
+    'color': (dict(), 3, 'color.png alpha.png deep.png turned.jpg palette.png'),
+    'gray': (dict(color_type='grayscale'), 1, 'color.jpg alpha.png turned.jpg'),
     'four channels': (dict(color_type='unchanged'), 4, 'alpha.png'),
-    '16 bits': (dict(color_type='unchanged', to_float32=True), 3, 'deep.png colour.png'),
-    '16 bits, grey': (dict(color_type='unchanged', to_float32=True), 1, 'deepgrey.png grey.png'),
-    'float32': (dict(to_float32=True), 3, 'colour.jpg turned.jpg'),
+    '16 bits': (dict(color_type='unchanged', to_float32=True), 3, 'deep.png color.png'),
+    '16 bits, gray': (dict(color_type='unchanged', to_float32=True), 1, 'deepgray.png gray.png'),
+    'float32': (dict(to_float32=True), 3, 'color.jpg turned.jpg'),
     'floats': (dict(color_type='unchanged'), 3, 'float.tiff'),
-    'Pillow': (dict(imdecode_backend='pillow'), 3, 'colour.jpg palette.png turned.jpg alpha.png'),
+    'Pillow': (dict(imdecode_backend='pillow'), 3, 'color.jpg palette.png turned.jpg alpha.png'),
     'Pillow, palette': (
-        dict(imdecode_backend='pillow', color_type='unchanged'), 1, 'palette.png grey.png',
+        dict(imdecode_backend='pillow', color_type='unchanged'), 1, 'palette.png gray.png',
     ),
-    'Pillow, grey': (dict(imdecode_backend='pillow', color_type='grayscale'), 1, 'colour.jpg'),
-    'a place': (dict(backend_args=dict(backend='local')), 3, 'colour.png'),
+    'Pillow, gray': (dict(imdecode_backend='pillow', color_type='grayscale'), 1, 'color.jpg'),
+    'a place': (dict(backend_args=dict(backend='local')), 3, 'color.png'),
 }  # fmt: skip
 
 
@@ -326,13 +326,15 @@ def test_other_ways_and_arrays_are_refused_with_the_reason(models, tmp_path):
     write_images(tmp_path)
     deep = as_loaded('cls', dict(color_type='unchanged'), 3)
     if not hasattr(torch, 'uint16'):
-        with pytest.raises(ValueError, match=r'deep\.png: it is of uint16 .*Set to_float32=True'):
+        with pytest.raises(
+            ValueError, match=r'deep\.png: its data type is uint16 .*Set to_float32=True'
+        ):
             deep(tmp_path / 'deep.png')
-    grey = as_loaded('seg', dict(color_type='grayscale'), 1)
+    gray = as_loaded('seg', dict(color_type='grayscale'), 1)
     with pytest.raises(
         ValueError, match=r'^inputs: array 1: an array of shape \(48, 40, 3\).*IMREAD_GRAYSCALE'
     ):
-        grey([tmp_path / 'grey.png', make_image()], out_dir=tmp_path / 'out')
+        gray([tmp_path / 'gray.png', make_image()], out_dir=tmp_path / 'out')
     assert not (tmp_path / 'out').exists()  # before the work
     pillow = as_loaded('cls', dict(imdecode_backend='pillow'), 3)
     with pytest.raises(
@@ -340,7 +342,7 @@ def test_other_ways_and_arrays_are_refused_with_the_reason(models, tmp_path):
     ):
         pillow(tmp_path / 'float.tiff')
     with pytest.warns(UserWarning, match=r'float\.tiff: .*cannot read it'):
-        both = pillow([tmp_path / 'float.tiff', tmp_path / 'colour.png'])['predictions']
+        both = pillow([tmp_path / 'float.tiff', tmp_path / 'color.png'])['predictions']
     assert ['error' in one for one in both] == [True, False]
 
 
@@ -352,10 +354,10 @@ def test_a_person_fills_the_image_as_it_was_loaded(tmp_path):
     assert one['bbox'] == [0, 0, 40, 48]
 
 
-def test_videos_for_a_model_of_grey_images(video, folder):
-    grey = as_loaded('pose', dict(color_type='grayscale'), 1)
-    result = grey(video, return_vis=True)
+def test_videos_for_a_model_of_gray_images(video, folder):
+    gray = as_loaded('pose', dict(color_type='grayscale'), 1)
+    result = gray(video, return_vis=True)
     assert len(result['predictions']) == 5
     assert result['visualization'][0].shape == (48, 64, 3)
-    (picture,) = open_media(folder / 'a.png')  # read in colour, as the model is not known
-    assert draw_features(grey, picture).shape[2] == 3
+    (picture,) = open_media(folder / 'a.png')  # read in color, as the model is not known
+    assert draw_features(gray, picture).shape[2] == 3

@@ -57,7 +57,7 @@ class TestWhatIsAVideo:
         (tmp_path / 'a.flv').write_bytes((clips / 'a.flv').read_bytes())
         cv2.imwrite(str(tmp_path / 'b.jp2'), make_image())  # a suffix that no list has
         (tmp_path / 'notes.txt').write_text('no image' * 99)
-        with pytest.warns(UserWarning, match=r'give each video by itself: a\.flv'):
+        with pytest.warns(UserWarning, match=r'pass each video separately: a\.flv'):
             (picture,) = media.open_media(tmp_path)
         assert picture.source == tmp_path / 'b.jp2'
 
@@ -67,11 +67,11 @@ class TestWhatIsAVideo:
         (tmp_path / 'notes.txt').write_text('this is text\n' * 50)  # FFmpeg would film it
         (tmp_path / 'image.mp4').write_bytes(cv2.imencode('.png', make_image())[1].tobytes())
         for name, message in (
-            ('text.flv', r"'text\.flv': no frame of the video can be read"),
-            ('notes.txt', r"'notes\.txt': it is no image"),
-            ('webcam', "'webcam': no frame of the camera can be read. Check its number"),
-            ('webcam:99', "'webcam:99': no frame of the camera"),
-            ('rtsp://127.0.0.1:9/street', r"'rtsp://127\.0\.0\.1:9/street': no frame"),
+            ('text.flv', r"'text\.flv': cannot read from the video"),
+            ('notes.txt', r"'notes\.txt': it is not an image"),
+            ('webcam', "'webcam': cannot read from the camera. Check its number"),
+            ('webcam:99', "'webcam:99': cannot read from the camera"),
+            ('rtsp://127.0.0.1:9/street', r"'rtsp://127\.0\.0\.1:9/street': cannot read from"),
         ):
             with pytest.raises(ValueError, match=message):
                 media.open_media(name)
@@ -111,7 +111,7 @@ def test_address_without_suffix_and_other_answers(folder):
         media.open_media(server.url('a.png'))
     with Server({}) as server, pytest.raises(ValueError, match=r'downloaded \(HTTP Error 404'):
         media.open_media(server.url('a.png'))
-    with Server(b'GIF89a') as server, pytest.raises(ValueError, match=r'x\.gif.*Give an image'):
+    with Server(b'GIF89a') as server, pytest.raises(ValueError, match=r'x\.gif.*Pass an image'):
         media.open_media(server.url('x.gif'))
     with pytest.raises(ValueError, match='cannot be downloaded'):
         media.open_media('http://127.0.0.1:9/a.png')

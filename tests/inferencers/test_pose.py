@@ -72,7 +72,7 @@ def test_the_visualizer_of_a_stock_config_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ('boxes', 'message'),
     [
-        ([[1, 2, 3]], r'boxes: an array of shape \(1, 3\); give \(N, 4\)'),
+        ([[1, 2, 3]], r'boxes: an array of shape \(1, 3\); expected \(N, 4\)'),
         ([10, 10, 20, 20], r'boxes: an array of shape \(4,\)'),
         ([[10, 10, 5, 20]], r'boxes\[0\]=\[10.0, 10.0, 5.0, 20.0\]: a box without area'),
         ([[0, 0, 9, float('nan')]], 'a box without area'),
@@ -88,10 +88,10 @@ def test_wrong_boxes(boxes, message, models):
 
 
 def test_boxes_are_for_pose_and_instead_of_a_detector(models, monkeypatch):
-    with pytest.raises(ValueError, match='SegInferencer takes whole images; leave boxes out'):
+    with pytest.raises(ValueError, match='SegInferencer takes whole images; remove boxes'):
         models['seg'](make_image(), boxes=[[0, 0, 9, 9]])
     monkeypatch.setattr(models['pose'], 'detector', object())
-    with pytest.raises(ValueError, match='give boxes, or build without detector'):
+    with pytest.raises(ValueError, match='remove boxes, or build without a detector'):
         models['pose'](make_image(), boxes=[[0, 0, 9, 9]])
 
 

@@ -43,7 +43,7 @@ def test_a_sliding_window_without_its_steps():
 @needs('mmseg')
 @pytest.mark.parametrize('num_classes', [1, 2])
 def test_binary_segmentation_with_one_channel(num_classes, tmp_path):
-    """As stock heads have it: ``num_classes=1``, or 2 with ``out_channels=1``."""
+    """As in stock heads: ``num_classes=1``, or 2 with ``out_channels=1``."""
     cfg = read_config(find_config(CONFIGS['seg']))
     head = cfg.model.decode_head[0]
     head.update(type='FCNHead', norm_cfg=dict(type='BN'), threshold=0.5)
@@ -51,8 +51,8 @@ def test_binary_segmentation_with_one_channel(num_classes, tmp_path):
     head.pop('loss_decode')
     cfg.model.update(type='EncoderDecoder', decode_head=head)
     cfg.model.pop('num_stages')
-    names, colours = ['sky', 'sea'], [[0, 0, 0], [255, 0, 0]]
-    metainfo = dict(classes=names[-num_classes:], palette=colours[-num_classes:])
+    names, colors = ['sky', 'sea'], [[0, 0, 0], [255, 0, 0]]
+    metainfo = dict(classes=names[-num_classes:], palette=colors[-num_classes:])
     cfg.test_dataloader.dataset.metainfo = metainfo
     cfg.dump(tmp_path / 'binary.py')
     torch.manual_seed(0)

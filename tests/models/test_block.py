@@ -130,7 +130,7 @@ def test_recomputing_changes_neither_outputs_nor_gradients_nor_statistics(traini
 
 
 def saved_bytes(block: HRFormerBlock, x: Tensor) -> int:
-    """What a forward pass keeps for the backward pass, beside the parameters."""
+    """Tensors that a forward pass keeps for the backward pass, besides the parameters."""
     sizes = {}
 
     def pack(tensor):

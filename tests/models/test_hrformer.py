@@ -402,7 +402,7 @@ def test_init_weights_reaches_every_child():
 
 @pytest.fixture
 def messages():
-    """What is logged during a test."""
+    """Messages logged during a test."""
     logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
     handler.emit = lambda record: seen.append(record.getMessage())
     logger.addHandler(handler)
@@ -423,7 +423,7 @@ def test_pretrained_takes_our_own_checkpoints(tmp_path):
 def test_pretrained_takes_official_imagenet_checkpoints_and_names_what_is_not_used(
     tmp_path, messages
 ):
-    """As the pose configs do: one stream, so the exchange of the others is not used either."""
+    """As in the pose configs: with one stream, the exchange of the others is unused."""
     checkpoint = golden.official_checkpoint('cls', 'keys_cls_tiny.json')
     torch.save(checkpoint, tmp_path / 'hrt_tiny.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'hrt_tiny.pth'))
@@ -448,7 +448,7 @@ def test_pretrained_takes_official_imagenet_checkpoints_and_names_what_is_not_us
 def test_pretrained_refuses_the_checkpoint_of_another_model(tmp_path):
     torch.save({'state_dict': {'conv1.weight': torch.zeros(64, 3, 7, 7)}}, tmp_path / 'resnet.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'resnet.pth'))
-    with pytest.raises(ValueError, match='no HRFormer checkpoint of a known dialect'):
+    with pytest.raises(ValueError, match='not an HRFormer checkpoint in a known format'):
         HRFormer(arch=TINY, init_cfg=init_cfg).init_weights()
 
 

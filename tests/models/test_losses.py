@@ -61,7 +61,7 @@ def test_values_and_gradients_are_the_official_ones(name):
 
 @pytest.mark.parametrize('name', ['cityscapes_official', 'adecoco_official'])
 def test_plain_cross_entropy_on_both_heads(name):
-    """As in training on PASCAL-Context."""
+    """A batch as in training on PASCAL-Context."""
     case = CASES[name]
     seg, aux, label = inputs_of(case)
     _, ce = losses_of(case)
@@ -74,7 +74,7 @@ def test_plain_cross_entropy_on_both_heads(name):
 
 @pytest.fixture
 def messages():
-    """What is logged during a test."""
+    """Messages logged during a test."""
     logger, handler, seen = MMLogger.get_current_instance(), logging.Handler(logging.INFO), []
     handler.emit = lambda record: seen.append(record.getMessage())
     logger.addHandler(handler)
@@ -97,7 +97,7 @@ def test_batch_without_labels_costs_nothing_and_is_mentioned_once(messages):
 
 @pytest.mark.parametrize(('kind', 'options'), [(LOSSES[0], {}), (LOSSES[1], dict(thresh=1.0))])
 def test_label_255_is_ignored_also_with_class_weights(kind, options):
-    """Where mmseg's own loss looks the weight of class 255 up."""
+    """mmseg's own loss looks up the weight of class 255 there."""
     torch.manual_seed(0)
     logits, label = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
     label[:, 1] = 255
@@ -206,7 +206,7 @@ def test_ohem_reduces_the_pixels_that_it_keeps():
 
 
 def test_pixel_sampler_of_mmseg_finds_the_hardest_pixels():
-    """It asks the loss for the losses of single pixels, then hands weights."""
+    """The sampler requests the losses of single pixels, then passes weights."""
     sampling = pytest.importorskip('mmseg.structures.sampler')
     scores, label = scene()
     loss = WeightedCrossEntropyLoss([1.0, 3.0, 1.0])
@@ -258,7 +258,7 @@ def test_class_weights_of_any_form(kind, tmp_path):
 def test_class_weights_that_are_none_are_named(tmp_path):
     (tmp_path / 'a.json').write_text('{"road": 1}')
     for form, words in (
-        (tmp_path / 'a.json', r"a\.json'.*read as \{'road': 1\}: give a number"),
+        (tmp_path / 'a.json', r"a\.json'.*read as \{'road': 1\}: expected a non-negative number"),
         (np.array([[1.0, 2.0]]), 'class_weight=array'),
         (torch.tensor([1.0, float('nan')]), 'class_weight=tensor'),
         (tmp_path / 'a.txt', r'a\.txt.*\.npy'),
@@ -274,7 +274,7 @@ def test_calls_that_cannot_be_are_named_with_a_remedy(kind):
     scores, label = scene()
     for message, options in (
         ('reduction_override=.max.: choose', dict(reduction_override='max')),
-        ('avg_factor=3: leave it out', dict(avg_factor=3, reduction_override='sum')),
+        ('avg_factor=3: remove it', dict(avg_factor=3, reduction_override='sum')),
         (r'weights of shape \(2, 1, 4, 5\)', dict(weight=torch.ones(2, 1, 4, 5))),
     ):
         with pytest.raises(ValueError, match=message):
@@ -294,9 +294,9 @@ def test_labels_may_be_transposed():
 
 def test_impossible_settings_are_named_with_a_remedy():
     for options, message in (
-        (dict(thresh=0), r'thresh=0: choose a probability in \(0, 1\]'),
-        (dict(thresh=1.5), r'thresh=1.5: choose a probability in \(0, 1\]'),
-        (dict(min_kept=0), 'min_kept=0: choose a number of pixels of at least 1'),
+        (dict(thresh=0), r'thresh=0: expected a probability in \(0, 1\]'),
+        (dict(thresh=1.5), r'thresh=1.5: expected a probability in \(0, 1\]'),
+        (dict(min_kept=0), 'min_kept=0: expected a positive number of pixels'),
     ):
         with pytest.raises(ValueError, match=message):
             OHEMCrossEntropyLoss(**options)

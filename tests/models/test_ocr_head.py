@@ -95,7 +95,7 @@ def total(losses: dict) -> torch.Tensor:
 
 
 def counters(model: nn.Module) -> set[int]:
-    """How often the statistics of the batch normalizations were updated."""
+    """Number of updates of the batch normalizations' statistics."""
     return {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)}
 
 
@@ -132,7 +132,7 @@ def test_pixels_attend_to_regions():
 
 
 def test_context_comes_before_the_pixels():
-    """In the fusion, whose official weights are in this order."""
+    """In the fusion layer, whose official weights have this order."""
     aux, ocr = make_head(OCRAuxHead), make_head(OCRHead, ocr_channels=8)
     seen = {}
     for name in ('bottleneck', 'object_attention', 'fuse'):
@@ -407,19 +407,19 @@ def test_layers_are_those_that_stock_heads_take(options):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(norm_cfg=dict(type='LN')), r"'LN'.* gives no normalization of maps"),
+        (dict(norm_cfg=dict(type='LN')), r"'LN'.* cannot normalize maps"),
         (dict(norm_cfg=dict(type='GN', num_groups=5)), 'num_groups=.*divides all channels'),
-        (dict(norm_cfg='BN'), r"norm_cfg='BN': give .*dict\(type='BN'\)"),
-        (dict(act_cfg='ReLU'), "act_cfg='ReLU': give a config"),
-        (dict(conv_cfg={}), 'conv_cfg={}: give a config'),
-        (dict(groups=3), 'groups=3: give a number that divides the 80 channels'),
-        (dict(groups=0), 'groups=0: give a number'),
-        (dict(kernel_size=4), 'kernel_size=4: give an odd number'),
+        (dict(norm_cfg='BN'), r"norm_cfg='BN': expected .*dict\(type='BN'\)"),
+        (dict(act_cfg='ReLU'), "act_cfg='ReLU': expected a config"),
+        (dict(conv_cfg={}), 'conv_cfg={}: expected a config'),
+        (dict(groups=3), 'groups=3: expected a number that divides the 80 channels'),
+        (dict(groups=0), 'groups=0: expected a number'),
+        (dict(kernel_size=4), 'kernel_size=4: expected an odd number'),
         (dict(num_classes=1), 'use num_classes=2'),
         (dict(num_classes=2, out_channels=1, threshold=0.3), 'use num_classes=2'),
-        (dict(in_index=3), 'in_index=3: .*lists of equal lengths'),
-        (dict(in_index=(0, 1)), r'in_index=\(0, 1\): .*lists of equal lengths'),
-        (dict(input_transform=None), 'without input_transform one number each'),
+        (dict(in_index=3), 'in_index=3: .*lists of equal length'),
+        (dict(in_index=(0, 1)), r'in_index=\(0, 1\): .*lists of equal length'),
+        (dict(input_transform=None), 'one number each without input_transform'),
         (dict(input_transform='multiple_select'), "'multiple_select': choose 'resize_concat'"),
     ],
 )
@@ -450,7 +450,7 @@ def test_two_classes_take_two_channels_without_advice_of_mmseg():
 )
 def test_streams_are_chosen_by_indices_of_any_form(options):
     for head in run_heads(**options):
-        with pytest.raises(ValueError, match='got 0 streams, in_index is'):
+        with pytest.raises(ValueError, match='got 0 streams, but in_index is'):
             head(*[()] * (1 + isinstance(head, OCRHead)))
 
 

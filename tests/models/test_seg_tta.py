@@ -52,7 +52,7 @@ def test_logits_are_added():
 
 
 def test_a_confident_prediction_outweighs_more_hesitant_ones():
-    """Which averaged probabilities would not let it: that is the difference to mmseg."""
+    """With averaged probabilities it could not: that is the difference from mmseg."""
     sure = torch.tensor([20.0, 0.0]).reshape(2, 1, 1)
     hesitant = torch.tensor([0.0, 3.0]).reshape(2, 1, 1)
     from mmseg.models import SegTTAModel

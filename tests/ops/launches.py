@@ -215,9 +215,11 @@ def test_hooks_are_called(driver, kernel, monkeypatch):
 
 
 def test_tensors_without_memory_are_refused(driver, kernel):
-    """As those of quantized weights, whose address is 0."""
+    """Tensors such as quantized weights have the address 0."""
     launch = Launch(kernel, (1,), *NUMBERS, BLOCK=16, num_warps=1)
-    with pytest.raises(ValueError, match=r'FakeTensor of the kernel add .* MMHRFORMER_OPS=cuda'):
+    with pytest.raises(
+        ValueError, match=r'FakeTensor passed to the kernel add .* MMHRFORMER_OPS=cuda'
+    ):
         launch(*tensors(y=FakeTensor(0)).values())
     assert not driver.launches
 

@@ -1,4 +1,4 @@
-"""Every form of every function gives what the plain form gives, gradients included."""
+"""Every form of every operator gives the results of the reference form, including gradients."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_gelu_is_right_whatever_the_memory_formats():
 
 
 def test_products_are_scaled_before_they_are_too_large(monkeypatch):
-    """In ONNX files, which may become float16, and in float16 itself, where torch can."""
+    """For ONNX files, which may be converted to float16, and in float16 where torch supports it."""
     largest = torch.finfo(torch.float32).max
     qkv = torch.full((1, 4, 3, 1, 32), 1.5 * (largest / 32) ** 0.5)  # products of 2.25 x largest
     assert not reference.window_attention(qkv, None, 32**-0.5).isfinite().all()
@@ -215,9 +215,9 @@ def test_forms_can_be_forced(monkeypatch):
     with ops.use('cuda'):
         assert ops.backend(x) is cuda
     monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
-    with pytest.raises(ValueError, match=r"'fast' is no form .*MMHRFORMER_OPS.* choose one of"):
+    with pytest.raises(ValueError, match=r"'fast' is not a form .*MMHRFORMER_OPS.* choose one of"):
         ops.backend(x)
-    with pytest.raises(ValueError, match="'fast' is no form"), ops.use('fast'):
+    with pytest.raises(ValueError, match="'fast' is not a form"), ops.use('fast'):
         pass
 
 
@@ -228,7 +228,7 @@ def test_forced_forms_end_with_their_block():
 
 
 class Elsewhere:
-    """What a tensor on another device tells."""
+    """A stand-in for a tensor on another device."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -275,7 +275,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     x = torch.zeros(1, device='meta')
     monkeypatch.setenv('MMHRFORMER_OPS', 'kernels')
     with pytest.raises(
-        ValueError, match=f'MMHRFORMER_OPS or ops.use asks for kernels, but {reason}'
+        ValueError, match=f'MMHRFORMER_OPS or ops.use requests the kernels, but {reason}'
     ):
         ops.backend(x)
     assert ops.backend(torch.zeros(1)) is kernels
@@ -299,7 +299,7 @@ def test_forms_are_forced_in_one_thread_only():
 
 
 def test_another_thread_recomputes_in_the_form_of_the_forward_pass():
-    """As on GPUs, where each has a thread of autograd of its own."""
+    """Simulates GPUs, where autograd uses a separate thread for each."""
     seen = []
 
     def function(x: Tensor) -> Tensor:

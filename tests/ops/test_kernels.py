@@ -1,4 +1,4 @@
-"""What :mod:`mmhrformer.ops.kernels` does with modules: results, what it calls and what it keeps.
+"""Modules in :mod:`mmhrformer.ops.kernels`: results, calls and memory for the backward pass.
 
 In Triton's interpreter, on CPUs; it has no matrix product of bfloat16.
 """
@@ -503,7 +503,7 @@ def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
 
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
 def test_padded_block(calls, linear_kernel, dtype, bound):
-    """Of 22 channels, which are made 24, and 44 in the FFN, which are made 48."""
+    """A block with 22 channels, padded to 24, and 44 in the FFN, padded to 48."""
     block, x = fold(22, 1, dtype), make(1, 3, 8, 22, dtype=dtype, grad=False)
     with ops.use('reference'), torch.no_grad():
         plain = block(x)

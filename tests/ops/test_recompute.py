@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass changes no result."""
+"""Recomputation in the backward pass does not change results."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_compiles_to_one_graph_and_only_once_per_size(training):
 
 @pytest.mark.parametrize('form', ['cpu', 'cuda'])
 def test_tensors_without_memory(form):
-    """On the meta device all addresses are 0: weights are not taken for the maps."""
+    """On the meta device all addresses are 0: weights must not be mistaken for the maps."""
     norm, conv = nn.BatchNorm2d(4).to('meta'), nn.Conv2d(4, 6, 1).to('meta')
     x = torch.zeros(2, 4, 5, 5, device='meta', requires_grad=True)
     with ops.use(form):

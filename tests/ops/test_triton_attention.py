@@ -70,7 +70,7 @@ def inputs(case, dtype=torch.float32, parameters=torch.float32) -> tuple[list, t
 
 
 def run(function, tensors: list, options: tuple, grad: Tensor | None = None) -> list[Tensor]:
-    """What a function returns, and the gradients of the tensors."""
+    """Result of a function, and gradients of the tensors."""
     out = function(*tensors, *options)
     torch.manual_seed(1)
     grad = torch.randn(out.shape).to(out) if grad is None else grad
@@ -80,7 +80,7 @@ def run(function, tensors: list, options: tuple, grad: Tensor | None = None) -> 
 
 
 def exact(tensors: list, options: tuple, grad: Tensor) -> list[Tensor]:
-    """What :func:`run` should return, computed in float64 on the CPU; the bias is in all tokens."""
+    """The expected result of :func:`run`, in float64 on the CPU; the bias is in all tokens."""
     doubles = [t if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
     out, of_qkv, of_pad, *of_table = run(plain, doubles, options, grad.cpu().double())
     return [out, of_qkv, of_pad + of_qkv.sum((0, 1, 2)), *of_table]

@@ -117,7 +117,7 @@ def test_linear(rows, sizes, dtype, gelu):
 @pytest.mark.parametrize('dtype', BOUNDS)
 @pytest.mark.parametrize(('channels', 'zeros'), [(80, 0), (78, 0), (78, 2), (64, 16), (22, 2)])
 def test_linear_layer_of_normalized_rows(channels, zeros, dtype):
-    """What is behind the channels does not count, not even where it would be infinite."""
+    """Padding after the channels is ignored, even if it would overflow."""
     x, weight = (make(n, channels, dtype=dtype, grad=False) for n in (70, 16))
     x[3] = 1000.0
     padded = (F.pad(tensor, (0, zeros)) for tensor in (x, weight))

@@ -135,7 +135,7 @@ def test_not_a_number_is_not_hidden():
 
 @pytest.fixture
 def small(monkeypatch):
-    """So small tiles, and so few programs, that the loop runs several times."""
+    """Tiles so small, and programs so few, that the loop runs several times."""
     use_launch(monkeypatch, forward=(256, 1), backward=(256, 1))
     monkeypatch.setattr(triton_layer_norm, 'PROGRAMS', 3)
 

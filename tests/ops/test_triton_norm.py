@@ -106,7 +106,7 @@ def test_contiguous_map():
 
 @pytest.fixture
 def small(monkeypatch):
-    """So small tiles, and so few programs, that all loops run several times."""
+    """Tiles so small, and programs so few, that all loops run several times."""
     launch = dict.fromkeys(triton_norm.LAUNCH, (256, 6, 1))
     monkeypatch.setattr(triton_norm, 'LAUNCH', launch)
     monkeypatch.setattr(triton_norm, 'COMBINE', (2, 16, 1))
@@ -186,7 +186,7 @@ def test_only_the_input_is_kept():
 def test_one_value_per_channel_has_no_variance():
     tensors = make((1, 24, 1, 1))
     del tensors['grad']
-    with pytest.raises(ValueError, match=r'\(1, 24, 1, 1\) has one value per channel'):
+    with pytest.raises(ValueError, match=r'\(1, 24, 1, 1\) has only one value per channel'):
         fused(*tensors.values())
 
 

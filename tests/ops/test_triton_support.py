@@ -60,11 +60,11 @@ def test_other_gpus(everything, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     assert why_not(CUDA) == 'cuda has compute capability (7, 5), the kernels need (8, 0)'
     monkeypatch.setattr(torch.version, 'cuda', None)
-    assert 'is not built for CUDA: the kernels know NVIDIA GPUs only' in why_not(CUDA)
+    assert 'is not built for CUDA: the kernels need an NVIDIA GPU' in why_not(CUDA)
 
 
 def stand_in_for_kernel(monkeypatch) -> SimpleNamespace:
-    """What is tried, and how often Triton's own launch was decided for."""
+    """Record the trials, and how often Triton's own launch was chosen."""
     linspace = torch.linspace
     monkeypatch.setattr(torch, 'linspace', lambda *args, device: linspace(*args))
     launch = SimpleNamespace(given_up=0)
@@ -90,7 +90,7 @@ def test_no_compiler(monkeypatch):
 
 @pytest.mark.parametrize('second', ['equal', 'other numbers', 'an error'])
 def test_launches_around_triton_are_tried(monkeypatch, second):
-    """Where they do not what Triton's own launch does, that one is used."""
+    """If direct launches differ from Triton's own, the latter is used."""
     kernel, calls = stand_in_for_kernel(monkeypatch), []
     monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
 

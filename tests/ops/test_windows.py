@@ -33,7 +33,7 @@ def test_windows_and_their_tokens_are_in_row_major_order():
     ('size', 'window', 'padding'),
     [(7, 7, (0, 0)), (8, 7, (3, 3)), (6, 7, (0, 1)), (5, 7, (1, 1)), (1, 4, (1, 2))],
 )
-def test_padding_is_centred_and_the_odd_token_goes_last(size, window, padding):
+def test_padding_is_centered_and_the_odd_token_goes_last(size, window, padding):
     assert window_padding(size, window) == padding
     tokens = window_partition(torch.ones(1, size, window, 1), window).view(-1, window)[:, 0]
     assert tokens.tolist() == [0] * padding[0] + [1] * size + [0] * padding[1]

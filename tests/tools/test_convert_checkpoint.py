@@ -126,7 +126,7 @@ def test_averaged_weights_are_told_and_taken_by_key(tool, small):
     assert not any(tensor.any() for tensor in read_checkpoint('b.pth')['state_dict'].values())
     lightning = {f'model.{key}': tensor for key, tensor in small.items()}
     torch.save(dict(state_dict={**lightning, 'loss.weight': torch.ones(3)}), 'lightning.pth')
-    assert 'left out loss.weight: outside of the model' in tool('lightning.pth', 'c.pth').out
+    assert 'dropped  loss.weight: outside of the model' in tool('lightning.pth', 'c.pth').out
     assert same(read_checkpoint('c.pth')['state_dict'], small)
     assert "key='no'" in tool('both.pth', 'd.pth', '--key', 'no').err
 
@@ -136,10 +136,10 @@ def test_averaged_weights_are_told_and_taken_by_key(tool, small):
     [
         (['missing.pth', 'a.pth'], "no checkpoint 'missing.pth'"),
         (['ours.pth', 'ours.pth'], '--overwrite'),
-        (['ours.pth', 'no/a.pth'], 'make it first'),
+        (['ours.pth', 'no/a.pth'], 'create it first'),
         (['ours.pth', '.'], 'is a folder'),
         (['page.pth', 'a.pth'], 'it is a web page'),
-        (['other.pth', 'a.pth'], 'no HRFormer checkpoint of a known dialect'),
+        (['other.pth', 'a.pth'], 'not an HRFormer checkpoint in a known format'),
         (['cls.pth', 'a.pth', '--to', 'mmpose'], '--backbone-only'),
         (['bare.pth', 'a.pth', '--to', 'official'], 'with_rpe=False'),
     ],

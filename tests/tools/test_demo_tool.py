@@ -44,7 +44,7 @@ def image(tmp_path) -> str:
 
 
 def leave_checkpoint(folder, moved: bool = False) -> None:
-    """What training leaves, with random weights."""
+    """A checkpoint as written by training, with random weights."""
     import torch
 
     train = folder / 'demo_output/cls/train'
@@ -89,8 +89,8 @@ def test_a_camera_until_it_is_stopped(demo, tmp_path, monkeypatch):
 
 
 def test_one_kind_of_input(demo, image):
-    assert 'give either INPUT or --webcam N' in demo('--task', 'cls')
-    assert 'give either INPUT or --webcam N' in demo(image, '--webcam', '0', '--task', 'cls')
+    assert 'expected either INPUT or --webcam N' in demo('--task', 'cls')
+    assert 'expected either INPUT or --webcam N' in demo(image, '--webcam', '0', '--task', 'cls')
 
 
 @pytest.mark.parametrize('moved', [False, True])
@@ -111,9 +111,9 @@ def test_checkpoint_that_make_demo_left(moved, demo, image, tmp_path):
 def test_what_is_refused(demo, image):
     for args, message in (
         (['no.png', '--task', 'cls'], r'no such file'),
-        ([image], 'give --task, one of cls, pose, seg, or --model'),
+        ([image], 'set --task, one of cls, pose, seg, or --model'),
         ([image, '--task', 'cls'], ': "make demo"'),
-        ([image, '--task', 'pose', '--boxes', '1,2,3'], '--boxes 1,2,3: give 4 numbers'),
+        ([image, '--task', 'pose', '--boxes', '1,2,3'], '--boxes 1,2,3: expected 4 numbers'),
         ([image, '--model', 'hrformer-tny'], 'did you mean'),
         ([image, '--model', CLS, '--task', 'seg', '--checkpoint', image], "for task='cls'"),
         ([image, '--model', CLS, '--checkpoint', 'no.pth'], "no checkpoint 'no.pth'"),

@@ -43,7 +43,7 @@ def example() -> list[str]:
     [
         pytest.param(DIGITS, None, 'RGB, normalized', ['0', '1'], (4, 3, 32, 32), (4, 10),
                      marks=pytest.mark.slow),
-        (FIGURES, ['--with-normalization', '--batch', '2'], 'RGB, pixels of 0 to 255',
+        (FIGURES, ['--with-normalization', '--batch', '2'], 'RGB, pixels from 0 to 255',
          ['nose', 'left_eye'], (2, 3, 128, 96), (2, 17, 32, 24)),
         pytest.param(SCENES, ['--opset', '16'], 'BGR, normalized', ['sky', 'mountain'],
                      (1, 3, 61, 90), (1, 8, 61, 90), marks=pytest.mark.slow),
@@ -83,14 +83,17 @@ def test_help_shows_an_example(monkeypatch, capsys):
     [
         (['hrformer-demo', 'none.pth'], "export_onnx.py: there is no config 'hrformer-demo': did"),
         ([DIGITS, 'none.pth'], 'none.pth'),
-        ([DIGITS, 'a.pth', '--size', '16', '16'], r'size=\(16, 16\): give height and width of at'),
-        ([DIGITS, 'a.pth', '--opset', '9'], 'opset=9: choose 14 to 17'),
+        (
+            [DIGITS, 'a.pth', '--size', '16', '16'],
+            r'size=\(16, 16\): expected height and width of at',
+        ),
+        ([DIGITS, 'a.pth', '--opset', '9'], 'opset=9: expected 14 to 17'),
         ([DIGITS, 'a.pth', '--out', 'a.pt'], r'ends in \.onnx'),
-        (['tta.py', 'a.pth'], 'the config has TestTimeAug: .* give the config that the model was'),
+        (['tta.py', 'a.pth'], 'the config has TestTimeAug: .* use the config that the model was'),
     ],
     ids=['config', 'checkpoint', 'size', 'opset', 'out', 'tta'],
 )
-def test_mistakes_are_told_in_words(args, message, tmp_path, monkeypatch):
+def test_mistakes_are_explained(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(DIGITS, tmp_path / 'a.pth')
     (tmp_path / 'tta.py').write_text(

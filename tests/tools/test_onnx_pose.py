@@ -81,17 +81,20 @@ def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
     assert (drawn != cv2.imread(str(photo))).any()
 
 
-def test_mistakes_are_told_in_words(infer, photo, tmp_path):
+def test_mistakes_are_explained(infer, photo, tmp_path):
     options = dict(size=(128, 96), simplify=False, verify=False)
     export_onnx(infer.model, tmp_path / 'open.onnx', dynamic_size=True, **options)
     (tmp_path / 'bad.onnx').write_text('none')
     udp = get_inferencer(CONFIGS['pose'], False, device='cpu').model
     export_onnx(udp, tmp_path / 'udp.onnx', **options)
     for args, message in (
-        (['open.onnx', photo.name], 'open.onnx takes any size: export it without --dynamic-size'),
-        (['udp.onnx', photo.name], 'udp.onnx is decoded by UDPHeatmap, not MSRAHeatmap'),
+        (
+            ['open.onnx', photo.name],
+            'open.onnx has a dynamic input size: export it without --dynamic-size',
+        ),
+        (['udp.onnx', photo.name], 'udp.onnx needs the decoder UDPHeatmap, only MSRAHeatmap'),
         (['bad.onnx', photo.name], 'onnx_pose.py: '),
-        (['open.onnx', 'none.jpg'], 'none.jpg is no image that OpenCV reads'),
+        (['open.onnx', 'none.jpg'], 'OpenCV cannot read none.jpg'),
     ):
         with pytest.raises(AssertionError, match=message):
             run_alone(TOOL, *args, cwd=tmp_path)

@@ -72,7 +72,7 @@ def write_logs(folder: Path, lines: list[dict]) -> None:
 
 
 def epochs() -> list[dict]:
-    """What mmengine logs of a run by epochs."""
+    """A log of mmengine for an epoch-based run."""
     lines = []
     for step in range(1, 9):
         epoch = (step + 3) // 4
@@ -117,7 +117,7 @@ class TestGetFlops:
     def test_a_size_that_cannot_be(self, tool):
         with pytest.raises(SystemExit, match='--shape 0 192'):
             tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '0', '192')
-        with pytest.raises(SystemExit, match='--shape 64 64 3: give height and width'):
+        with pytest.raises(SystemExit, match='--shape 64 64 3: expected height and width'):
             tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '64', '64', '3')
 
     @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ class TestGetFlops:
         ],
     )
     def test_images_of_other_channels(self, tool, tmp_path, name, channels):
-        """Which some stock data preprocessors refuse."""
+        """Some stock data preprocessors refuse such images."""
         means = dict(mean=[0.0] * channels, std=[1.0] * channels)
         changed = dict(backbone=dict(in_channels=channels), data_preprocessor=means)
         file = tmp_path / 'a.py'
@@ -216,7 +216,7 @@ class TestAnalyzeLogs:
 class TestBrowseDataset:
     @pytest.fixture
     def data(self, tool, tmp_path):
-        """A little of each of the demo's data sets."""
+        """A little of each of the demo's datasets."""
         from demo_data import make_figures, make_scenes
 
         root = tmp_path / 'data/demo'
@@ -239,7 +239,7 @@ class TestBrowseDataset:
     @pytest.mark.usefixtures('data')
     @pytest.mark.parametrize('name', ['figures', 'scenes'])
     def test_poses_and_scenes(self, tool, tmp_path, name):
-        """What is drawn has the colours of the labels, and is not the bare image."""
+        """The drawing has the colors of the labels, and is not the bare image."""
         tool('browse_dataset', DEMOS[name], '--split', 'val', '--number', '2')
         pictures = self.pictures(tmp_path / 'work_dirs/browse' / DEMOS[name])
         assert len(pictures) == 2
@@ -253,18 +253,18 @@ class TestBrowseDataset:
 
     @needs('mmpose', 'mmseg')
     @pytest.mark.usefixtures('data')
-    def test_colours_are_those_of_the_data(self, tool, tmp_path):
+    def test_colors_are_those_of_the_data(self, tool, tmp_path):
         """Left limbs green and right ones orange, as COCO says; the classes of scenes likewise."""
-        for name, colours in (
+        for name, colors in (
             ('figures', ([0, 255, 0], [255, 128, 0])),
             ('scenes', ([135, 190, 235],)),  # sky
         ):
             tool('browse_dataset', DEMOS[name], '--split', 'val', '--number', '1')
             (picture,) = self.pictures(tmp_path / 'work_dirs/browse' / DEMOS[name])
             (bare,) = list((tmp_path / 'data/demo' / name).rglob('val/*1.jpg'))[:1]
-            for colour in colours:
-                near = [self.count(image, colour) for image in (picture, cv2.imread(str(bare)))]
-                assert near[0] > near[1] + 20, (name, colour)
+            for color in colors:
+                near = [self.count(image, color) for image in (picture, cv2.imread(str(bare)))]
+                assert near[0] > near[1] + 20, (name, color)
 
     def count(self, image, rgb) -> int:
         return (abs(image[..., ::-1].astype(int) - rgb) < 60).all(-1).sum()

@@ -19,7 +19,7 @@ def no_clone(monkeypatch, tmp_path):
 
 
 def urls() -> dict[str, str]:
-    """As pyproject.toml has them."""
+    """The URLs of pyproject.toml."""
     text = re.search(r'(?s)\[project\.urls\]\n(.*?)\n\n', (ROOT / 'pyproject.toml').read_text())[1]
     return dict(re.findall(r'(\w+) = "(.*)"', text))
 
@@ -64,7 +64,7 @@ def test_the_address_stands_in_one_place():
 
 
 def test_every_page_that_the_code_names_exists():
-    """In messages; comments and docstrings have them, too."""
+    """Paths to docs in messages; comments and docstrings contain them as well."""
     named = {
         match
         for file in (*ROOT.glob('mmhrformer/**/*.py'), *ROOT.glob('tools/*.py'))

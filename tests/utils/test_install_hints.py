@@ -100,7 +100,7 @@ def test_packages_of_both_families_overwrite_each_other(site):
 
 
 def test_a_user_without_a_home_is_told_what_to_set():
-    """As in a container that is run by a number."""
+    """As in a container run with a numeric user id."""
     for words in ('Could not determine home directory.', 'could not determine the home directory'):
         assert 'HOME=/tmp' in install_hints.explain(RuntimeError(words))
 

@@ -1,5 +1,5 @@
 # The layout of HRFormer-T for the HRNet of mmpretrain, mmpose and mmsegmentation. In pose and
-# segmentation training starts from the weights that the ImageNet config of the same name wrote.
+# segmentation, training starts from the checkpoint of the ImageNet config of the same name.
 # The configs take `backbone` out by `_base_.pop`.
 extra = dict(
     stage1=dict(

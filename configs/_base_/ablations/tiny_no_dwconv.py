@@ -1,5 +1,5 @@
-# Pose and segmentation without the 3x3 depth-wise convolution: training starts from the weights
-# that the ImageNet config of the same name wrote. The configs take `backbone` out by `_base_.pop`.
+# Pose and segmentation without the 3x3 depth-wise convolution: training starts from the checkpoint
+# of the ImageNet config of the same name. The configs take `backbone` out by `_base_.pop`.
 backbone = dict(
     ffn_cfg=dict(type='mmhrformer.FFN'),
     init_cfg=dict(

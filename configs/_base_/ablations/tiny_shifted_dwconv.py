@@ -1,5 +1,5 @@
-# Pose and segmentation with shifted windows: training starts from the weights that the ImageNet
-# config of the same name wrote. The configs take `backbone` out by `_base_.pop`.
+# Pose and segmentation with shifted windows: training starts from the checkpoint of the ImageNet
+# config of the same name. The configs take `backbone` out by `_base_.pop`.
 backbone = dict(
     attn_cfg=[
         dict(type='mmhrformer.LocalWindowSelfAttention'),

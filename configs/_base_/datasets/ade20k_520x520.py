@@ -1,7 +1,7 @@
 # ADE20K, 150 classes (sceneparsing.csail.mit.edu), laid out as
 #   data/ade/ADEChallengeData2016/images/{training,validation}/*.jpg
 #   data/ade/ADEChallengeData2016/annotations/{training,validation}/*.png
-# docs/datasets.md#ade20k tells how to get it.
+# docs/datasets.md#ade20k explains how to get it.
 _base_ = ['seg_520x520.py']
 
 data_root = 'data/ade/ADEChallengeData2016/'

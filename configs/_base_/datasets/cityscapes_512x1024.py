@@ -1,12 +1,12 @@
 # Cityscapes (cityscapes-dataset.com), laid out as
 #   data/cityscapes/leftImg8bit/{train,val}/<city>/*_leftImg8bit.png
 #   data/cityscapes/gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png
-# docs/datasets.md#cityscapes tells how to get it and what writes the labelTrainIds files.
+# docs/datasets.md#cityscapes explains how to get it and how to create the labelTrainIds files.
 data_root = 'data/cityscapes/'
 crop_size = (512, 1024)
 
-# The official augmentation: no limit on how much of a crop one class may fill, no colour jitter but
-# brightness. Small images are placed at random on the mean colour, in the channel order that the
+# The official augmentation: no limit on how much of a crop one class may cover, no color jitter but
+# brightness. Small images are padded at random with the mean color, in the channel order that the
 # model's data_preprocessor has.
 train_pipeline = [
     dict(type='LoadImageFromFile'),

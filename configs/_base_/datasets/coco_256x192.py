@@ -2,7 +2,7 @@
 #   data/coco/annotations/person_keypoints_{train,val}2017.json
 #   data/coco/person_detection_results/COCO_val2017_detections_AP_H_56_person.json
 #   data/coco/{train,val}2017/*.jpg
-# docs/datasets.md#coco-keypoints tells how to get it.
+# docs/datasets.md#coco-keypoints explains how to get it.
 # mmpose's own inferencers look for these two names at the top of a config.
 dataset_type = 'CocoDataset'
 data_mode = 'topdown'
@@ -14,7 +14,7 @@ train_pipeline = [
     dict(type='GetBBoxCenterScale'),
     dict(type='RandomFlip', direction='horizontal'),
     dict(type='RandomHalfBody'),
-    # mmpose's RandomBBoxTransform would cut the normal distributions off instead of clipping them.
+    # mmpose's RandomBBoxTransform would truncate the normal distributions instead of clipping.
     dict(type='mmhrformer.RandomScaleRotation', scale_std=0.5, rotation_std=40, rotation_prob=0.6),
     dict(type='TopdownAffine', input_size=codec['input_size']),
     dict(type='GenerateTarget', encoder=codec),
@@ -51,7 +51,7 @@ val_dataloader = dict(
         data_root=data_root,
         data_mode=data_mode,
         ann_file='annotations/person_keypoints_val2017.json',
-        # Boxes of a person detector of 56.4 AP.
+        # Boxes of a person detector with 56.4 AP.
         bbox_file=data_root
         + 'person_detection_results/COCO_val2017_detections_AP_H_56_person.json',
         data_prefix=dict(img='val2017/'),

@@ -1,7 +1,7 @@
 # COCO-Stuff 10k, 171 classes (github.com/nightrome/cocostuff10k), laid out as
 #   data/coco_stuff10k/images/{train2014,test2014}/*.jpg
 #   data/coco_stuff10k/annotations/{train2014,test2014}/*_labelTrainIds.png
-# docs/datasets.md#coco-stuff-10k tells how to get it.
+# docs/datasets.md#coco-stuff-10k explains how to get it.
 _base_ = ['seg_520x520.py']
 
 data_root = 'data/coco_stuff10k/'

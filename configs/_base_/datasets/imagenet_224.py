@@ -1,5 +1,5 @@
 # ImageNet-1K (image-net.org), laid out as data/imagenet/{train,val}/<wnid>/*.JPEG;
-# docs/datasets.md#imagenet-1k tells how to get it.
+# docs/datasets.md#imagenet-1k explains how to get it.
 # Augmentation of the official classification code: timm's rand-m9-mstd0.5-inc1 and erasing.
 
 data_preprocessor = dict(

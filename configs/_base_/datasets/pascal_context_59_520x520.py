@@ -3,7 +3,7 @@
 #   data/VOCdevkit/VOC2010/JPEGImages/*.jpg
 #   data/VOCdevkit/VOC2010/SegmentationClassContext/*.png
 #   data/VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt
-# docs/datasets.md#pascal-context tells how to get it.
+# docs/datasets.md#pascal-context explains how to get it.
 _base_ = ['seg_520x520.py']
 
 data_root = 'data/VOCdevkit/VOC2010/'

@@ -1,9 +1,9 @@
-# What PASCAL-Context, COCO-Stuff and ADE20K have in common: images whose shorter side is brought to
-# 520 pixels, crops of 520x520.
+# Shared by PASCAL-Context, COCO-Stuff and ADE20K: images are resized to a shorter side of 520 pixels,
+# crops are 520x520.
 crop_size = (520, 520)
 
-# The official augmentation: no limit on how much of a crop one class may fill, no colour jitter but
-# brightness. Small images are placed at random on the mean colour, in the channel order that the
+# The official augmentation: no limit on how much of a crop one class may cover, no color jitter but
+# brightness. Small images are padded at random with the mean color, in the channel order that the
 # model's data_preprocessor has.
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -11,7 +11,7 @@ model = dict(
         type='LinearClsHead',
         num_classes=1000,
         in_channels=2048,
-        # The official code keeps torch's own initialization.
+        # The official code keeps torch's default initialization.
         init_cfg=None,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
         cal_acc=False,

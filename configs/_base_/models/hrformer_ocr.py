@@ -1,6 +1,6 @@
 # HRFormer with the OCR head and its auxiliary head; `arch`, the channels, classes, losses and the
 # drop path rate are set by the configs. Training starts from the ImageNet checkpoint of
-# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None starts from nothing.
+# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None trains from scratch.
 norm_cfg = dict(type='SyncBN')
 model = dict(
     type='CascadeEncoderDecoder',

@@ -1,6 +1,6 @@
 # HRFormer with a heatmap head on its finest stream; `arch`, the channels, the drop path rate and
 # the decoder are set by the configs. Training starts from the ImageNet checkpoint of
-# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None starts from nothing.
+# that arch, whatever its window; --cfg-options model.backbone.init_cfg=None trains from scratch.
 #
 # `with_rpe`: the paper's attention has a relative position bias, and mmpose's checkpoints were
 # trained with it. The official pose code, as published, computes the bias and does not add it;

@@ -1,8 +1,8 @@
-# What every classification run needs around model, data and schedule (mmpretrain).
+# Runtime settings of classification (mmpretrain), besides model, data and schedule.
 default_scope = 'mmpretrain'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 
-# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
+# Safe against interruption: checkpoints stay intact, and --resume continues exactly.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100),
@@ -16,11 +16,11 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# Several processes: gradients lie in the buffers of the exchange instead of twice in memory.
+# Distributed training: gradients share memory with the communication buffers.
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
 )
-# ConfigCheckVisBackend stops a run with missing data or dead options before anything is built.
+# ConfigCheckVisBackend stops a run with missing data or unused options before anything is built.
 vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'

@@ -1,4 +1,4 @@
-# What every detection run needs around model and data (mmdet): the optimizer and schedule of mmdet's
+# Runtime settings of detection (mmdet), besides model and data: optimizer and schedule of mmdet's
 # Swin Transformers, 12 epochs of 8 GPUs x 2 images.
 default_scope = 'mmdet'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
@@ -6,7 +6,7 @@ custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     constructor='mmhrformer.DecayGroupsConstructor',
-    # Everything is decayed but biases, norms and the relative position bias tables.
+    # Weight decay for all but biases, norms and the relative position bias tables.
     paramwise_cfg=dict(no_decay=['vectors', 'bias_tables']),
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
@@ -20,7 +20,7 @@ val_cfg = dict()
 test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=16)
 
-# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
+# Safe against interruption: checkpoints stay intact, and --resume continues exactly.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
@@ -36,7 +36,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# ConfigCheckVisBackend stops a run with missing data or dead options before anything is built.
+# ConfigCheckVisBackend stops a run with missing data or unused options before anything is built.
 vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)

@@ -1,8 +1,8 @@
-# What every pose run needs around model, data and schedule (mmpose).
+# Runtime settings of pose estimation (mmpose), besides model, data and schedule.
 default_scope = 'mmpose'
 custom_imports = dict(imports=['mmhrformer'], allow_failed_imports=False)
 
-# Safe from interruption: checkpoints are always whole, and --resume goes on as if nothing had been.
+# Safe against interruption: checkpoints stay intact, and --resume continues exactly.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
@@ -17,18 +17,18 @@ default_hooks = dict(
     visualization=dict(type='PoseVisualizationHook', enable=False),
 )
 # Averages the statistics of batch normalization over the GPUs before each validation.
-# BFloat16PoseHook turns off an accuracy that mmpose cannot count in bf16.
+# BFloat16PoseHook disables an accuracy that mmpose cannot compute in bf16.
 custom_hooks = [dict(type='SyncBuffersHook'), dict(type='mmhrformer.BFloat16PoseHook')]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# Several processes: gradients lie in the buffers of the exchange instead of twice in memory.
+# Distributed training: gradients share memory with the communication buffers.
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
 )
-# ConfigCheckVisBackend stops a run with missing data or dead options before anything is built.
+# ConfigCheckVisBackend stops a run with missing data or unused options before anything is built.
 vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='mmhrformer.PoseVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True, num_digits=6)

@@ -3,7 +3,7 @@ optim_wrapper = dict(
     type='AmpOptimWrapper',
     constructor='mmhrformer.DecayGroupsConstructor',
     optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
-    # Everything is decayed but the relative position bias tables.
+    # Weight decay for all but the relative position bias tables.
     paramwise_cfg=dict(no_decay=['bias_tables']),
 )
 param_scheduler = [

@@ -4,8 +4,8 @@ optim_wrapper = dict(
     constructor='mmhrformer.DecayGroupsConstructor',
     # 5e-4 * batch / 512
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
-    # Biases and norms are not decayed; unlike in pose and segmentation, the relative position
-    # bias tables are.
+    # No weight decay for biases and norms; unlike in pose and segmentation, the relative position
+    # bias tables are decayed.
     paramwise_cfg=dict(no_decay=['vectors']),
     clip_grad=dict(max_norm=5.0),
 )

@@ -4,8 +4,8 @@ optim_wrapper = dict(
     type='AmpOptimWrapper',
     constructor='mmhrformer.DecayGroupsConstructor',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
-    # Only the weights of convolutions and linear layers are decayed. The official scripts ask for
-    # a ten times higher rate of the heads, too, but the code never looks at that option.
+    # Weight decay only for the weights of convolutions and linear layers. The official scripts also
+    # set a ten times higher learning rate for the heads, but the code ignores that option.
     paramwise_cfg=dict(no_decay=['vectors', 'bias_tables']),
 )
 param_scheduler = [

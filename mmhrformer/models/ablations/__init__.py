@@ -1,1 +1,1 @@
-"""What the paper compares HRFormer with."""
+"""Variants of attention, FFN and backbone for the ablations of the paper."""

@@ -15,12 +15,12 @@ from ..checks import check_norm_cfg
 class FFN(BaseModule):
     """The FFN without the 3x3 depth-wise convolution (paper, Table 7).
 
-    Nothing but the convolution, and the normalization and GELU behind it, is missing from
-    :class:`DWConvFFN`: windows exchange nothing in it. Without ``with_norm`` it is the FFN of
-    ViT and Swin Transformer, linear - GELU - linear.
+    It is :class:`DWConvFFN` without the convolution and the normalization and GELU after it, so it
+    does not connect the windows. Without ``with_norm`` it is the FFN of ViT and Swin Transformer,
+    linear - GELU - linear.
 
     Args:
-        embed_dims (int): Channels C in and out.
+        embed_dims (int): Input and output channels C.
         feedforward_channels (int): Hidden channels; 4 C in the paper (Section 3).
         norm_cfg (dict): Config of the normalization. Defaults to ``dict(type='BN')``.
         with_norm (bool): Whether a normalization and a GELU follow each of the two layers, as in
@@ -28,7 +28,7 @@ class FFN(BaseModule):
         init_cfg (dict, optional): Initialization config of mmengine.
 
     Raises:
-        ValueError: If the normalization does not fit maps of these channels.
+        ValueError: If the normalization does not work with these numbers of channels.
 
     Examples:
         >>> import torch
@@ -54,7 +54,7 @@ class FFN(BaseModule):
         if with_norm:
             self.norm1 = build_norm_layer(norm_cfg, feedforward_channels)[1]
         self.fc2 = nn.Conv2d(feedforward_channels, embed_dims, 1)
-        # Named as in DWConvFFN and its checkpoints; norm2 is the one behind the convolution.
+        # Named as in DWConvFFN and its checkpoints, where norm2 follows the convolution.
         self.norm3 = nn.Identity()
         if with_norm:
             self.norm3 = build_norm_layer(norm_cfg, embed_dims)[1]

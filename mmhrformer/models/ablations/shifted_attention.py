@@ -1,4 +1,4 @@
-"""Self-attention in windows that are shifted against those of the block before (Swin)."""
+"""Self-attention in shifted windows, as in Swin Transformer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..attention import LocalWindowSelfAttention, split_heads
 
 
 def shifted_axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Origin of the places of an axis that was padded to whole windows and then shifted.
+    """Origin of the positions of an axis that was padded to whole windows and then shifted.
 
     Returns:
-        tuple[Tensor, Tensor]: Booleans for each place: whether it was moved around from the
-        beginning to the end, and whether it is padding.
+        tuple[Tensor, Tensor]: Booleans for each position: whether it was wrapped around from the
+        start to the end, and whether it is padding.
     """
     padded = window_count(size, window) * window
     before, _ = window_padding(size, window)
@@ -35,13 +35,13 @@ def shifted_window_mask(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Mask between tokens that the shift brought into one window from different edges.
+    """Mask between tokens that the shift moved into one window from opposite edges.
 
     Args:
         size (tuple[int, int]): Height H and width W of the map without padding.
         window (int): Side of the windows, in tokens.
-        shift (int): Tokens by which the padded map was moved up and to the left.
-        pad_mask (bool): Whether padded tokens are hidden from the others, too.
+        shift (int): Tokens by which the padded map was shifted up and to the left.
+        pad_mask (bool): Whether padded tokens are hidden from the others as well.
         dtype (torch.dtype): Data type of the result.
         device (torch.device): Device of the result.
 
@@ -51,13 +51,13 @@ def shifted_window_mask(
     """
     rows, padded_rows = shifted_axis(size[0], window, shift, device)
     cols, padded_cols = shifted_axis(size[1], window, shift, device)
-    origin = 2 * rows[:, None] + cols.long()  # which corner of the map a token comes from
+    origin = 2 * rows[:, None] + cols.long()  # the corner of the map that a token comes from
     padded = (padded_rows[:, None] | padded_cols).long()
     maps = torch.stack([origin, padded], -1)[None]  # (1, H', W', 2)
     origin, padded = window_partition(maps, window).unbind(-1)  # (nW, N) each
     hidden = origin[:, :, None] != origin[:, None]
     if pad_mask:
-        # Padding goes on seeing padding: there may be nothing else, and what it finds is cut off.
+        # Padding still sees padding, as there may be nothing else; its output is cropped anyway.
         hidden = hidden | (padded[:, None] > padded[:, :, None])
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return mask.masked_fill(hidden, float('-inf'))[:, None]
@@ -67,12 +67,12 @@ def shifted_window_mask(
 class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
     """Multi-head self-attention in shifted square windows (Swin Transformer).
 
-    The map is padded as in :class:`LocalWindowSelfAttention`; the padded map is moved cyclically
-    up and to the left, cut into windows, and moved back after the attention. Tokens that meet in
-    a window only because they were moved around an edge do not see each other. A map that is not
-    larger than a window on one of its sides is not shifted, as in Swin Transformer.
+    The map is padded as in :class:`LocalWindowSelfAttention`. The padded map is rolled up and to
+    the left, partitioned into windows, and rolled back after the attention. Tokens that share a
+    window only because they were wrapped around an edge do not see each other. A map with a side
+    that is not larger than a window is not shifted, as in Swin Transformer.
 
-    For alternating windows give both kinds to the backbone: ``attn_cfg=[dict(type=
+    For alternating windows pass both kinds to the backbone: ``attn_cfg=[dict(type=
     'mmhrformer.LocalWindowSelfAttention'), dict(type='mmhrformer.ShiftedWindowSelfAttention')]``.
 
     Args:
@@ -108,12 +108,12 @@ class ShiftedWindowSelfAttention(LocalWindowSelfAttention):
         self.shift_size = window_size // 2 if shift_size is None else shift_size
         if not 0 <= self.shift_size < window_size:
             raise ValueError(
-                f'shift_size={shift_size}: give a number from 0 to window_size - 1 = '
+                f'shift_size={shift_size}: expected a number from 0 to window_size - 1 = '
                 f'{window_size - 1}, or None for half a window'
             )
 
     def shift_for(self, size: tuple[int, int]) -> int:
-        """Tokens by which a map of a size is shifted."""
+        """Tokens by which a map of the given size is shifted."""
         return self.shift_size if min(size) > self.window_size else 0
 
     def forward(self, x: Tensor) -> Tensor:

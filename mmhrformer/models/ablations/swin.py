@@ -1,4 +1,4 @@
-"""mmpretrain's Swin Transformer with an FFN that sees the map (paper, Table 8)."""
+"""mmpretrain's Swin Transformer with an FFN that operates on the map (paper, Table 8)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SwinBlock(BaseModule):
     """A block of Swin Transformer whose FFN gets a map instead of a sequence.
 
     Args:
-        block (SwinBlock): mmpretrain's block, of which all but the FFN is taken over.
+        block (SwinBlock): mmpretrain's block; everything but its FFN is reused.
         ffn_cfg (dict): Config of the FFN, without the numbers of channels.
     """
 
@@ -46,8 +46,8 @@ class SwinBlock(BaseModule):
 class SwinTransformer(StockSwinTransformer):
     """mmpretrain's Swin Transformer with another FFN.
 
-    The stock blocks always build mmcv's FFN, which sees tokens one by one. Windows that are not
-    shifted need nothing from here: ``stage_cfgs=dict(block_cfgs=dict(shift=False))``.
+    The stock blocks always build mmcv's FFN, which processes each token alone. To disable shifted
+    windows, the stock option is enough: ``stage_cfgs=dict(block_cfgs=dict(shift=False))``.
 
     Args:
         *args: Arguments of mmpretrain's ``SwinTransformer``.

@@ -51,7 +51,7 @@ def make_backbone(**options) -> HRFormer:
 
 @pytest.mark.parametrize('training', [False, True])
 def test_ffn_is_the_one_of_hrformer_without_the_convolution(training):
-    """With a depth-wise convolution that does nothing, up to its own normalization and GELU."""
+    """Equal to DWConvFFN with an identity convolution, except for its normalization and GELU."""
     torch.manual_seed(0)
     ffn = FFN(embed_dims=6, feedforward_channels=10).double().train(training)
     for parameter in ffn.parameters():
@@ -139,9 +139,11 @@ def test_configs_are_left_alone():
 
 
 def test_wrong_attentions_are_named():
-    with pytest.raises(ValueError, match=r'attn_cfg=\[\]: give the config of an attention'):
+    with pytest.raises(
+        ValueError, match=r'attn_cfg=\[\]: expected one or more configs of attention'
+    ):
         HRFormer(arch=TINY, attn_cfg=[])
-    with pytest.raises(ValueError, match="attn_cfg='shifted': give a config"):
+    with pytest.raises(ValueError, match="attn_cfg='shifted': expected a config"):
         HRFormer(arch=TINY, attn_cfg='shifted')
 
 
@@ -226,7 +228,7 @@ SWIN = dict(
 
 
 def test_swin_with_the_stock_ffn_is_the_stock_swin():
-    """So that its FFN is all that differs."""
+    """So that only the FFN differs."""
     from mmpretrain.models import SwinTransformer as Stock
 
     torch.manual_seed(0)

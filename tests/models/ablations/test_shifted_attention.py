@@ -112,7 +112,7 @@ def test_equals_the_slow_reference(with_rpe, pad_mask):
 
 
 def test_masked_padding_has_no_influence():
-    """Not even on gradients, where a group of tokens is nothing but padding."""
+    """Not even in gradients, if a group of tokens is all padding."""
     attn = make_attention(window_size=7, pad_mask=True)  # 3 rows of padding before, shift 3
     x = make_map(8, 8).requires_grad_()
     attn(x).square().sum().backward()
@@ -178,5 +178,5 @@ def test_is_registered_and_shifts_by_half_a_window():
 
 @pytest.mark.parametrize('shift', [-1, 7, 9])
 def test_impossible_shift(shift):
-    with pytest.raises(ValueError, match=rf'shift_size={shift}: give a number from 0 to .* 6'):
+    with pytest.raises(ValueError, match=rf'shift_size={shift}: expected a number from 0 to .* 6'):
         ShiftedWindowSelfAttention(8, 2, window_size=7, shift_size=shift)
