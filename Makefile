@@ -10,6 +10,7 @@ MODERN_PYTHON = $(firstword $(foreach name,$(PYTHON) python3.11 python3.12 pytho
 
 # Which tests run where; `make test-all` widens all three.
 FAST = not e2e and not gpu and not slow
+ONCE = and not once
 E2E = e2e and not slow
 # Tests that are skipped on torch 2.1, which is too old for them: another number means that a test
 # left out itself. The 5 of test-e2e are whole files for Triton, of which it runs nothing. In the
@@ -43,17 +44,18 @@ env: ## make the environment .venv or bring it up to date (other targets do it t
 demo: env ## train and test the three example tasks on the CPU
 	$(PY) demo/run_demo.py
 
-test: test-fast ## run the tests of every change: fast, those of torch on current torch, end to end
-	@if [ -n "$(MODERN_PYTHON)" ]; then $(MAKE) test-modern; \
-		else echo 'make test-modern is left out: it needs Python 3.11, 3.12 or 3.13'; fi
+test: ## run the tests of every change: fast, those of torch on current torch, end to end
+	@if [ -n "$(MODERN_PYTHON)" ]; then $(MAKE) test-fast test-modern; \
+		else $(MAKE) test-fast ONCE= && \
+		echo 'make test-modern is left out: it needs Python 3.11, 3.12 or 3.13'; fi
 	@$(MAKE) test-e2e
 
 test-all: ## run everything, before a release: the slow tests, too, and all fast ones on both stacks
-	@$(MAKE) test FAST="not e2e and not gpu" E2E=e2e SKIPS= MODERN_SKIPS= \
+	@$(MAKE) test FAST="not e2e and not gpu" ONCE= E2E=e2e SKIPS= MODERN_SKIPS= \
 		ON_TORCH="tests --ignore=tests/e2e"
 
 test-fast: env ## run the tests that take seconds
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist worksteal -m "$(FAST)" $(SKIPS)
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist worksteal -m "$(FAST) $(ONCE)" $(SKIPS)
 
 test-e2e: env ## run the tests that train with the stock tools
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist loadfile --no-loadscope-reorder -m "$(E2E)" --skips 5

@@ -11,6 +11,8 @@ import pytest
 import torch
 import triton_on_cpu  # noqa: F401
 from mmengine.registry import DefaultScope
+from mmengine.utils import ManagerMixin
+from mmengine.visualization import Visualizer
 from needs import needed_by
 
 import mmhrformer
@@ -79,21 +81,30 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def forget_scopes() -> Iterator[None]:
-    """Forget the scope of a runner that was built: others would look names up there."""
-    before = dict(DefaultScope._instance_dict)
+def managers(base: type = ManagerMixin) -> Iterator[type]:
+    """The scope and the visualizers, which mmengine finds by name again, whoever made them."""
+    for kind in base.__subclasses__():
+        if issubclass(kind, (DefaultScope, Visualizer)):
+            yield kind
+            yield from managers(kind)
+
+
+def forget_instances() -> Iterator[None]:
+    """Forget what a runner that was built has left: others would take it for theirs."""
+    before = {kind: dict(kind._instance_dict) for kind in managers()}
     yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
+    for kind in managers():
+        kind._instance_dict.clear()
+        kind._instance_dict.update(before.get(kind, {}))
 
 
 @pytest.fixture(autouse=True)
-def no_scope_of_a_test_is_left() -> Iterator[None]:
-    """See :func:`forget_scopes`."""
-    yield from forget_scopes()
+def no_instance_of_a_test_is_left() -> Iterator[None]:
+    """See :func:`forget_instances`."""
+    yield from forget_instances()
 
 
 @pytest.fixture(autouse=True, scope='module')
-def no_scope_of_a_fixture_is_left() -> Iterator[None]:
-    """See :func:`forget_scopes`; fixtures of a whole module build runners, too."""
-    yield from forget_scopes()
+def no_instance_of_a_fixture_is_left() -> Iterator[None]:
+    """See :func:`forget_instances`; fixtures of a whole module build runners, too."""
+    yield from forget_instances()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmhrformer import HRFormer, LocalWindowSelfAttention, fuse_for_inference, load_checkpoint
 from mmhrformer.checkpoints import read_checkpoint
 
+pytestmark = pytest.mark.once
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
 

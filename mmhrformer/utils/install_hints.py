@@ -84,7 +84,8 @@ INSTALL_FORKS = {
     'mmpretrain': 'pip install onedl-mmpretrain',
     'mmpose': (
         'mmpose has no maintained fork, and the stock packages that it needs would overwrite the '
-        f'installed forks: create a separate environment for it ({find_page("docs/compatibility.md")})'
+        'installed forks: create a separate environment for it '
+        f'({find_page("docs/compatibility.md")})'
     ),
     'mmseg': 'pip install onedl-mmsegmentation ftfy regex',
     'mmdet': 'pip install onedl-mmdetection',

@@ -35,6 +35,7 @@ def tool():
     sys.path[:] = before
 
 
+@pytest.mark.slow
 def test_dry_run(tool, tmp_path):
     sections = ['env', 'infer', 'train']
     out = ['--out', str(tmp_path), '--sections', *sections]

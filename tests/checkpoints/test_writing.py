@@ -25,12 +25,12 @@ TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1,
 TABLES = [
     'keys_cls_tiny.json',
     'keys_cls_small.json',
-    'keys_cls_base.json',
+    pytest.param('keys_cls_base.json', marks=pytest.mark.slow),
     'keys_pose_tiny.json',
     'keys_pose_small.json',
-    'keys_pose_base.json',
+    pytest.param('keys_pose_base.json', marks=pytest.mark.slow),
     'keys_seg_small_w7.json',
-    'keys_seg_base_w13.json',
+    pytest.param('keys_seg_base_w13.json', marks=pytest.mark.slow),
     'keys_seg_base_w15.json',
 ]
 WHOLE_MODELS = {

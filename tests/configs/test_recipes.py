@@ -288,7 +288,7 @@ def test_segmentation_test_sizes_and_scales(name):
     scales, flips, *_ = transforms(cfg.tta_pipeline)['TestTimeAug']['transforms']
     seven = name.startswith('ocrnet_hrformer-base-w15') and data_of(name) == 'cityscapes'
     expected = (
-        official['scales']['7-scale jsons exist for every dataset'] if seven else [0.75, 1.0, 1.25]
+        official['scales']['7-scale jsons exist for every data set'] if seven else [0.75, 1.0, 1.25]
     )
     assert [scale['scale_factor'] for scale in scales] == expected
     assert [flip['prob'] for flip in flips] == [0.0, 1.0]

@@ -17,6 +17,7 @@ from mmhrformer.deploy.fuse import CroppedStreams, FusedBlock
 from mmhrformer.models.hr_module import HRModule
 from mmhrformer.ops import cpu, kernels
 
+pytestmark = pytest.mark.once
 # In the FFNs 44 channels become 48, 60 become 64, and 36 become 40.
 CHANNELS = (22, 30, 32, 18)
 PADDED = (24, 32, 32, 18)

@@ -19,6 +19,7 @@ from mmhrformer import HOOKS, HRFormer, graph_backbone, ops
 from mmhrformer.engine import cuda_graph_hook
 from mmhrformer.models import checks
 
+pytestmark = pytest.mark.once
 ARCH = dict(channels=(4, 8, 8, 16), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)
 
 

@@ -207,6 +207,7 @@ def prepare(setting: str) -> tuple[HRFormer, Tensor]:
     return model, x
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     'setting',
     ['plain', 'with_cp', 'channels_last', pytest.param('compiled', marks=can_compile_blocks)],

@@ -226,6 +226,7 @@ def test_hooks_on_all_modules_are_noticed():
     assert is_plain(conv, nn.Conv2d)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('training', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_to_one_graph_and_only_once_per_size(training):
     arch = dict(channels=(4, 8, 8, 8), num_heads=(1, 2, 2, 2), num_modules=(1, 1, 1), num_blocks=1)

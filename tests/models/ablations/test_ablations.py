@@ -26,6 +26,7 @@ from mmhrformer import (
 from mmhrformer.analysis.complexity import complexity
 from mmhrformer.models.ablations.swin import SwinTransformer
 
+pytestmark = pytest.mark.once
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 2, 1), num_blocks=1)
 PLAIN = dict(type='mmhrformer.LocalWindowSelfAttention')
 SHIFTED = dict(type='mmhrformer.ShiftedWindowSelfAttention')
