@@ -156,6 +156,10 @@ def train(work: Path, stop: int | None = None, **options) -> dict[int, float]:
     else:
         with pytest.raises(KeyboardInterrupt):
             runner.train()
+    # Whenever they are collected as garbage, up to 5 s are waited for each worker.
+    iterator = getattr(runner.train_dataloader, '_iterator', None)
+    if hasattr(iterator, '_shutdown_workers'):
+        iterator._shutdown_workers()
     return losses(runner)
 
 

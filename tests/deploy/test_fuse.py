@@ -35,6 +35,7 @@ def difference(model: nn.Module, fused: nn.Module, size: tuple[int, int]) -> flo
         return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize(
     'options',

@@ -228,6 +228,7 @@ def test_other_attentions_are_left_alone():
     assert kinds == [LocalWindowSelfAttention, ShiftedWindowSelfAttention, MapAttention]
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings('ignore')
 def test_other_exporters_may_write_an_older_opset():
     """The exporter of mmdeploy writes opset 11."""
@@ -249,6 +250,7 @@ def trace(model: nn.Module) -> torch.jit.ScriptModule:
     return torch.jit.load(content)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ('fuse', 'options'),
     [(True, dict()), (False, dict(pad_mask=True, upsample='bilinear'))],

@@ -65,6 +65,7 @@ def test_mutations_that_do_not_fit_are_named(project):
     assert tool.check([mutation('fits', 'x / 2', 'x // 2')], project) == []
 
 
+@pytest.mark.slow
 def test_a_project(project, monkeypatch, capsys):
     """The outcome of each mutation is reported; the checkout is not changed."""
     mutations = [

@@ -94,6 +94,7 @@ def gradients(tmp_path_factory) -> list[dict[str, list[Tensor | None]]]:
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('case', CASES)
 def test_gradients_are_those_of_one_process(gradients, case):
     expected = step(make_model(CASES[case][0]), images())

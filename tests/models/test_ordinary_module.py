@@ -24,6 +24,7 @@ from mmhrformer import HRFormer, HRFormerFusion, compile_blocks, fuse_for_infere
 from mmhrformer.analysis.complexity import complexity
 from mmhrformer.deploy.fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 
+pytestmark = pytest.mark.once
 ARCH = dict(channels=(8, 8, 8, 16), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 FORMATS = [torch.contiguous_format, torch.channels_last]
 BLOCK = 'stage3.0.branches.1.0'
@@ -207,7 +208,6 @@ def prepare(setting: str) -> tuple[HRFormer, Tensor]:
     return model, x
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     'setting',
     ['plain', 'with_cp', 'channels_last', pytest.param('compiled', marks=can_compile_blocks)],
