@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What depends on torch and is therefore run on current torch, too.
 ON_TORCH = $(addprefix tests/,analysis deploy engine models ops \
 	$(addprefix checkpoints/test_,contents.py loading.py reading.py runs.py scheme.py) \
-	test_fuzz.py test_hub.py test_numerics.py test_parity.py test_registry.py)
+	test_fuzz.py test_numerics.py test_parity.py)
 PYTEST = -m pytest -n 2
 
 .DEFAULT_GOAL := help
@@ -70,7 +70,7 @@ test-gpu: ## run the tests that need a GPU; PY=python for the current environmen
 docs: env ## build the documentation, warnings are errors
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-dist: ## build wheel and source archive in dist; TAG=v0.1.0 has to be the version
+dist: ## build wheel and source archive in dist; TAG=v0.2.0 has to be the version
 	@test -z "$(TAG)" || grep -qx "__version__ = '$(TAG:v%=%)'" mmhrformer/version.py || \
 		{ echo "TAG=$(TAG) is not the version in mmhrformer/version.py"; exit 1; }
 	$(PY) -m hatchling build -t sdist -t wheel
