@@ -426,13 +426,7 @@ def test_examples(tool):
         assert found.attempted > found.failed == 0
 
 
-@needs('mmpose')
-@pytest.mark.usefixtures('shallow')
-def test_fused(tool, capsys):
-    assert tool.main.main([*QUICK, '--candidates', 'ours-fused', 'mmpose', '--rounds', '1']) == 0
-    assert 'equal     ours-fused' in capsys.readouterr().out
-
-
+@pytest.mark.slow
 @needs('mmpose')
 @pytest.mark.usefixtures('shallow')
 def test_stock_peers(tool, capsys):
