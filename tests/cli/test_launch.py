@@ -93,7 +93,9 @@ def test_the_tool_ends_with_one_line(tmp_path):
     ('option', 'message'),
     [
         ('work_dir=unused', 'data are missing:\ntrain_dataloader.dataset.data_root'),
-        ('fp16.loss_scale=512', 'unused options in the config:\nfp16'),
+        pytest.param(
+            'fp16.loss_scale=512', 'unused options in the config:\nfp16', marks=pytest.mark.slow
+        ),
     ],
 )
 @needs('mmpretrain')

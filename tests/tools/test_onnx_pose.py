@@ -58,7 +58,7 @@ def photo(tmp_path) -> Path:
     return tmp_path / 'photo.jpg'
 
 
-@pytest.mark.parametrize('flip', [True, False])
+@pytest.mark.parametrize('flip', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
     options = dict(simplify=False, verify=False, with_normalization=flip)
     names = names_of_outputs(infer.cfg)
