@@ -40,6 +40,7 @@ def covered(goldens: dict, ours: dict, prefix: str = '') -> dict:
     return {name: ours[name] for name in names}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_classification_outputs(arch, device, tolerance):
     goldens = golden.load(f'cls_{arch}.npz')
@@ -176,6 +177,7 @@ def prepare(config: str, device, task: str, keys: str, **options):
     return model.double().train(), golden.official_state_dict(keys)
 
 
+@pytest.mark.once
 def test_classification_training(device):
     goldens = golden.load('train_cls.npz')
     keys = 'keys_cls_tiny.json'
@@ -189,7 +191,7 @@ def test_classification_training(device):
     check_training(goldens, '', model, official, {'logits': logits}, loss)
 
 
-@pytest.mark.parametrize('mode', ['norpe', 'rpe'])
+@pytest.mark.parametrize('mode', [pytest.param('norpe', marks=pytest.mark.slow), 'rpe'])
 def test_pose_training(mode, device):
     goldens = golden.load('train_pose.npz')
     keys = 'keys_pose_small.json'

@@ -81,6 +81,7 @@ def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
     assert (drawn != cv2.imread(str(photo))).any()
 
 
+@pytest.mark.slow
 def test_mistakes_are_explained(infer, photo, tmp_path):
     options = dict(size=(128, 96), simplify=False, verify=False)
     export_onnx(infer.model, tmp_path / 'open.onnx', dynamic_size=True, **options)
