@@ -60,7 +60,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope='session')
 def configs_are_not_laid_out() -> Iterator[None]:
-    """Runners format their config, which takes seconds each; the end-to-end tests do, too."""
+    """Runners format their config, which takes seconds; here only those of end-to-end tests do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.config.config.FormatCode', lambda text, **style: (text, True))
         yield
@@ -82,7 +82,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def managers(base: type = ManagerMixin) -> Iterator[type]:
-    """The scope and the visualizers, which mmengine finds by name again, whoever made them."""
+    """Default scopes and visualizers, which mmengine shares by name."""
     for kind in base.__subclasses__():
         if issubclass(kind, (DefaultScope, Visualizer)):
             yield kind
@@ -90,7 +90,7 @@ def managers(base: type = ManagerMixin) -> Iterator[type]:
 
 
 def forget_instances() -> Iterator[None]:
-    """Forget what a runner that was built has left: others would take it for theirs."""
+    """Forget what a runner has registered; the next one with the same name would use it."""
     before = {kind: dict(kind._instance_dict) for kind in managers()}
     yield
     for kind in managers():

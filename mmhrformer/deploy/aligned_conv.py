@@ -14,7 +14,9 @@ MULTIPLE = 4  # of channels in, for onnxruntime to choose its blocked layout
 class AlignedConv(SharedConv):
     """A 1x1 convolution that pads its input with zero channels to a multiple of 4.
 
-    Of shipped models only HRFormer-B has such a map: 78 channels become 80.
+    Of shipped models only HRFormer-B has such a map: 78 channels become 80. With windows gathered
+    by constant indices as well, its blocks are 1.06 to 1.09 times as fast in onnxruntime 1.31,
+    1.04 to 1.05 times without this (a prototype of the same operations, on a busy machine).
 
     Args:
         conv (nn.Conv2d): The convolution, which :meth:`fits`. It is left as it is.

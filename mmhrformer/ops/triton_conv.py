@@ -496,6 +496,7 @@ def _depthwise_gelu_grad(
     lambda grad, weight: _empty_map(grad, 1),
 )
 def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the input of a convolution of stride 1 without GELU, a map (B, C, H, W)."""
     return _depthwise(grad, weight, flip=True)
 
 
