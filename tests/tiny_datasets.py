@@ -249,7 +249,6 @@ CITYSCAPES = LabelMaps(
         ),
         'val': (
             'frankfurt/frankfurt_000000_000294', 'lindau/lindau_000000_000019',
-            'munster/munster_000000_000019',
         ),
     },
     image='leftImg8bit/{split}/{name}_leftImg8bit.png',
@@ -261,7 +260,7 @@ CITYSCAPES = LabelMaps(
 PASCAL_CONTEXT = LabelMaps(
     splits={
         'train': ('2008_000002', '2008_000003', '2008_000007', '2010_006086'),
-        'val': ('2008_000006', '2008_000026', '2010_006084'),
+        'val': ('2008_000006', '2008_000026'),
     },
     image='JPEGImages/{name}.jpg',
     labels='SegmentationClassContext/{name}.png',
@@ -273,7 +272,7 @@ PASCAL_CONTEXT = LabelMaps(
 COCO_STUFF = LabelMaps(
     splits={
         'train': tuple(f'COCO_train2014_{n:012d}' for n in (77, 149, 194, 349)),
-        'test': tuple(f'COCO_train2014_{n:012d}' for n in (368, 431, 491)),
+        'test': tuple(f'COCO_train2014_{n:012d}' for n in (368, 431)),
     },
     image='images/{split}2014/{name}.jpg',
     labels='annotations/{split}2014/{name}_labelTrainIds.png',
@@ -284,7 +283,7 @@ COCO_STUFF = LabelMaps(
 ADE20K = LabelMaps(
     splits={
         'training': tuple(f'ADE_train_{n:08d}' for n in (1, 2, 3, 4)),
-        'validation': tuple(f'ADE_val_{n:08d}' for n in (1, 2, 3)),
+        'validation': tuple(f'ADE_val_{n:08d}' for n in (1, 2)),
     },
     image='images/{split}/{name}.jpg',
     labels='annotations/{split}/{name}.png',
