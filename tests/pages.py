@@ -17,7 +17,7 @@ from mmhrformer.cli.main import main
 
 DOCS = ROOT / 'docs'
 PAGES = sorted(DOCS.glob('*.md'))
-OWN_DATA = (DOCS / 'own_data.md', DOCS / 'fine_tuning.md')  # with configs for own data
+OWN_DATA = DOCS / 'own_data.md'  # with configs for own data
 FENCE = re.compile(r'^(?P<fence>```+)(?P<kind>.*)\n(?P<code>(?:.*\n)*?)(?P=fence)$', re.M)
 
 
@@ -49,12 +49,11 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 def write_clone(folder: Path) -> Path:
-    """A folder with our configs, and those of own data where the pages say; return the configs."""
+    """A folder with our configs, and those of own data where the page says; return the configs."""
     configs = shutil.copytree(ROOT / 'configs', folder / 'configs')
     (configs / 'my').mkdir()
-    for page in OWN_DATA:
-        for path, text in configs_of(page).items():
-            (folder / path).write_text(text)
+    for path, text in configs_of(OWN_DATA).items():
+        (folder / path).write_text(text)
     return configs
 
 

@@ -98,7 +98,7 @@ def test_nothing_else_is_shown():
     for page, line, kind, code in all_blocks():
         assert kind in known or NOT_CODE.fullmatch(kind), f'{name_of(page)}:{line}: {kind!r}'
         if is_config(code):  # run in test_docs.py, test_own_data.py
-            assert page in OWN_DATA or page.stem in ('README', *WITH_BACKBONES)
+            assert page == OWN_DATA or page.stem in ('README', *WITH_BACKBONES)
         elif kind == 'python':
             ast.parse('\n' * line + code, name_of(page))
     code = ''.join(code for *_, code in all_blocks())
@@ -188,8 +188,8 @@ SUPPOSED: dict[str, Callable[[Path], dict]] = {
     'checkpoints': for_checkpoints,
     'export': for_export,
     'faq': for_faq,
-    'get_started': for_demo,
     'inference': for_demo,
+    'install': for_demo,
 }
 
 

@@ -26,7 +26,7 @@ from mmhrformer.models import ARCHS
 
 pytestmark = needs('mmpretrain', 'mmpose', 'mmseg')
 
-COMMANDS, FINE_TUNING = map(commands_of, OWN_DATA)
+COMMANDS = commands_of(OWN_DATA)
 DATA = {'flowers': make_flowers, 'cats': make_cats, 'leaves': make_leaves}
 LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
 FEW = dict(num_modules=(1, 1, 1), num_blocks=1)  # streams as the heads expect, but few blocks
@@ -34,7 +34,7 @@ FEW = dict(num_modules=(1, 1, 1), num_blocks=1)  # streams as the heads expect, 
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory) -> Path:
-    """A folder with our configs, those of the pages, and the data that they name."""
+    """A folder with our configs, those of the page, and the data that they name."""
     folder = tmp_path_factory.mktemp('clone')
     write_clone(folder)
     for name, make in DATA.items():
@@ -99,14 +99,14 @@ def tensorboard(monkeypatch) -> list[tuple]:
 def test_from_photographs_to_a_tested_checkpoint(
     name, last, metric, short, shape, tensorboard, monkeypatch
 ):
-    (train,) = (w for w in COMMANDS if w[1] == 'tools/train.py' and '--cfg-options' in w)
+    (train,) = (words for words in COMMANDS if words[-1] == 'load_from=None')
     (test,) = (w for w in COMMANDS if w[1] == 'tools/test.py')
     off = [f'{loader}.{o}' for loader in LOADERS for o in ('num_workers=0',
            'persistent_workers=False')]  # fmt: skip
     more = []
-    if name == 'my_cats':  # with the options of the other page
-        (rates,) = (w for w in FINE_TUNING if 'layer_decay_rate' in w[-1])
-        (board,) = (w for w in FINE_TUNING if 'Tensorboard' in w[-1])
+    if name == 'my_cats':  # with the options of fine-tuning and logging
+        (rates,) = (w for w in COMMANDS if 'layer_decay_rate' in w[-1])
+        (board,) = (w for w in COMMANDS if 'Tensorboard' in w[-1])
         assert rates[:-1] == board[:-1] == ['python', 'tools/train.py', name, '--cfg-options']
         more = [rates[-1], board[-1]]
     call([*adapt(train, name, last), *short, *shape, *off, *more], monkeypatch)
@@ -220,7 +220,7 @@ def test_swaps_and_sigmas(monkeypatch):
     (before,), (after,) = dataset.get_data_info(0)['keypoints'], dataset[0]['keypoints']
     width = dataset[0]['img_shape'][1]
     assert after[[0, 2, 1, 4, 3]].tolist() == [[width - 1 - x, y] for x, y in before.tolist()]
-    (command,) = (words for words in FINE_TUNING if words[1] == 'tools/browse_dataset.py')
+    (command,) = (words for words in COMMANDS if words[1] == 'tools/browse_dataset.py')
     call(command, monkeypatch)
     assert len(list(Path('pictures').iterdir())) == len(dataset)
 
@@ -244,7 +244,7 @@ def test_weights_and_biases_beside_the_files(monkeypatch, tmp_path):
                      ('log', dict(loss=0.5))]  # fmt: skip
     assert json.loads((tmp_path / 'vis_data/scalars.json').read_text())['loss'] == 0.5
     # From the command line, in place of the files.
-    (command,) = (words for words in FINE_TUNING if 'Wandb' in words[-1])
+    (command,) = (words for words in COMMANDS if 'Wandb' in words[-1])
     plain.merge_from_dict(dict([command[-1].split('=')]))
     assert dead_options(plain) == late_variables(plain) == {}
     assert plain.visualizer.vis_backends[0] == dict(type='WandbVisBackend')

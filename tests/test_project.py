@@ -116,6 +116,7 @@ def test_archives(tmp_path):
     assert {name.split('/')[0] for name in names} == {'mmhrformer', f'{stem}.dist-info'}
     with tarfile.open(source) as archive:
         names = {name.removeprefix(f'{stem}/') for name in archive.getnames()}
-    for name in ('hubconf.py', 'examples/minimal.py', 'CITATION.cff', 'SECURITY.md', 'Makefile'):
+    for name in ('hubconf.py', 'examples/minimal.py', 'CITATION.cff', 'SECURITY.md', 'Makefile',
+                 '.github/workflows/tests.yml'):  # fmt: skip
         assert name in names
     assert not any('demo_output' in name or '.venv' in name for name in names)
