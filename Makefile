@@ -15,13 +15,13 @@ ONCE = and not once
 E2E = e2e and not slow
 # Tests that are skipped on torch 2.1, which is too old for them: another number means that a test
 # left out itself. The 5 of test-e2e are whole files for Triton, of which it runs nothing. In the
-# environment of test-modern, which has neither mmpose nor mmseg, 108 are.
+# environment of test-modern, which has neither mmpose nor mmseg, 105 are.
 SKIPS = --skips 71
-MODERN_SKIPS = --skips 108
+MODERN_SKIPS = --skips 105
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 # What depends on torch and is therefore run on current torch, too.
-ON_TORCH = $(addprefix tests/,analysis deploy engine models ops \
+ON_TORCH = $(addprefix tests/,deploy engine models ops \
 	$(addprefix checkpoints/test_,contents.py loading.py reading.py runs.py scheme.py) \
 	test_fuzz.py test_numerics.py test_parity.py)
 PYTEST = -m pytest -n 2

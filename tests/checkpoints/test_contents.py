@@ -17,6 +17,8 @@ from mmhrformer import HRFormer, load_checkpoint
 from mmhrformer.checkpoints import convert, unwrap
 from mmhrformer.checkpoints.contents import SWAPPED, find_weights
 
+pytestmark = pytest.mark.once
+
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 
 

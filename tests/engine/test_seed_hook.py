@@ -17,6 +17,8 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from mmhrformer.engine import seed_hook
 from mmhrformer.engine.seed_hook import _seed_worker
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(('stop', 'workers'), [(1, 2), (6, 0), (9, 2)])
 def test_resumed_epochs_are_those_of_a_run_left_alone(tmp_path, stop, workers):
