@@ -357,6 +357,7 @@ ENGINE = (
         ('datasets that fetch themselves reported', "if dataset.get('download'):",
          "if not dataset.get('download', True):"),
         ('other storage reported', "not in ('local', 'disk') or", "in ('local', 'disk') or"),
+        ('swaps of one side accepted', 'if swaps.get(other) != name', 'if other not in swaps'),
     ),
     *of(
         'mmhrformer/engine/dead_options.py', 'engine/test_config_check.py',

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data, name_of_type
+from .data_check import missing_data, name_of_type, unpaired_keypoints
 from .dead_options import dead_options, late_variables, used_counterparts
 
 
@@ -109,6 +109,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
       other tools, which may not use them.
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
+    - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
+      warning.
     - A batch size that does not match the learning rate is a warning.
 
     Its former name in configs, ``PreflightChecks``, works as well.
@@ -138,7 +140,7 @@ class ConfigCheckVisBackend(BaseVisBackend):
 
         Raises:
             MissingDataError: If data are missing; a FileNotFoundError.
-            ConfigOptionError: If an option has no effect, or needs a GPU; a ValueError.
+            ConfigOptionError: If an option has no effect, cannot work or needs a GPU; a ValueError.
         """
         tool = Path(sys.argv[0]).stem
         _check_options(config)
@@ -153,6 +155,11 @@ class ConfigCheckVisBackend(BaseVisBackend):
             _warn(f'Data are missing:\n{missing}')
         if gpu:
             _warn(gpu)
+        if lines := unpaired_keypoints(config):
+            text = 'keypoints are swapped on one side only:\n' + '\n'.join(lines)
+            if tool == 'train':
+                raise ConfigOptionError(text)
+            _warn(text)
         change = batch_size_change(config, get_world_size())
         if change and tool != 'test':
             _warn(change)

@@ -1,4 +1,4 @@
-"""Missing files and folders of the datasets of a config."""
+"""Faults in the datasets of a config: missing files and folders, keypoints without a partner."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from ..utils.addresses import find_page
@@ -54,6 +55,38 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
             hint = f'; {page} explains how to get it' if section else ''
             lines += [
                 f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
+            ]
+    return lines
+
+
+def unpaired_keypoints(cfg: Mapping) -> list[str]:
+    """List keypoints that are swapped with one that is not swapped with them.
+
+    mmpose accepts them, and gives flipped images the wrong targets.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per keypoint, with the option, the names and the fix.
+    """
+    lines = []
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for dataset in _innermost(cfg.get(loader)):
+            info = dataset.get('metainfo') or {}
+            if Path(info.get('from_file', '')).is_file():
+                info = Config.fromfile(info['from_file']).get('dataset_info', {})
+            points = (info.get('keypoint_info') or {}).values()
+            swaps = {point['name']: point.get('swap') or point['name'] for point in points}
+            lines += [
+                f'{loader}.dataset.metainfo: keypoint {name!r} has swap={other!r}, '
+                + (
+                    f'but {other!r} has swap={swaps[other]!r}: set that to {name!r}'
+                    if other in swaps
+                    else 'which is not the name of a keypoint'
+                )
+                for name, other in swaps.items()
+                if swaps.get(other) != name
             ]
     return lines
 

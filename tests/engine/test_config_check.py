@@ -269,6 +269,41 @@ def test_a_sliding_window_has_its_sizes(test_cfg, fault, monkeypatch, caplog):
         check(cfg, 'notebook', monkeypatch, caplog)
 
 
+KEYPOINTS = [('nose', ''), ('left', 'right'), ('right', 'left')]
+
+
+@pytest.mark.parametrize(
+    ('change', 'fault'),
+    [
+        ({}, ''),
+        (
+            {'left': 'left'},
+            "'right' has swap='left', but 'left' has swap='left': set that to 'right'",
+        ),
+        (
+            {'right': ''},
+            "'left' has swap='right', but 'right' has swap='right': set that to 'left'",
+        ),
+        ({'nose': 'nase'}, "'nose' has swap='nase', which is not the name of a keypoint"),
+    ],
+)
+@pytest.mark.parametrize('in_file', [False, True])
+def test_keypoints_are_swapped_on_both_sides(change, fault, in_file, folder, monkeypatch, caplog):
+    swaps = dict(KEYPOINTS) | change
+    points = {i: dict(name=name, swap=swap) for i, (name, swap) in enumerate(swaps.items())}
+    info = dict(keypoint_info=points)
+    if in_file:
+        (folder / 'info.py').write_text(f'dataset_info = {info}')
+        info = dict(from_file='info.py')
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(dataset=dict(metainfo=info)))))
+    if not fault:
+        assert 'swap' not in check(cfg, 'train', monkeypatch, caplog)
+        return
+    assert fault in check(cfg, 'browse_dataset', monkeypatch, caplog)
+    with pytest.raises(ConfigOptionError, match=re.escape(f'dataset.metainfo: keypoint {fault}')):
+        check(cfg, 'train', monkeypatch, caplog)
+
+
 PIPELINES = 'train_dataloader.dataset.pipeline'
 CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 24), sigma=1)\n"
 
