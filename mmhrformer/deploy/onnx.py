@@ -23,6 +23,7 @@ from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
 from .aligned_conv import align_channels
+from .exchange import use_channels_last
 from .fuse import FusedDWConvFFN, FusedWindowAttention, fold_batch_norm
 from .map_attention import use_map_attention
 
@@ -287,7 +288,7 @@ def _make_graph(model: nn.Module, options: ExportOptions):
 
 @torch.no_grad()
 def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
-    """Fold batch normalization, and replace attention and FFN by their forms for export.
+    """Fold batch normalization, and replace attention, FFN and exchange by forms for export.
 
     Args:
         model (nn.Module): A model in evaluation mode. It is not changed.
@@ -297,7 +298,7 @@ def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
     Returns:
         nn.Module: A copy without gradients.
     """
-    model = fold_batch_norm(copy.deepcopy(model))
+    model = use_channels_last(fold_batch_norm(copy.deepcopy(model)))
     return align_channels(use_map_attention(model, fixed_size)).requires_grad_(False)
 
 

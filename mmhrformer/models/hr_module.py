@@ -70,7 +70,7 @@ class HRModule(BaseModule):
             steps.append(Sequential(*layers, *([] if is_last else [nn.ReLU(inplace=True)])))
         return Sequential(*steps)
 
-    def _enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
+    def enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
         """Enlarge a coarser stream to the size of a finer one."""
         align_corners = None if self.upsample == 'nearest' else False
         x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
@@ -104,6 +104,6 @@ class HRModule(BaseModule):
         for j, x in enumerate(xs):
             x = self.fuse_layers[i][j](x)
             if j > i:
-                x = self._enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
+                x = self.enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
             total = x if total is None else total + x
         return self.relu(total)

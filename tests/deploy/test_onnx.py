@@ -23,7 +23,13 @@ import mmhrformer
 from mmhrformer import HRFormer, fuse_for_inference
 from mmhrformer.deploy import onnx as export
 from mmhrformer.deploy.aligned_conv import AlignedConv, align_channels
-from mmhrformer.deploy.map_attention import MapAttention, use_map_attention
+from mmhrformer.deploy.map_attention import (
+    MapAttention,
+    SingleHeadAttention,
+    use_map_attention,
+    window_places,
+    window_tokens,
+)
 from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
 from mmhrformer.models import (
     DWConvFFN,
@@ -161,10 +167,14 @@ def test_batch_normalization_is_folded(task, exported):
 @pytest.mark.parametrize('window', [1, 7, pytest.param(13, marks=pytest.mark.slow), 15])
 @pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
 @pytest.mark.parametrize('opset', [pytest.param(14, marks=pytest.mark.slow), 17])
-@pytest.mark.parametrize('form', [lambda attn: attn, MapAttention], ids=['plain', 'map'])
-def test_padding_follows_the_size_of_the_map(window, options, opset, form):
+@pytest.mark.parametrize(
+    ('form', 'heads'),
+    [(lambda attn: attn, 2), (MapAttention, 2), (SingleHeadAttention, 1)],
+    ids=['plain', 'map', 'single'],
+)
+def test_padding_follows_the_size_of_the_map(window, options, opset, form, heads):
     """At sizes that windows divide, too; zeros have other places at each size."""
-    attn = LocalWindowSelfAttention(8, 2, window, **options).eval()
+    attn = LocalWindowSelfAttention(8, heads, window, **options).eval()
     golden.recipe.fill_module(attn)
     content = io.BytesIO()
     axes = dict(x={0: 'batch', 1: 'height', 2: 'width'})
@@ -187,6 +197,19 @@ def test_files_of_one_size_gather_windows(window, options, size):
     golden.recipe.fill_module(attn)
     x = torch.rand(3, *size, 8)
     assert relative(MapAttention(attn, fixed_size=True)(x), attn(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('size', 'queries', 'keys'),
+    [((16, 12), 42, 43), ((8, 6), 24, 25), ((15, 14), 49, 49), ((14, 14), 49, 49)],
+    ids=str,
+)
+def test_one_key_stands_for_the_padding_if_no_window_is_full(size, queries, keys):
+    tokens, _ = window_tokens(size, window=7)
+    (q, k, v), back = window_places(tokens, heads=2)
+    assert [places.shape[1:] for places in (q, k, v)] == [(2, queries), (2, keys), (2, keys)]
+    wanted = torch.arange(1, size[0] * size[1] + 1)[:, None] * 6 + torch.arange(2)
+    assert (torch.from_numpy(q.ravel()[back]) == wanted).all()
 
 
 @torch.no_grad()
@@ -223,9 +246,10 @@ def test_other_attentions_are_left_alone():
     attn = LocalWindowSelfAttention(8, 2)
     attn.qkv = nn.Sequential(attn.qkv)  # as LoRA and quantization wrap layers
     shifted = ShiftedWindowSelfAttention(8, 2)
-    model = nn.Sequential(attn, shifted, LocalWindowSelfAttention(8, 2))
-    kinds = [type(module) for module in use_map_attention(model)]
-    assert kinds == [LocalWindowSelfAttention, ShiftedWindowSelfAttention, MapAttention]
+    others = [LocalWindowSelfAttention(8, heads) for heads in (2, 1)]
+    kinds = [type(module) for module in use_map_attention(nn.Sequential(attn, shifted, *others))]
+    left = [LocalWindowSelfAttention, ShiftedWindowSelfAttention]
+    assert kinds == [*left, MapAttention, SingleHeadAttention]
 
 
 @pytest.mark.once
