@@ -55,7 +55,9 @@ def forms_of(arch: str, how: str) -> list[str]:
         slow = ['contiguous depth-wise backward'] * cpu.DEPTHWISE_BACKWARD_IS_CONTIGUOUS
         return ['softmax written out', *slow, 'recomputation']
     attention = 'SDPA in inference' if cpu.HAS_MASKED_SDPA else 'softmax written out'
-    return [attention, 'oneDNN GELU' if how == 'folded' else 'GELU in place']
+    if how == 'folded':
+        return [attention, *['oneDNN GELU'] * (cpu.ONEDNN_CONVOLUTION is not None)]
+    return [attention, 'GELU in place']
 
 
 @contextmanager

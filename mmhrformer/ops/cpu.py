@@ -21,8 +21,14 @@ HAS_MASKED_SDPA = digit_version(TORCH_VERSION) >= digit_version('2.3')
 DEPTHWISE_BACKWARD_IS_CONTIGUOUS = digit_version(TORCH_VERSION) < digit_version('2.13')
 # oneDNN's convolution with a fused activation, which torch.compile uses as well. Without it, folded
 # HRFormer-S takes 1.07 to 1.09 times as long (batch 8, 512x1024; one image of 256x192: 1.0).
+# Before version 3.4, which came with torch 2.4, oneDNN may read the activation after it was freed:
+# processes that ran many shapes crashed on torch 2.1.
 ONEDNN_CONVOLUTION = None
-if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
+if (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+    and digit_version(TORCH_VERSION) >= digit_version('2.4')
+):
     ONEDNN_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default
 
 
@@ -91,9 +97,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """See :func:`mmhrformer.ops.conv_gelu`."""
     # Autocast does not apply to this operator, which would run in float32.
-    plain = x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype('cpu')
-    if ONEDNN_CONVOLUTION is None or plain:
+    if x.dtype != torch.float32 or needs_grad(x, conv.weight) or autocast_dtype('cpu'):
         return reference.conv_gelu(x, conv)
+    if ONEDNN_CONVOLUTION is None:
+        return torch.ops.aten.gelu_(conv._conv_forward(x, conv.weight, conv.bias))
     options = (conv.padding, conv.stride, conv.dilation, conv.groups, 'gelu', [], 'none')
     return ONEDNN_CONVOLUTION(x, conv.weight, conv.bias, *options)
 

@@ -150,6 +150,12 @@ def test_conv_gelu(form, dtype, grad, memory_format):
         check(form, dtype, lambda x, *_, c=conv: ops.conv_gelu(x, c), x, *conv.parameters())
 
 
+def test_fused_convolution_needs_onednn_that_keeps_its_activation():
+    """Earlier versions read it after it was freed, which crashed folded models."""
+    (found,) = re.findall(r'MKL-DNN v(\d+)\.(\d+)', torch.__config__.show())
+    assert (cpu.ONEDNN_CONVOLUTION is not None) == (tuple(map(int, found)) >= (3, 4))
+
+
 @pytest.mark.parametrize('form', [*FORMS, 'reference'])
 def test_autocast_decides_about_the_data_type(form):
     x = make(2, 6, 5, 4, dtype=torch.float32, grad=True)
