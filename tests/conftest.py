@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,22 +90,27 @@ def managers(base: type = ManagerMixin) -> Iterator[type]:
             yield from managers(kind)
 
 
-def forget_instances() -> Iterator[None]:
-    """Forget what a runner has registered; the next one with the same name would use it."""
-    before = {kind: dict(kind._instance_dict) for kind in managers()}
+def restore() -> Iterator[None]:
+    """Restore what runners and scripts change in this process.
+
+    Runners register scopes and visualizers, which the next one with the same name would use; a
+    script puts its folder in front of the search path, like one that Python starts.
+    """
+    before, path = {kind: dict(kind._instance_dict) for kind in managers()}, list(sys.path)
     yield
+    sys.path[:] = path
     for kind in managers():
         kind._instance_dict.clear()
         kind._instance_dict.update(before.get(kind, {}))
 
 
 @pytest.fixture(autouse=True)
-def no_instance_of_a_test_is_left() -> Iterator[None]:
-    """See :func:`forget_instances`."""
-    yield from forget_instances()
+def tests_leave_nothing() -> Iterator[None]:
+    """See :func:`restore`."""
+    yield from restore()
 
 
 @pytest.fixture(autouse=True, scope='module')
-def no_instance_of_a_fixture_is_left() -> Iterator[None]:
-    """See :func:`forget_instances`; fixtures of a whole module build runners, too."""
-    yield from forget_instances()
+def fixtures_leave_nothing() -> Iterator[None]:
+    """See :func:`restore`; fixtures of a whole module build runners, too."""
+    yield from restore()
