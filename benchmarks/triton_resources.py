@@ -22,9 +22,11 @@ from mmhrformer.ops import triton_sums as sums
 from mmhrformer.ops.triton_launch import Launch
 
 TOOL = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-# Heads, head dim and window of HRFormer-T, -S and -B; 40 is 39 padded to a multiple of 8.
-ATTENTION = [(1, 18, 7), (1, 32, 7), (8, 32, 7), (2, 39, 7), (2, 40, 7)]
-ATTENTION += [(2, 32, 15), (2, 39, 13), (2, 39, 15), (2, 40, 13), (2, 40, 15)]
+# Heads, head dim and window of HRFormer-T, -S and -B, whose 18 and 39 channels the models pad to
+# multiples of 8; windows of 13 and 15 are those of segmentation.
+ATTENTION = [(1, 24, 7), (1, 32, 7), (8, 32, 7), (2, 40, 7), (16, 40, 7)]
+ATTENTION += [(2, 32, 15), (2, 40, 13), (2, 40, 15), (16, 40, 15)]
+ATTENTION += [(1, 18, 7), (2, 39, 7), (2, 39, 13), (2, 39, 15)]  # without padding
 # Maps of 64 images: height, width, channels. In FFNs, and of the streams.
 HIDDEN = [(64, 48, 128), (64, 48, 312), (16, 12, 512)]
 STREAMS = [(64, 48, 32), (32, 24, 64), (64, 48, 78)]
@@ -34,7 +36,7 @@ LINEAR = [(32, 96, True), (32, 128, True), (128, 32, False), (78, 312, True), (3
 LINEAR += [(80, 240, True), (80, 80, False), (80, 312, True), (312, 80, False)]
 LINEAR += [(160, 480, True), (160, 160, False), (160, 624, True), (624, 160, False)]
 CHANNELS = {80: 78, 160: 156}
-TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
+TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 
 
 def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:

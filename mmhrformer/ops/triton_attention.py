@@ -62,14 +62,31 @@ SIZES = ['B', 'H', 'W']  # not specialized: alignment follows from the channels,
 
 
 @triton.jit
+def _tokens(BLOCK: tl.constexpr, WIN: tl.constexpr):
+    """Tokens of this program's block, known to start at 0 if it is the whole window."""
+    tokens = tl.arange(0, BLOCK)
+    if BLOCK < WIN * WIN:
+        tokens += tl.program_id(1) * BLOCK
+    return tokens
+
+
+@triton.jit
+def _divide(a, b):
+    """Quotient of numbers that are not negative, which takes fewer instructions than others."""
+    return (tl.cast(a, tl.uint32) // tl.cast(b, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def _window(index, t, H, W, WIN: tl.constexpr):
-    """Start of a window as a row of the map, and which of its tokens are real."""
+    """First token of a window's image, places of tokens t after it, and which of them are real."""
     rows, cols = (H + WIN - 1) // WIN, (W + WIN - 1) // WIN
-    y = (index // cols) % rows * WIN - (rows * WIN - H) // 2
-    x = index % cols * WIN - (cols * WIN - W) // 2
-    start = ((index // (rows * cols)).to(tl.int64) * H + y) * W + x
-    inside = (y + t // WIN >= 0) & (y + t // WIN < H) & (x + t % WIN >= 0) & (x + t % WIN < W)
-    return start, inside & (t < WIN * WIN)
+    row = _divide(index, cols)
+    image = _divide(row, rows)
+    y = (row - image * rows) * WIN - (rows * WIN - H) // 2 + t // WIN
+    x = (index - row * cols) * WIN - (cols * WIN - W) // 2 + t % WIN
+    # As unsigned numbers, negative ones are larger than any size.
+    real = (y.to(tl.uint32) < tl.cast(H, tl.uint32)) & (x.to(tl.uint32) < tl.cast(W, tl.uint32))
+    return image.to(tl.int64) * H * W, (y * W + x).to(tl.int64), real & (t < WIN * WIN)
 
 
 @triton.jit
@@ -87,12 +104,12 @@ def _bias(table, q, k, head, HEADS: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: t
 
 
 @triton.jit
-def _load(x, real, pad, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
+def _load(x, real, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
     """Keys or values of tokens, padded ones included; ``x`` points to their rows."""
+    mask = (d < HD)[None, :]
     if PAD_MASK:
-        return tl.load(x[:, None] + d[None, :], mask=real[:, None] & (d < HD)[None, :], other=0.0)
-    x = tl.where(real, x, pad)
-    return tl.load(x[:, None] + d[None, :], mask=(d < HD)[None, :], other=0.0)
+        mask = real[:, None] & mask
+    return tl.load(x[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -114,29 +131,30 @@ def _forward(
     """A program handles one head and one block of queries, and loops over windows."""
     C: tl.constexpr = HEADS * HD
     head = tl.program_id(0) % HEADS
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = _tokens(BLOCK, WIN)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     in_d = d < HD
-    at_m = (m // WIN * W + m % WIN)[:, None]
-    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[:, None], n[None, :], head, HEADS, WIN, HAS_BIAS)
-    pad += C + head * HD
+    pad += head * HD
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(tl.program_id(0) // HEADS, windows, tl.num_programs(0) // HEADS):
-        start, real = _window(window, n, H, W, WIN)
-        start, real_q = _window(window, m, H, W, WIN)
+        start, at_n, real = _window(window, n, H, W, WIN)
+        start, at_m, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
-        q = tl.load(source + at_m * (3 * C) + d[None, :], mask=mask, other=0.0)
-        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
-        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
+        # The same pointers if the block is the whole window, which saves registers.
+        x_m = tl.where(real_q, source + at_m * (3 * C), pad)
+        x_n = tl.where(real, source + at_n * (3 * C), pad)
+        q = tl.load(x_m[:, None] + d[None, :], mask=mask, other=0.0)
+        k = _load(x_n + C, real, d, HD, PAD_MASK)
+        v = _load(x_n + 2 * C, real, d, HD, PAD_MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         if PAD_MASK:
             s = tl.where(real[None, :], s, float('-inf'))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.sum(p, 1)[:, None]
-        target = out + start * C + head * HD + at_m * C + d[None, :]
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / tl.sum(p, 1))[:, None]
+        target = out + start * C + head * HD + at_m[:, None] * C + d[None, :]
         tl.store(target, o.to(out.dtype.element_ty), mask=mask)
 
 
@@ -144,29 +162,30 @@ def _forward(
 def _grad_queries(
     qkv, pad, table, grad, grad_qkv, part_bias, part_sums, stats, B, H, W, scale,
     HEADS: tl.constexpr, HD: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PAD_MASK: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries, and of keys and values as well if it is the WHOLE window.
+    """Gradients of a block of queries, and of keys and values as well if it is the whole window.
 
     A program loops over windows and sums the gradients of the biases in registers. These sums go to
     its part of ``part_bias`` (chunks, HEADS, N, N), the sums of dq and do over all tokens to
     ``part_sums`` (chunks * blocks, 2, C). If a block is not the whole window, the logarithms of
     the softmax denominators and the sums of p * dp of its queries go to ``stats``
     (HEADS, 2, B, H, W).
+
+    For heads of 40 channels, the registers are just enough in this order: test any other for
+    spills, by benchmarks/triton_resources.py.
     """
     N: tl.constexpr = WIN * WIN
+    WHOLE: tl.constexpr = BLOCK >= N
     C: tl.constexpr = HEADS * HD
     head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = _tokens(BLOCK, WIN)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     in_d = d < HD
-    at_m = m // WIN * W + m % WIN
-    at_q = at_m[:, None] * (3 * C) + d[None, :]
-    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[:, None], n[None, :], head, HEADS, WIN, HAS_BIAS)
-    pad += C + head * HD
+    pad += head * HD
     row = chunk * tl.num_programs(1) + tl.program_id(1)
     sums = part_sums + row * 2 * C + head * HD + d
     tl.store(sums, tl.zeros((BLOCK_D,), tl.float32), mask=in_d)
@@ -175,13 +194,15 @@ def _grad_queries(
     sum_ds = tl.zeros((BLOCK, BLOCK_N), tl.float32)
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
-        start, real = _window(window, n, H, W, WIN)
-        start, real_q = _window(window, m, H, W, WIN)
+        start, at_n, real = _window(window, n, H, W, WIN)
+        start, at_m, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
-        q = tl.load(source + at_q, mask=mask, other=0.0)
-        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
+        x_m = tl.where(real_q, source + at_m * (3 * C), pad)
+        x_n = tl.where(real, source + at_n * (3 * C), pad)
+        q = tl.load(x_m[:, None] + d[None, :], mask=mask, other=0.0)
+        k = _load(x_n + C, real, d, HD, PAD_MASK)
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
@@ -191,36 +212,33 @@ def _grad_queries(
         largest = tl.max(s, 1)
         p = tl.exp2(s - largest[:, None])
         total = tl.sum(p, 1)
-        p = p / total[:, None]
-        _add_tokens(sums + C, do, in_d)
+        p = p * (1.0 / total)[:, None]
         if WHOLE:
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-            mask_k = real[:, None] & in_d[None, :]
-            tl.store(
-                target + (at_k + C)[:, None] + d[None, :],
-                dv.to(grad_qkv.dtype.element_ty),
-                mask=mask_k,
-            )
-        # Loaded late to save registers.
-        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        delta = tl.sum(p * dp, 1)
-        ds = p * (dp - delta[:, None])
+            to_n = target + (at_n * (3 * C))[:, None] + d[None, :]
+            mask_n = real[:, None] & in_d[None, :]
+            tl.store(to_n + 2 * C, dv.to(grad_qkv.dtype.element_ty), mask=mask_n)
+        else:
+            place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
+            tl.store(place, largest + tl.log2(total), mask=real_q)
+        _add_tokens(sums + C, do, in_d)
+        v = _load(x_n + 2 * C, real, d, HD, PAD_MASK)
+        p_dp = p * tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        delta = tl.sum(p_dp, 1)
+        if not WHOLE:
+            tl.store(place + B * H * W, delta, mask=real_q)
+        # p * (dp - delta) would be fused into the sum below, with p and dp in registers until then.
+        ds = p_dp - p * delta[:, None]
         if HAS_BIAS:
             sum_ds += ds
         low = ds.to(q.dtype)
         dq = tl.dot(low, k, input_precision=PRECISION) * scale
-        tl.store(target + at_q, dq.to(grad_qkv.dtype.element_ty), mask=mask)
+        to_m = target + (at_m * (3 * C))[:, None] + d[None, :]
+        tl.store(to_m, dq.to(grad_qkv.dtype.element_ty), mask=mask)
         _add_tokens(sums, dq, in_d)
         if WHOLE:
             dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
-            tl.store(
-                target + at_k[:, None] + d[None, :], dk.to(grad_qkv.dtype.element_ty), mask=mask_k
-            )
-        else:
-            place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
-            tl.store(place, largest + tl.log2(total), mask=real_q)
-            tl.store(place + B * H * W, delta, mask=real_q)
+            tl.store(to_n + C, dk.to(grad_qkv.dtype.element_ty), mask=mask_n)
     if HAS_BIAS:
         place = part_bias + (chunk * HEADS + head) * N * N + m[:, None] * N + n[None, :]
         tl.store(place, sum_ds, mask=(m < N)[:, None] & (n < N)[None, :])
@@ -236,18 +254,16 @@ def _grad_keys(
     """Gradients of a block of keys and values from all queries, after :func:`_grad_queries`."""
     C: tl.constexpr = HEADS * HD
     head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = _tokens(BLOCK, WIN)
     m = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     in_d = d < HD
-    at_m = m // WIN * W + m % WIN
-    at_k = (n // WIN * W + n % WIN) * (3 * C) + C
     bias = _bias(table, m[None, :], n[:, None], head, HEADS, WIN, HAS_BIAS)  # (keys, queries)
-    pad += C + head * HD
+    pad += head * HD
     windows = B * ((H + WIN - 1) // WIN) * ((W + WIN - 1) // WIN)
     for window in range(chunk, windows, tl.num_programs(0) // HEADS):
-        start, real = _window(window, n, H, W, WIN)
-        start, real_q = _window(window, m, H, W, WIN)
+        start, at_n, real = _window(window, n, H, W, WIN)
+        start, at_m, real_q = _window(window, m, H, W, WIN)
         source = qkv + start * (3 * C) + head * HD
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
@@ -255,8 +271,9 @@ def _grad_keys(
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
-        k = _load(source + at_k, real, pad, d, HD, PAD_MASK)
-        v = _load(source + at_k + C, real, pad + C, d, HD, PAD_MASK)
+        x_n = tl.where(real, source + at_n * (3 * C), pad)
+        k = _load(x_n + C, real, d, HD, PAD_MASK)
+        v = _load(x_n + 2 * C, real, d, HD, PAD_MASK)
         place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m
         log = tl.load(place, mask=real_q, other=float('inf'))  # p = 0
         delta = tl.load(place + B * H * W, mask=real_q, other=0.0)
@@ -268,10 +285,9 @@ def _grad_keys(
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, input_precision=PRECISION) * scale
         mask = real[:, None] & in_d[None, :]
-        tl.store(target + at_k[:, None] + d[None, :], dk.to(grad_qkv.dtype.element_ty), mask=mask)
-        tl.store(
-            target + (at_k + C)[:, None] + d[None, :], dv.to(grad_qkv.dtype.element_ty), mask=mask
-        )
+        to_n = target + (at_n * (3 * C))[:, None] + d[None, :]
+        tl.store(to_n + C, dk.to(grad_qkv.dtype.element_ty), mask=mask)
+        tl.store(to_n + 2 * C, dv.to(grad_qkv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['chunks', 'rows'])
@@ -374,7 +390,7 @@ def _plan_backward(
     """The launches for queries, for keys (None if one launch does both), and for the sums."""
     grid, keywords = _plan('queries', shape, *options)
     sizes, whole, keys = (*shape[:3], scale), grid[1] == 1, None
-    queries = Launch(_grad_queries, grid, *sizes, WHOLE=whole, **keywords)
+    queries = Launch(_grad_queries, grid, *sizes, **keywords)
     chunks = grid[0] // keywords['HEADS']
     rows = chunks * grid[1]
     if not whole:
