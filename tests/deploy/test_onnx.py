@@ -231,15 +231,18 @@ def test_gathered_windows_take_any_batch():
 
 @torch.no_grad()
 def test_channels_are_padded_to_a_multiple_of_4():
-    ffns = [DWConvFFN(channels, 24).eval() for channels in (6, 8)]
-    for ffn in ffns:
-        golden.recipe.fill_module(ffn)
-    x = torch.rand(2, 5, 7, 6)
-    wanted = ffns[0](x)
-    align_channels(nn.Sequential(*ffns))
+    ffns = [DWConvFFN(channels, 72).eval() for channels in (18, 20)]
+    head = nn.Sequential(nn.Conv2d(3, 18, 3), nn.Conv2d(18, 5, 3, stride=2, padding=1))
+    for module in (*ffns, head):
+        golden.recipe.fill_module(module)
+    x, image = torch.rand(2, 5, 7, 18), torch.rand(2, 3, 9, 8)
+    wanted = ffns[0](x), head(image)
+    align_channels(nn.Sequential(*ffns, head))
     assert [type(ffn.fc1) for ffn in ffns] == [AlignedConv, nn.Conv2d]
-    assert ffns[0].fc1.in_channels == 8
-    assert relative(ffns[0](x), wanted) < 1e-6
+    assert [type(conv) for conv in head] == [nn.Conv2d, AlignedConv]
+    assert ffns[0].fc1.in_channels == head[1].in_channels == 20
+    assert relative(ffns[0](x), wanted[0]) < 1e-6
+    assert relative(head(image), wanted[1]) < 1e-6
 
 
 def test_other_attentions_are_left_alone():
