@@ -181,7 +181,7 @@ class Setup:
     def make(self):
         """Recreate the environment, except for this project."""
         print(
-            'This takes a minute; the first time up to 8, or 13 on one core, to compile mmcv',
+            'This takes a minute; the first time up to 10, or 16 on one core, to compile mmcv',
             flush=True,
         )
         # The base Python of an activated environment, which may be the one to recreate.
