@@ -8,7 +8,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libglib2
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /mmhrformer
 COPY . .
-RUN make env PYTHON=python && rm -rf /root/.cache
+RUN make env PYTHON=python && rm -rf ~/.cache
 
 ENTRYPOINT ["/mmhrformer/.venv/bin/python", "-m", "mmhrformer"]
 CMD ["--help"]

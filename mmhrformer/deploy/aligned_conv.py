@@ -16,7 +16,10 @@ class AlignedConv(SharedConv):
     """A convolution that pads its input with zero channels to a multiple of 4.
 
     Of shipped models HRFormer-T and -B have such maps: 18 and 78 channels in FFNs and pose heads
-    become 20 and 80, and the 270 and 1,170 of all streams in OCR heads become 272 and 1,172.
+    become 20 and 80, and the 270 and 1,170 of all streams in OCR heads become 272 and 1,172. In
+    onnxruntime 1.31 on one core, the blocks of HRFormer-B are 1.02 to 1.03 times as fast with it
+    (1.06 to 1.09 instead of 1.04 to 1.05 times, windows gathered by indices included), B with its
+    pose head 1.02 times, and with its OCR head at 512x1024 1.10 times.
 
     Args:
         conv (nn.Conv2d): The convolution, which :meth:`fits`. It is left as it is.
@@ -32,21 +35,32 @@ class AlignedConv(SharedConv):
     @staticmethod
     def fits(conv: nn.Module) -> bool:
         """Whether a convolution can be replaced, and needs to be."""
-        return is_plain_conv(conv) and conv.groups == 1 and conv.in_channels % MULTIPLE > 0
+        return (
+            is_plain_conv(conv)
+            and conv.groups == 1
+            and conv.in_channels >= MIN_CHANNELS
+            and conv.in_channels % MULTIPLE > 0
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (B, in_channels, H, W) to (B, out_channels, H', W')."""
         if self.channels_last:
-            x = F.pad(x.permute(0, 2, 3, 1), (0, self.missing)).permute(0, 3, 1, 2)
+            x = pad_channels(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:
             x = F.pad(x, (0, 0, 0, 0, 0, self.missing))
         return super().forward(x)
+
+
+def pad_channels(x: Tensor) -> Tensor:
+    """Append zero channels to a map (B, H, W, C), up to a multiple of 4."""
+    missing = -x.shape[-1] % MULTIPLE
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def align_channels(model: nn.Module) -> nn.Module:
     """Replace convolutions of many channels by :class:`AlignedConv` where they fit, in place."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if AlignedConv.fits(child) and child.in_channels >= MIN_CHANNELS:
+            if AlignedConv.fits(child):
                 setattr(module, name, AlignedConv(child, isinstance(module, DWConvFFN)))
     return model

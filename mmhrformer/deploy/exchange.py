@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.hr_module import HRModule
 from ..ops.recompute import is_plain
-from .aligned_conv import MULTIPLE
+from .aligned_conv import MULTIPLE, pad_channels
 from .fuse import append_zeros, is_paddable
 
 
@@ -66,12 +65,6 @@ class ChannelsLastModule(nn.Module):
                 x = module.enlarge(x, 2 ** (j - i), own.shape[1:3])
             total = x if total is None else total + x
         return module.relu(total.permute(0, 2, 3, 1) + own).permute(0, 3, 1, 2)
-
-
-def pad_channels(x: Tensor) -> Tensor:
-    """Append zero channels to a map (B, H, W, C)."""
-    missing = -x.shape[-1] % MULTIPLE
-    return F.pad(x, (0, missing)) if missing else x
 
 
 def pad_convs(convs: Sequence[nn.Conv2d]) -> None:

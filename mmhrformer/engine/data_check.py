@@ -74,7 +74,7 @@ def unpaired_keypoints(cfg: Mapping) -> list[str]:
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         for dataset in _innermost(cfg.get(loader)):
             info = dataset.get('metainfo') or {}
-            if Path(info.get('from_file', '')).is_file():
+            if Path(info.get('from_file') or '').is_file():
                 info = Config.fromfile(info['from_file']).get('dataset_info', {})
             points = (info.get('keypoint_info') or {}).values()
             swaps = {point['name']: point.get('swap') or point['name'] for point in points}

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor
 from triton_on_cpu import DEVICE, make_tiles_small
 
@@ -187,23 +190,29 @@ def test_errors_name_what_no_kernel_computes(triton_attention, channels, window,
 
 
 SMALL, WIDE = r'\d+ x (24|32), window (7|15)', r'\d+ x 40, window (7|13|15)'
-
-
 ALL = f'(forward|queries|keys) ({SMALL}|{WIDE})'
+# From Triton 3.7 on, the gradients of B spill 8 bytes on sm_80.
+SPILLING = {f'queries {heads} x 40, window 7: 8' for heads in (2, 16)}
 
 
 @pytest.mark.parametrize(
     ('capability', 'only', 'kernels'),
     [
-        ('90', 'bf16 .*(8 x 32, window 7|2 x 32, window 15)', 7),
-        ('90', 'bf16 (queries|keys) 2 x 40, window (7|15)', 3),
+        (
+            '90', 'bf16 .*(8 x 32, window 7|2 x 32, window 15)',
+            dict(forward=2, queries=2, reduce=2, keys=1),
+        ),
+        ('90', 'bf16 (queries|keys) 2 x 40, window (7|15)', dict(queries=2, keys=1)),
         *(
-            pytest.param(capability, f'{dtype} {ALL}', 22, marks=pytest.mark.slow)
+            pytest.param(
+                capability, f'{dtype} {ALL}', dict(forward=9, queries=9, keys=4),
+                marks=pytest.mark.slow,
+            )
             for capability in ('80', '90')
             for dtype in ('bf16', 'fp16')
         ),
     ],
-)
+)  # fmt: skip
 def test_kernels_compile_for_a_gpu_and_fit_into_its_registers(capability, only, kernels):
     """The interpreter knows no types; a process of its own has no interpreter."""
     if reason := triton_support.why_not():
@@ -216,10 +225,11 @@ def test_kernels_compile_for_a_gpu_and_fit_into_its_registers(capability, only, 
         text=True,
         check=True,
     )
-    spilled = [int(number) for number in re.findall(r'sm_.* spilled (\d+),', result.stdout)]
-    assert len(spilled) == kernels
-    # From Triton 3.7 on, 8 bytes in windows of 7 with heads of 40.
-    assert max(spilled) <= (8 if capability == '80' else 0), result.stdout
+    rows = re.findall(r'sm_\d+ \w+ ((\w+) .*): .* spilled (\d+),', result.stdout)
+    assert Counter(kind for _, kind, _ in rows) == kernels
+    spilled = {f'{name}: {count}' for name, _, count in rows if count != '0'}
+    is_new = digit_version(metadata.version('triton')) >= digit_version('3.7')
+    assert spilled <= (SPILLING if is_new and capability == '80' else set()), result.stdout
 
 
 def test_the_package_does_not_import_triton():
