@@ -544,6 +544,26 @@ DEPLOY = (
          'uses[id(before)] == uses[id(child)] == 1', 'uses[id(child)] == 1'),
     ),
     *of(
+        'mmhrformer/deploy/map_attention.py', 'deploy/test_onnx.py',
+        ('query bias of one head forgotten', 'scale * bias @ k', '0 * bias @ k'),
+        ('one head: keys and queries swapped', 'scale * k.T @ q', 'scale * q.T @ k'),
+        ('value bias of one head forgotten', ' + weight @ shift', ''),
+        ('padding merged beside full windows', '(tokens == 0) & ~has_full', 'tokens == 0'),
+        ('one padded token counted for all', '.sum(-1, keepdims=True, where=~inside)',
+         '.max(-1, keepdims=True, where=~inside, initial=0)'),
+    ),
+    *of(
+        'mmhrformer/deploy/exchange.py', 'deploy/test_exchange.py',
+        ('own stream forgotten', 'total.permute(0, 2, 3, 1) + own', 'total.permute(0, 2, 3, 1)'),
+        ('finer streams enlarged', 'if j > i:', 'if j < i:'),
+    ),
+    *of(
+        'mmhrformer/deploy/aligned_conv.py', 'deploy/test_onnx.py',
+        ('images copied', 'and conv.in_channels >= MIN_CHANNELS', ''),
+        ('maps padded along the height', '(0, 0, 0, 0, 0, self.missing)',
+         '(0, 0, 0, self.missing, 0, 0)'),
+    ),
+    *of(
         'mmhrformer/deploy/onnx.py',
         'deploy/test_onnx.py::test_deployed_models_predict_what_the_frameworks_do '
         'deploy/test_onnx.py::test_pixels_are_normalized_as_by_the_data_preprocessor '
