@@ -59,7 +59,7 @@ test-fast: env ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist worksteal -m "$(FAST) $(ONCE)" $(SKIPS)
 
 test-e2e: env ## run the tests that train with the stock tools
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist loadfile --no-loadscope-reorder -m "$(E2E)" --skips 5
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) --dist loadfile -m "$(E2E)" --skips 5
 
 test-modern: ## run the fast tests of what depends on torch on current torch and NumPy
 	$(or $(MODERN_PYTHON),$(PYTHON),python3) dev/setup_env.py --stack modern --venv "$(VENV)-modern"

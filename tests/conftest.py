@@ -36,6 +36,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``--dist loadfile``, run the recipes of the journeys, which are long, apart."""
+    from recipes import RECIPES
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition('::')
+            recipes = [r for r in RECIPES if name.endswith((f'[{r}]', f'-{r}]'))]
+            return f'{file} {recipes}' if file.endswith('test_journeys.py') else file
+
+    return Scheduling(config, log) if config.getvalue('dist') == 'loadfile' else None
+
+
 def skip_without_framework(item: pytest.Item) -> Iterator[None]:
     """Skip what fails for want of a framework, where the test says that it may: ``may_need``."""
     try:

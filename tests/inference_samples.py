@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import cv2
+import golden
 import numpy as np
 import pytest
+from torch import nn
 
 import mmhrformer
 
@@ -23,6 +25,13 @@ rng = np.random.default_rng(0)
 def make_image(height: int = 48, width: int = 40) -> np.ndarray:
     coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def make_model(task: str) -> nn.Module:
+    """A demo model whose normalizations have learned something."""
+    model = mmhrformer.get_model(CONFIGS[task])
+    golden.recipe.fill_module(model)
+    return model
 
 
 def check(task: str, prediction: dict) -> None:

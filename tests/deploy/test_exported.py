@@ -17,11 +17,9 @@ from needs import Made, may_need
 
 from mmhrformer import get_inferencer
 from mmhrformer.analysis.feature_maps import draw_features
-from mmhrformer.datasets.meta import names_of_outputs
 from mmhrformer.deploy.onnx import export_onnx
 from mmhrformer.inferencers.media import open_media
 
-SIZES = dict(cls=(32, 32), pose=(128, 96), seg=(96, 96))
 pytestmark = may_need('mmpose', 'mmseg')
 BOXES = dict(boxes=[[60, 20, 480, 590], [100, 50, 400, 500], [10, 10, 300, 590]])
 
@@ -34,25 +32,20 @@ def photo() -> np.ndarray:
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory) -> dict[str, SimpleNamespace]:
+def made(exported) -> dict[str, SimpleNamespace]:
     """For each task an inferencer in torch, and the exported file of its model."""
-    folder = tmp_path_factory.mktemp('exported')
 
     def make(task: str) -> SimpleNamespace:
         infer = get_inferencer(CONFIGS[task], False, device='cpu', show_progress=False)
         golden.recipe.fill_module(infer.model)
-        file = folder / f'{task}.onnx'
-        names = names_of_outputs(infer.cfg)
-        options = dict(simplify=False, verify=False, names=names)
-        export_onnx(infer.model, file, SIZES[task], with_normalization=task == 'cls', **options)
-        return SimpleNamespace(infer=infer, file=file)
+        return SimpleNamespace(infer=infer, file=exported[task])
 
     return Made(make)
 
 
 @pytest.mark.parametrize('task', TASKS)
 def test_predictions_equal_those_of_torch(task, made, photo):
-    """The file of classification takes pixels, the others normalized images."""
+    """The file for poses takes pixels, the others normalized images."""
     exported = get_inferencer(CONFIGS[task], made[task].file, show_progress=False)
     options = dict(batch_size=2, return_datasamples=True, **(BOXES if task == 'pose' else {}))
     images = [photo, photo[:, ::-1].copy(), cv2.resize(photo, (200, 300))]

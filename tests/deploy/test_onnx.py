@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import warnings
-from types import SimpleNamespace
 
 import golden
 import onnx
@@ -15,12 +14,15 @@ import onnxruntime
 import onnxslim
 import pytest
 import torch
+from inference_samples import CONFIGS, make_model
 from mmengine.config import Config
-from needs import Made, may_need
+from needs import may_need
 from torch import nn
 
 import mmhrformer
 from mmhrformer import HRFormer, fuse_for_inference
+from mmhrformer.configs import find_config, read_config
+from mmhrformer.datasets.meta import names_of_outputs
 from mmhrformer.deploy import onnx as export
 from mmhrformer.deploy.aligned_conv import AlignedConv, align_channels
 from mmhrformer.deploy.map_attention import (
@@ -40,39 +42,7 @@ from mmhrformer.models import (
 
 pytestmark = may_need('mmpose', 'mmseg')
 
-CONFIGS = {
-    'classification': 'demo/hrformer-demo_1xb64-6e_digits.py',
-    'pose': 'demo/td-hm_hrformer-demo_1xb16-2e_figures-96x128.py',
-    'segmentation': 'demo/ocrnet_hrformer-demo_1xb16-100_scenes-96x96.py',
-}
-SIZES = {'classification': (32, 32), 'pose': (128, 96), 'segmentation': (96, 96)}
 TINY = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
-
-
-def make_model(task: str) -> nn.Module:
-    """A demo model whose normalizations have learned something."""
-    model = mmhrformer.get_model(str(golden.CONFIGS / CONFIGS[task]))
-    golden.recipe.fill_module(model)
-    return model
-
-
-@pytest.fixture(scope='module')
-def models() -> dict[str, nn.Module]:
-    return Made(make_model)
-
-
-@pytest.fixture(scope='module')
-def exported(models, tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """Each task exported once, in its usual way; one of them simplified, which takes its time."""
-    folder = tmp_path_factory.mktemp('export')
-
-    def make(task: str) -> SimpleNamespace:
-        file = folder / f'{task}.onnx'
-        options = dict(simplify=task == 'segmentation', with_normalization=task == 'pose')
-        rows = export_onnx(models[task], file, SIZES[task], names=['one', 'two'], **options)
-        return SimpleNamespace(file=file, rows=rows, graph=onnx.load(file))
-
-    return Made(make)
 
 
 def session(file) -> onnxruntime.InferenceSession:
@@ -90,13 +60,13 @@ def relative(out, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ('task', 'shapes'),
     [
-        ('classification', [(1, 32, 32), (5, 32, 32)]),
+        ('cls', [(1, 32, 32), (5, 32, 32)]),
         ('pose', [(2, 128, 96), (7, 128, 96)]),
-        ('segmentation', [(1, 32, 32), (4, 96, 96), (2, 77, 131), (1, 224, 56)]),
+        ('seg', [(1, 32, 32), (4, 96, 96), (2, 77, 131), (1, 224, 56)]),
     ],
 )
 def test_onnxruntime_gives_what_torch_gives(task, shapes, models, exported):
-    run = session(exported[task].file)
+    run = session(exported[task])
     deployed = DeployedModel(models[task], with_normalization=task == 'pose')
     for batch, *size in shapes:
         image = golden.image((batch, 3, *size))
@@ -104,20 +74,19 @@ def test_onnxruntime_gives_what_torch_gives(task, shapes, models, exported):
             wanted = deployed(image)
         (out,) = run.run(None, {'image': image.numpy()})
         assert relative(out, wanted) <= 1e-4
-    assert all(row.good for row in exported[task].rows)
 
 
 def test_deployed_models_predict_what_the_frameworks_do(models):
     image = golden.image((2, 3, 96, 128))
     with torch.no_grad():
-        scores = DeployedModel(models['classification'])(image)
-        samples = models['classification'].predict(image)
+        scores = DeployedModel(models['cls'])(image)
+        samples = models['cls'].predict(image)
         torch.testing.assert_close(scores, torch.stack([s.pred_score for s in samples]))
         heatmaps = DeployedModel(models['pose'])(image)
         torch.testing.assert_close(heatmaps, models['pose'](image, None, mode='tensor'))
-        logits = DeployedModel(models['segmentation'])(image)
+        logits = DeployedModel(models['seg'])(image)
         meta = dict(img_shape=(96, 128), ori_shape=(96, 128), pad_shape=(96, 128))
-        whole = models['segmentation'].encode_decode(image, [meta] * 2)
+        whole = models['seg'].encode_decode(image, [meta] * 2)
         torch.testing.assert_close(logits, whole)
 
 
@@ -134,24 +103,24 @@ def test_pixels_are_normalized_as_by_the_data_preprocessor(models):
 @pytest.mark.parametrize(
     ('task', 'output', 'open_axes'),
     [
-        ('classification', 'scores', {'batch'}),
+        ('cls', 'scores', {'batch'}),
         ('pose', 'heatmaps', {'batch'}),
-        ('segmentation', 'logits', {'batch', 'height', 'width'}),
+        ('seg', 'logits', {'batch', 'height', 'width'}),
     ],
 )
 def test_files_say_what_they_take_and_give(task, output, open_axes, models, exported):
-    graph = exported[task].graph
+    graph = onnx.load(exported[task])
     (given,), (returned,) = graph.graph.input, graph.graph.output
     axes = {d.dim_param for d in given.type.tensor_type.shape.dim if d.dim_param}
     assert (given.name, returned.name, axes) == ('image', output, open_axes)
     assert [entry.version for entry in graph.opset_import if not entry.domain] == [17]
     meta = {entry.key: entry.value for entry in graph.metadata_props}
     assert meta['mmhrformer_version'] == mmhrformer.__version__
-    assert meta['task'] == task
+    assert meta['task'] == export.task_of(models[task])
     assert meta['normalization'] == ('included' if task == 'pose' else 'expected')
     assert meta.get('decoder') == ('UDPHeatmap' if task == 'pose' else None)
-    assert meta['channel_order'] == ('BGR' if task == 'segmentation' else 'RGB')
-    assert json.loads(meta['names']) == ['one', 'two']
+    assert meta['channel_order'] == ('BGR' if task == 'seg' else 'RGB')
+    assert json.loads(meta['names']) == names_of_outputs(read_config(find_config(CONFIGS[task])))
     mean, std = models[task].data_preprocessor.mean, models[task].data_preprocessor.std
     assert json.loads(meta['input_mean']) == pytest.approx(mean.flatten().tolist())
     assert json.loads(meta['input_std']) == pytest.approx(std.flatten().tolist())
@@ -159,7 +128,7 @@ def test_files_say_what_they_take_and_give(task, output, open_axes, models, expo
 
 @pytest.mark.parametrize('task', CONFIGS)
 def test_batch_normalization_is_folded(task, exported):
-    kinds = {node.op_type for node in exported[task].graph.graph.node}
+    kinds = {node.op_type for node in onnx.load(exported[task]).graph.node}
     assert 'LayerNormalization' in kinds
     assert 'BatchNormalization' not in kinds
 
@@ -296,7 +265,7 @@ def test_torchscript_takes_any_size(fuse, options):
 
 
 def test_torchscript_of_a_whole_model(models):
-    deployed = DeployedModel(models['segmentation']).eval()
+    deployed = DeployedModel(models['seg']).eval()
     traced = trace(deployed)
     for shape in ((1, 3, 64, 96), (3, 3, 45, 77)):
         image = golden.image(shape)
@@ -339,9 +308,9 @@ def test_the_model_is_left_as_it_is(models, exported):
 
 def test_wrong_results_leave_no_file(models, exported, monkeypatch, tmp_path):
     """The recorded graph is one of other weights."""
-    wrong = copy.deepcopy(exported['classification'].graph)
+    wrong = onnx.load(exported['cls'])
     monkeypatch.setattr(export, 'trace', lambda *args: wrong)
-    model = make_model('classification')
+    model = make_model('cls')
     with torch.no_grad():
         model.head.fc.weight.mul_(2)
     with pytest.raises(ExportError, match=r'(?s)differs from torch .* 3 .*32x32.*--no-verify'):
@@ -352,7 +321,7 @@ def test_wrong_results_leave_no_file(models, exported, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('failure', ['raises', 'wrong'])
 def test_a_bad_simplification_is_not_kept(failure, models, exported, monkeypatch, tmp_path):
-    graph = exported['classification'].graph
+    graph = onnx.load(exported['cls'])
 
     def slim(proto):
         if failure == 'raises':
@@ -367,7 +336,7 @@ def test_a_bad_simplification_is_not_kept(failure, models, exported, monkeypatch
     file = tmp_path / 'a.onnx'
     message = 'not today' if failure == 'raises' else 'changed the results'
     with pytest.warns(UserWarning, match=f'not simplified, .*{message}'):
-        rows = export_onnx(models['classification'], file, (32, 32))
+        rows = export_onnx(models['cls'], file, (32, 32))
     assert all(row.good for row in rows)
     assert len(onnx.load(file).graph.node) == len(graph.graph.node)
 
@@ -407,7 +376,7 @@ def test_what_is_refused(change, options, message, models, tmp_path, monkeypatch
 
 def test_augmented_tests_are_refused(models):
     tta = mmhrformer.MODELS.build(
-        dict(type='SumLogitsTTAModel', module=make_model('segmentation'), data_preprocessor=None)
+        dict(type='SumLogitsTTAModel', module=make_model('seg'), data_preprocessor=None)
     )
     with pytest.raises(ValueError, match=r'SumLogitsTTAModel: .* export its \.module instead'):
         export.task_of(tta)
@@ -419,7 +388,7 @@ def test_augmented_tests_are_refused(models):
         with pytest.raises(ValueError, match='test-time augmentation runs a model several times'):
             export.refuse_tta(Config(cfg))
     # Every segmentation config names the model for --tta; without it nothing is augmented.
-    export.refuse_tta(Config.fromfile(golden.CONFIGS / CONFIGS['segmentation']))
+    export.refuse_tta(read_config(find_config(CONFIGS['seg'])))
 
 
 def test_an_existing_file_stays(models, tmp_path):
@@ -444,7 +413,7 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
 
 
 def test_binary_segmentation_with_one_channel(models, tmp_path):
-    cfg = models['segmentation'].cfg.copy()
+    cfg = models['seg'].cfg.copy()
     head = cfg.model.decode_head[0]
     head.update(type='FCNHead', norm_cfg=dict(type='BN'), num_classes=2, out_channels=1)
     head.update(threshold=0.4)

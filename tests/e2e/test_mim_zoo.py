@@ -80,7 +80,7 @@ def redirect(metafile: Path, link: str) -> None:
 def install(kind: str, link: str, folder: Path) -> Place:
     """Install a copy of the project whose zoo has one link that works."""
     copy = folder / 'source'
-    ignore = shutil.ignore_patterns('.venv', '.git', 'data', 'demo_output', 'work_dirs', 'tests')
+    ignore = shutil.ignore_patterns('.venv*', '.git', 'data', 'demo_output', 'work_dirs', 'tests')
     shutil.copytree(ROOT, copy, ignore=ignore)
     redirect(copy / 'configs/hrformer_cls/metafile.yml', link)
     venv.create(folder / 'env', with_pip=True)
