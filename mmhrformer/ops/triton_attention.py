@@ -104,12 +104,22 @@ def _bias(table, q, k, head, HEADS: tl.constexpr, WIN: tl.constexpr, HAS_BIAS: t
 
 
 @triton.jit
+def _rows(x, pad, at, real, d):
+    """Pointers to channels of tokens, which for padded tokens are those of ``pad``.
+
+    Triton 3.8 no longer sees that these are contiguous and aligned, and loads 16 bits at a time, if
+    pointers to rows are selected before the channels are added.
+    """
+    return tl.where(real[:, None], x + at[:, None] + d[None, :], (pad + d)[None, :])
+
+
+@triton.jit
 def _load(x, real, d, HD: tl.constexpr, PAD_MASK: tl.constexpr):
-    """Keys or values of tokens, padded ones included; ``x`` points to their rows."""
+    """Keys or values of tokens, padded ones included, from the pointers ``x``."""
     mask = (d < HD)[None, :]
     if PAD_MASK:
         mask = real[:, None] & mask
-    return tl.load(x[:, None] + d[None, :], mask=mask, other=0.0)
+    return tl.load(x, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -144,9 +154,9 @@ def _forward(
         source = qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
         # The same pointers if the block is the whole window, which saves registers.
-        x_m = tl.where(real_q, source + at_m * (3 * C), pad)
-        x_n = tl.where(real, source + at_n * (3 * C), pad)
-        q = tl.load(x_m[:, None] + d[None, :], mask=mask, other=0.0)
+        x_m = _rows(source, pad, at_m * (3 * C), real_q, d)
+        x_n = _rows(source, pad, at_n * (3 * C), real, d)
+        q = tl.load(x_m, mask=mask, other=0.0)
         k = _load(x_n + C, real, d, HD, PAD_MASK)
         v = _load(x_n + 2 * C, real, d, HD, PAD_MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -199,9 +209,9 @@ def _grad_queries(
         source = qkv + start * (3 * C) + head * HD
         target = grad_qkv + start * (3 * C) + head * HD
         mask = real_q[:, None] & in_d[None, :]
-        x_m = tl.where(real_q, source + at_m * (3 * C), pad)
-        x_n = tl.where(real, source + at_n * (3 * C), pad)
-        q = tl.load(x_m[:, None] + d[None, :], mask=mask, other=0.0)
+        x_m = _rows(source, pad, at_m * (3 * C), real_q, d)
+        x_n = _rows(source, pad, at_n * (3 * C), real, d)
+        q = tl.load(x_m, mask=mask, other=0.0)
         k = _load(x_n + C, real, d, HD, PAD_MASK)
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
@@ -271,7 +281,7 @@ def _grad_keys(
         do = tl.load(
             grad + start * C + head * HD + at_m[:, None] * C + d[None, :], mask=mask, other=0.0
         )
-        x_n = tl.where(real, source + at_n * (3 * C), pad)
+        x_n = _rows(source, pad, at_n * (3 * C), real, d)
         k = _load(x_n + C, real, d, HD, PAD_MASK)
         v = _load(x_n + 2 * C, real, d, HD, PAD_MASK)
         place = stats + head.to(tl.int64) * 2 * (B * H * W) + start + at_m

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 # The versions whose launchers take their arguments in the order used below. Check the end of
 # JITFunction.run() before adding one.
 VERSION = digit_version(triton.__version__)
-HAS_KNOWN_LAUNCHER = digit_version('3.3') <= VERSION < digit_version('3.8')
+HAS_KNOWN_LAUNCHER = digit_version('3.3') <= VERSION < digit_version('3.9')
 # Where profilers set their hooks; Triton 3.3 has no knobs.
 RUNTIME = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
 

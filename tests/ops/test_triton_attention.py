@@ -233,9 +233,11 @@ def test_kernels_compile_for_a_gpu_and_fit_into_its_registers(capability, only, 
         text=True,
         check=True,
     )
-    rows = re.findall(r'sm_\d+ \w+ ((\w+) .*): .* spilled (\d+),', result.stdout)
-    assert Counter(kind for _, kind, _ in rows) == kernels
-    spilled = {f'{name}: {count}' for name, _, count in rows if count != '0'}
+    line = r'sm_\d+ \w+ ((\w+) .*): .* spilled (\d+),.* loads (.*)'
+    rows = re.findall(line, result.stdout)
+    assert Counter(kind for _, kind, _, _ in rows) == kernels
+    assert not [row for row in rows if 'x16 ' in row[3]], result.stdout  # one number at a time
+    spilled = {f'{name}: {count}' for name, _, count, _ in rows if count != '0'}
     is_new = digit_version(metadata.version('triton')) >= digit_version('3.7')
     assert spilled <= (SPILLING if is_new and capability == '80' else set()), result.stdout
 
