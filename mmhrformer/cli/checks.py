@@ -27,6 +27,13 @@ def run_model() -> str:
     return f'torch for {platform}, {gpus or "no"} GPU{"s" * (gpus > 1)}'
 
 
+def find_package() -> None:
+    """Look for a package as mmengine does for ``_base_ = 'PACKAGE::CONFIG'``, by pkg_resources."""
+    from mmengine.utils import is_installed
+
+    is_installed('mmengine')
+
+
 def run_nms() -> None:
     """Call an operator of mmcv: imports alone also succeed with a stub of mmcv._ext."""
     import torch

@@ -22,6 +22,7 @@ from .checks import START
 FEATURES = {
     'core': '__main__:run_model',
     'operators': 'mmhrformer.ops.dispatch:describe',
+    'package configs': '__main__:find_package',
     'mmcv operators': 'mmcv.ops __main__:run_nms',
     'classification': 'mmpretrain.models mmpretrain.datasets',
     'pose': 'mmpose.models mmpose.datasets mmpose.evaluation mmdet xtcocotools',

@@ -66,7 +66,8 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         if tool == 'test' and rest and not rest[0].startswith('-'):
             rest[0] = resolve_checkpoint(rest[0], _has_other_backbone(cfg))
     except (ImportError, OSError, RuntimeError, ValueError) as err:
-        sys.exit(f'{tool}.py: {err}')
+        fix = '' if 'Fix: ' in str(err) else explain(err)
+        sys.exit(f'{tool}.py: {err}' + f'. Fix: {fix}' * bool(fix))
     prepare_cpu_launch(rest)
     try:
         run_script(script, [str(config), *rest])

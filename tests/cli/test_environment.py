@@ -36,6 +36,9 @@ BROKEN = {
         'safetensors', ImportError('lib.so:\n"numpy.core.multiarray failed to import"'), [],
     ),
     'mim': ('mim', ModuleNotFoundError("No module named 'pkg_resources'"), []),
+    'package configs': (
+        'pkg_resources', ModuleNotFoundError("No module named 'pkg_resources'"), [],
+    ),
 }  # fmt: skip
 
 
@@ -166,6 +169,7 @@ def test_everything_works_in_the_environment_of_the_tests():
     needed = (
         'core',
         'operators',
+        'package configs',
         'mmcv operators',
         'classification',
         'pose',

@@ -48,6 +48,19 @@ def test_ablations_with_another_backbone_are_left_to_the_stock_tool(config, tmp_
         run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(file)])
 
 
+def test_a_config_of_a_package_without_pkg_resources_names_the_fix(site, monkeypatch):
+    """As with setuptools 82: mmengine looks for packages by pkg_resources."""
+    monkeypatch.delitem(sys.modules, 'pkg_resources', raising=False)
+    code = 'raise ModuleNotFoundError("No module named \'pkg_resources\'")'
+    (site / 'pkg_resources.py').write_text(code)
+    config = site / 'a.py'
+    config.write_text("_base_ = ['mmpretrain::_base_/default_runtime.py']")
+    with pytest.raises(
+        SystemExit, match=r'(?s)^train\.py: .*pkg_resources.* Fix: .*"setuptools<81"'
+    ):
+        run_stock_tool('train', [str(config)])
+
+
 def test_addresses_are_left_to_the_stock_tool():
     assert resolve_checkpoint('https://example.com/a.pth') == 'https://example.com/a.pth'
 
