@@ -15,7 +15,7 @@ import mmhrformer
 from mmhrformer import models
 from mmhrformer.ops.triton_support import why_not
 
-pytestmark = may_need('mmseg')
+pytestmark = may_need('mmpose', 'mmseg')
 
 MODULES = ['mmhrformer'] + [
     module.name for module in pkgutil.walk_packages(mmhrformer.__path__, 'mmhrformer.')
