@@ -16,7 +16,7 @@ from ..checkpoints.loading import SCHEME, name_file_in_errors, read
 from ..configs import PACKAGES, config_root, find_config, read_config
 from ..engine.config_check import ConfigCheckError
 from ..engine.cpu_ddp import prepare_cpu_launch
-from ..utils.install_hints import explain, how_to_install
+from ..utils.install_hints import explain, how_to_install, with_fix
 
 
 def stock_tool(scope: str, tool: str) -> Path:
@@ -66,8 +66,7 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         if tool == 'test' and rest and not rest[0].startswith('-'):
             rest[0] = resolve_checkpoint(rest[0], _has_other_backbone(cfg))
     except (ImportError, OSError, RuntimeError, ValueError) as err:
-        fix = '' if 'Fix: ' in str(err) else explain(err)
-        sys.exit(f'{tool}.py: {err}' + f'. Fix: {fix}' * bool(fix))
+        sys.exit(f'{tool}.py: {with_fix(err)}')
     prepare_cpu_launch(rest)
     try:
         run_script(script, [str(config), *rest])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoints import ZooModel, fetch, list_models, read_zoo
 from ..utils.files import whole_file
-from ..utils.install_hints import explain
+from ..utils.install_hints import with_fix
 from ..version import __version__
 from . import environment
 from .launch import run_stock_tool, run_tool
@@ -156,8 +156,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return COMMANDS[args[0]][1](args[1:]) or 0
     except ImportError as err:
-        fix = '' if 'Fix: ' in str(err) else explain(err)
-        print(f'mmhrformer {args[0]}: {err}' + f'. Fix: {fix}' * bool(fix), file=sys.stderr)
+        print(f'mmhrformer {args[0]}: {with_fix(err)}', file=sys.stderr)
     except (OSError, RuntimeError, ValueError) as err:
         if args[0] not in ('list', 'download'):  # for a tool, the traceback is useful
             raise

@@ -297,6 +297,12 @@ def explain(err: BaseException) -> str:
     return '. '.join(filter(None, [fix, *found]))
 
 
+def with_fix(err: BaseException) -> str:
+    """Message of an error, followed by its fix if :func:`explain` knows one and it has none yet."""
+    fix = '' if 'Fix: ' in str(err) else explain(err)
+    return f'{err}. Fix: {fix}' if fix else str(err)
+
+
 def check_core() -> None:
     """Import the core dependencies; on failure, say how to fix the installation.
 

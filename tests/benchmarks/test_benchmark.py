@@ -284,7 +284,6 @@ def test_help_has_an_example(tool, capsys):
 
 
 @needs('mmpose')
-@pytest.mark.usefixtures('shallow')
 def test_inference(tool, tmp_path, capsys):
     file = tmp_path / 'found.json'
     threads = torch.get_num_threads()
@@ -308,7 +307,7 @@ def test_inference(tool, tmp_path, capsys):
     for row in found['results']:
         assert len(row['seconds']) == 2
         assert 0 < row['q1'] <= row['median'] <= row['q3']
-        assert row['profile']['kernels'] > 200
+        assert row['profile']['kernels'] > 500
         assert 0 < row['peak'] < row['profile']['allocated']
     assert found['results'][-1]['speedup'] == found['results'][-1]['round_speedup'] == 1.0
 
