@@ -171,6 +171,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS), metavar='NAME',
         help=f'sections to run, of {", ".join(SECTIONS)} (all)')  # fmt: skip
     add('--archs', nargs='+', choices=('tiny', 'small', 'base'), default=['small', 'base'])
+    add('--rounds', type=int, default=7, help='measurements of each candidate (7)')
+    add('--kernels', default='', metavar='REGEX', help='kernels and shapes to sweep (all)')
     add('--cudnn-benchmark', action='store_true', help='as in the configs; takes minutes longer')
     add('--dry', action='store_true', help='tiny sizes on the CPU, to test this script')
     return parser.parse_args(argv)
@@ -194,7 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.time() + args.budget
     logs = report.path.with_suffix('')
     logs.mkdir(exist_ok=True)
-    settings = Settings(args.dry, tuple(args.archs), args.cudnn_benchmark)
+    options = args.cudnn_benchmark, args.rounds, args.kernels
+    settings = Settings(args.dry, tuple(args.archs), *options)
     jobs = [job for job in gpu_sections.make_jobs(settings) if job.section in args.sections]
 
     def start(job: Job) -> Child:

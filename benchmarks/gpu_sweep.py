@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,22 +25,24 @@ BATCH = 64
 STREAMS = dict(S0=(64, 48, 1, 32), S1=(32, 24, 2, 32), B0=(64, 48, 2, 40))
 # Height, width and channels inside FFNs.
 HIDDEN = dict(S0=(64, 48, 128), S2=(16, 12, 512), B0=(64, 48, 312))
-# Inputs, outputs and rows per image of the linear layers of FFNs.
-LINEAR = [
-    (32, 128, 3072), (128, 32, 3072), (32, 96, 3072), (64, 256, 768), (256, 64, 768),
-    (512, 128, 192), (78, 312, 3072), (312, 78, 3072), (624, 156, 768),
-    (80, 312, 3072), (312, 80, 3072), (624, 160, 768),
-]  # fmt: skip
+# Rows per image, channels, channels of all heads (39 are padded to 40) and channels inside FFNs:
+# the streams of folded models, and the first one of HRFormer-B without padded channels.
+LINEAR = dict(S0=(3072, 32, 32, 128), S1=(768, 64, 64, 256), S2=(192, 128, 128, 512),
+              B0=(3072, 80, 80, 312), B1=(768, 160, 160, 624), B2=(192, 312, 320, 1248),
+              plain_B0=(3072, 78, 80, 312))  # fmt: skip
+PARTS = 'qkv', 'proj', 'fc1', 'fc2'  # of a block
 DEPTHWISE_TILES = [
     (16, 8, 64, 4), (8, 8, 64, 4), (32, 8, 64, 4), (16, 16, 64, 4), (16, 16, 64, 8), (16, 4, 64, 2),
     (16, 4, 128, 4), (16, 16, 32, 4), (16, 8, 64, 4, False, 1), (16, 8, 64, 4, False, 3),
     (32, 4, 64, 2), (16, 8, 128, 8), (64, 8, 64, 4), (32, 8, 64, 4, False, 3),
 ]  # fmt: skip
 LINEAR_TILES = [
-    (128, 128, 64, 1, 4, 3), (128, 128, 64, 1, 8, 3), (128, 64, 64, 1, 4, 3),
-    (128, 32, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (64, 64, 64, 1, 4, 3), (256, 64, 64, 1, 8, 3),
-    (64, 32, 64, 1, 4, 2), (64, 256, 64, 1, 8, 3), (128, 64, 32, 1, 4, 4), (128, 128, 64, 8, 8, 4),
-    (64, 128, 32, 1, 4, 3),
+    (128, 128, 64, 1, 8, 3), (128, 128, 64, 1, 4, 3), (128, 64, 64, 1, 4, 3),
+    (128, 32, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (64, 64, 64, 1, 4, 3),
+    (128, 64, 32, 1, 4, 4), (64, 128, 32, 1, 4, 3), (128, 128, 32, 1, 8, 4),
+    (128, 128, 128, 1, 8, 2), (128, 64, 128, 1, 4, 2), (64, 128, 128, 1, 4, 2),
+    (64, 256, 64, 1, 8, 3), (64, 256, 128, 1, 8, 2), (128, 256, 128, 1, 8, 2),
+    (64, 64, 128, 1, 4, 3), (128, 128, 16, 1, 8, 4), (64, 128, 16, 1, 4, 4),
 ]  # fmt: skip
 NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
@@ -105,19 +108,23 @@ def depthwise(name: str, B: int, H: int, W: int, C: int) -> Sweep:
     return Sweep('depthwise', name, 2 * x.numel(), DEPTHWISE_TILES, apply, run, plain)
 
 
-def linear(B: int, K: int, N: int, rows: int) -> Sweep:
-    """Linear layer with GELU."""
+def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: int) -> Sweep:
+    """A linear layer of a folded block, with normalization in front or a residual behind."""
     from mmhrformer.ops import triton_conv as conv
 
     def apply(option: tuple) -> None:
         for key in conv.LINEAR_TILES:
             conv.LINEAR_TILES[key] = conv.LinearTile(*option)
 
-    x, weight, bias = random(B * rows, K), random(N, K), random(N)
-    tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
-    run = lambda: conv.linear_gelu(x, weight, bias)  # noqa: E731
-    plain = lambda: F.gelu(F.linear(x, weight, bias))  # noqa: E731
-    return Sweep('linear', f'{K} to {N}', B * rows * (K + N), tiles, apply, run, plain)
+    K, N = dict(qkv=(C, 3 * heads), proj=(heads, C), fc1=(C, hidden), fc2=(hidden, C))[part]
+    x, weight, bias = random(B * rows, K), random(N, K) * K**-0.5, random(N)
+    is_last = part in ('proj', 'fc2')
+    residual, eps = (random(B * rows, N), None) if is_last else (None, 1e-6)
+    tiles = [tile for tile in LINEAR_TILES if tile[1] < 2 * N and tile[2] < 2 * K]
+    args = x, weight, bias, part in ('fc1', 'fc2'), residual, eps
+    run = lambda: conv.linear_forward(*args)  # noqa: E731
+    moved = B * rows * (K + N + is_last * N)
+    return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, tiles, apply, run)
 
 
 def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
@@ -165,22 +172,27 @@ def random(*size: int) -> Tensor:
     return torch.randn(size).to(DTYPE)
 
 
-def sweeps(device: str) -> Iterator[Sweep]:
-    """All sweeps, with inputs created lazily; on a CPU, one small shape of each."""
+def sweeps(device: str, only: str = '') -> Iterator[Sweep]:
+    """Sweeps of kernels whose names match a regular expression, with inputs created lazily.
+
+    On a CPU, one small shape of each.
+    """
     B, streams, hidden, layers, few = BATCH, STREAMS, HIDDEN, LINEAR, None
     if device == 'cpu':
         B, streams, hidden, few = 2, dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), 2
-        layers = [(32, 128, 8)]
+        layers = dict(S=(8, 32, 32, 128))
     rows = {name: (H, W, heads * dim) for name, (H, W, heads, dim) in streams.items()}
     rows['B0'] = (64, 48, 78) if device == 'cuda' else (6, 5, 39)  # heads are padded, maps not
     calls = [(layer_norm, s, name, B, *rows[name]) for s in LAYER_NORM_PASSES for name in rows]
     calls += [(attention, k, name, B, *s) for k in ATTENTION_OPTIONS for name, s in streams.items()]
     calls += [(depthwise, name, B, *size) for name, size in hidden.items()]
-    calls += [(linear, B, *layer) for layer in layers]
+    calls += [(linear, part, name, B, *size) for name, size in layers.items() for part in PARTS]
     calls += [(batch_norm, s, name, B, *size) for s in NORM_PASSES for name, size in hidden.items()]
     for make, *args in calls:
         with torch.device(device):
             sweep = make(*args)
+        if not re.search(only, f'{sweep.kernel} {sweep.shape}'):
+            continue
         yield sweep._replace(options=sweep.options[:few])
 
 
@@ -232,9 +244,9 @@ def prepare(sweep: Sweep, calls: int, capture: Callable, emit: Callable) -> dict
     return steps
 
 
-def warm(device: str, part: int, parts: int, emit: Callable) -> None:
+def warm(device: str, only: str, part: int, parts: int, emit: Callable) -> None:
     """Compile one share of all kernels ahead."""
-    steps = (step for sweep in sweeps(device) for step in entries(sweep).values())
+    steps = (step for sweep in sweeps(device, only) for step in entries(sweep).values())
     for step in itertools.islice(steps, part, None, parts):
         try:
             step()
@@ -242,13 +254,13 @@ def warm(device: str, part: int, parts: int, emit: Callable) -> None:
             traceback.print_exc()  # run() fails again, and emits it
 
 
-def run(device: str, capture: Callable, emit: Callable) -> None:
+def run(device: str, only: str, capture: Callable, emit: Callable) -> None:
     """Time all sweeps, in CUDA graphs; on a CPU with Triton's interpreter."""
     if reason := kernels.why_not(torch.device(device)):
         emit(skipped=reason)
         return
     calls, time = (CALLS, 0.01) if device == 'cuda' else (1, 0.0)
-    for sweep in sweeps(device):
+    for sweep in sweeps(device, only):
         steps = prepare(sweep, calls, lambda repeat: capture(repeat, None, device), emit)
         found = bm.time_rounds(steps, 3, 2, time) if steps else {}
         for name, measurement in found.items():
