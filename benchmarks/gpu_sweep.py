@@ -120,7 +120,7 @@ def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: 
     x, weight, bias = random(B * rows, K), random(N, K) * K**-0.5, random(N)
     is_last = part in ('proj', 'fc2')
     residual, eps = (random(B * rows, N), None) if is_last else (None, 1e-6)
-    tiles = [tile for tile in LINEAR_TILES if tile[1] < 2 * N and tile[2] < 2 * K]
+    tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
     args = x, weight, bias, part in ('fc1', 'fc2'), residual, eps
     run = lambda: conv.linear_forward(*args)  # noqa: E731
     moved = B * rows * (K + N + is_last * N)
