@@ -30,7 +30,7 @@ HIDDEN = dict(S0=(64, 48, 128), S2=(16, 12, 512), B0=(64, 48, 312))
 LINEAR = dict(S0=(3072, 32, 32, 128), S1=(768, 64, 64, 256), S2=(192, 128, 128, 512),
               B0=(3072, 80, 80, 312), B1=(768, 160, 160, 624), B2=(192, 312, 320, 1248),
               plain_B0=(3072, 78, 80, 312))  # fmt: skip
-PARTS = 'qkv', 'proj', 'fc1', 'fc2'  # of a block
+PARTS = 'qkv', 'proj', 'fc1', 'fc2', 'plain qkv', 'plain fc1'  # of a block; without normalization
 DEPTHWISE_TILES = [
     (16, 8, 64, 4), (8, 8, 64, 4), (32, 8, 64, 4), (16, 16, 64, 4), (16, 16, 64, 8), (16, 4, 64, 2),
     (16, 4, 128, 4), (16, 16, 32, 4), (16, 8, 64, 4, False, 1), (16, 8, 64, 4, False, 3),
@@ -43,6 +43,13 @@ LINEAR_TILES = [
     (128, 128, 128, 1, 8, 2), (128, 64, 128, 1, 4, 2), (64, 128, 128, 1, 4, 2),
     (64, 256, 64, 1, 8, 3), (64, 256, 128, 1, 8, 2), (128, 256, 128, 1, 8, 2),
     (64, 64, 128, 1, 4, 3), (128, 128, 16, 1, 8, 4), (64, 128, 16, 1, 4, 4),
+]  # fmt: skip
+# Rows, outputs, warps, stages and minimum number of programs.
+NORM_TILES = [
+    (64, 64, 4, 2, 528), (64, 128, 4, 2, 528), (128, 64, 8, 2, 528), (64, 64, 8, 2, 528),
+    (64, 32, 4, 2, 528), (64, 64, 4, 3, 528), (64, 64, 4, 1, 528), (64, 64, 4, 2, 264),
+    (64, 64, 8, 2, 264), (64, 64, 4, 2, 1056), (64, 64, 8, 2, 1056), (64, 32, 8, 2, 528),
+    (64, 64, 8, 1, 528), (64, 128, 8, 2, 528), (128, 128, 8, 2, 528),
 ]  # fmt: skip
 NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
@@ -112,19 +119,24 @@ def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: 
     """A linear layer of a folded block, with normalization in front or a residual behind."""
     from mmhrformer.ops import triton_conv as conv
 
-    def apply(option: tuple) -> None:
-        for key in conv.LINEAR_TILES:
-            conv.LINEAR_TILES[key] = conv.LinearTile(*option)
+    normalizes, is_last = part in ('qkv', 'fc1'), part in ('proj', 'fc2')
+    table, tile = conv.LINEAR_TILES, conv.LinearTile
+    if normalizes:
+        table, tile = conv.NORM_TILES, conv.NormTile
 
-    K, N = dict(qkv=(C, 3 * heads), proj=(heads, C), fc1=(C, hidden), fc2=(hidden, C))[part]
+    def apply(option: tuple) -> None:
+        table.update(dict.fromkeys(table, tile(*option)))
+
+    what = part.split()[-1]
+    K, N = dict(qkv=(C, 3 * heads), proj=(heads, C), fc1=(C, hidden), fc2=(hidden, C))[what]
     x, weight, bias = random(B * rows, K), random(N, K) * K**-0.5, random(N)
-    is_last = part in ('proj', 'fc2')
-    residual, eps = (random(B * rows, N), None) if is_last else (None, 1e-6)
+    residual = random(B * rows, N) if is_last else None
     tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
-    args = x, weight, bias, part in ('fc1', 'fc2'), residual, eps
+    args = x, weight, bias, what.startswith('fc'), residual, 1e-6 if normalizes else None
     run = lambda: conv.linear_forward(*args)  # noqa: E731
     moved = B * rows * (K + N + is_last * N)
-    return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, tiles, apply, run)
+    options = NORM_TILES if normalizes else tiles
+    return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, options, apply, run)
 
 
 def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
