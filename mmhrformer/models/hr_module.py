@@ -10,6 +10,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.state import may_differ
 from .ffn import DepthwiseConv2d
 
@@ -72,8 +73,7 @@ class HRModule(BaseModule):
 
     def enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
         """Enlarge a coarser stream to the size of a finer one."""
-        align_corners = None if self.upsample == 'nearest' else False
-        x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
+        x = ops.enlarge(x, factor, self.upsample)
         if may_differ(x.shape[-2:], size):
             # Odd sizes were rounded up when they were halved. The official codes correct this by
             # bilinear resizing: classification and segmentation (nearest) with aligned corners,
@@ -100,10 +100,11 @@ class HRModule(BaseModule):
 
     def _exchange(self, xs: Sequence[Tensor], i: int) -> Tensor:
         """Sum all streams at the size and channels of stream i."""
-        total = None
+        size, maps, factors = xs[i].shape[-2:], [], []
         for j, x in enumerate(xs):
-            x = self.fuse_layers[i][j](x)
-            if j > i:
-                x = self.enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
-            total = x if total is None else total + x
-        return self.relu(total)
+            x, factor = self.fuse_layers[i][j](x), 2 ** max(0, j - i)
+            if j > i and may_differ(x.shape[-2:], size, factor):
+                x, factor = self.enlarge(x, factor, size), 1
+            maps.append(x)
+            factors.append(factor)
+        return ops.exchange_sum(maps[0], maps[1:], factors[1:], self.upsample, self.relu)

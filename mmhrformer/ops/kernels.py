@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -21,6 +21,9 @@ from .triton_support import DTYPES, direct
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
+# The most maps that are added to another at once, and the largest factor of one.
+MAX_EXCHANGED = 3
+MAX_FACTOR = 8
 # Data types for which the linear kernel was measured. It was not in float32, where it computes
 # three TF32 products; cuBLAS is used there.
 LINEAR_DTYPES = (torch.float16, torch.bfloat16)
@@ -174,6 +177,28 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
     out = depthwise_gelu(x, weight, bias, stride, gelu=False)
     return out if is_last else out.contiguous()
+
+
+def exchange_sum(
+    x: Tensor, others: Sequence[Tensor], factors: Sequence[int], mode: str, relu: nn.Module
+) -> Tensor:
+    """See :func:`mmhrformer.ops.exchange_sum`.
+
+    One pass over the map instead of two for each of the others, and one for the activation.
+    """
+    fits = (
+        1 <= len(others) <= MAX_EXCHANGED
+        and max(factors) <= MAX_FACTOR
+        and all(map_.dtype in DTYPES for map_ in (x, *others))
+        and 0 < len(x) <= cuda.MAX_WINDOWS
+    )
+    if not fits or needs_grad(x, *others):
+        return cuda.exchange_sum(x, others, factors, mode, relu)
+    from .triton_exchange import exchange_sum as kernel
+
+    has_relu = is_plain(relu, nn.ReLU)
+    out = kernel(x, others, factors, mode == 'bilinear', has_relu)
+    return out if has_relu else relu(out)
 
 
 def has_folded_block(x: Tensor, block: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ __all__ = [
     'channel_padding',
     'conv_gelu',
     'depthwise_conv',
+    'exchange_sum',
     'fork_layer_norm',
     'has_conv_ffn',
     'has_folded_block',
@@ -137,6 +139,34 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
         Tensor: Map of shape (B, out_channels, H', W').
     """
     return gelu(conv._conv_forward(x, conv.weight, conv.bias))
+
+
+def enlarge(x: Tensor, factor: int, mode: str) -> Tensor:
+    """Upsample a map (B, C, H, W) by a factor, ``'nearest'`` or ``'bilinear'``."""
+    align_corners = None if mode == 'nearest' else False
+    return F.interpolate(x, scale_factor=factor, mode=mode, align_corners=align_corners)
+
+
+def exchange_sum(
+    x: Tensor, others: Sequence[Tensor], factors: Sequence[int], mode: str, relu: nn.Module
+) -> Tensor:
+    """Compute ``relu(x + other + ...)``, the sum of an exchange between streams.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        others (Sequence[Tensor]): Maps of shape (B, C, H / factor, W / factor), which are upsampled
+            and added in this order.
+        factors (Sequence[int]): The factor of each, a power of two.
+        mode (str): ``'nearest'`` or ``'bilinear'``.
+        relu (nn.Module): The activation. It is called as a module unless it is a plain
+            ``nn.ReLU``, which a kernel may replace.
+
+    Returns:
+        Tensor: Map of shape (B, C, H, W).
+    """
+    for other, factor in zip(others, factors):
+        x = x + (other if factor == 1 else enlarge(other, factor, mode))
+    return relu(x)
 
 
 def head_padding(head_dim: int) -> int:
