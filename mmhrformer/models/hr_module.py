@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +100,14 @@ class HRModule(BaseModule):
 
     def _exchange(self, xs: Sequence[Tensor], i: int) -> Tensor:
         """Sum all streams at the size and channels of stream i."""
-        size, maps, factors = xs[i].shape[-2:], [], []
-        for j, x in enumerate(xs):
+        first = self.fuse_layers[i][0](xs[0])
+        return ops.exchange_sum(first, self._others(xs, i), self.upsample, self.relu)
+
+    def _others(self, xs: Sequence[Tensor], i: int) -> Iterator[tuple[Tensor, int]]:
+        """Contributions to stream i of all but the first, each with the factor to enlarge it by."""
+        for j, x in enumerate(xs[1:], 1):
             x, factor = self.fuse_layers[i][j](x), 2 ** max(0, j - i)
+            size = xs[i].shape[-2:]
             if j > i and may_differ(x.shape[-2:], size, factor):
                 x, factor = self.enlarge(x, factor, size), 1
-            maps.append(x)
-            factors.append(factor)
-        return ops.exchange_sum(maps[0], maps[1:], factors[1:], self.upsample, self.relu)
+            yield x, factor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import torch
@@ -21,9 +21,6 @@ from .triton_support import DTYPES, direct
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
-# The most maps that are added to another at once, and the largest factor of one.
-MAX_EXCHANGED = 3
-MAX_FACTOR = 8
 # Data types for which the linear kernel was measured. It was not in float32, where it computes
 # three TF32 products; cuBLAS is used there.
 LINEAR_DTYPES = (torch.float16, torch.bfloat16)
@@ -180,24 +177,28 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
 
 def exchange_sum(
-    x: Tensor, others: Sequence[Tensor], factors: Sequence[int], mode: str, relu: nn.Module
+    x: Tensor, others: Iterable[tuple[Tensor, int]], mode: str, relu: nn.Module
 ) -> Tensor:
     """See :func:`mmhrformer.ops.exchange_sum`.
 
     One pass over the map instead of two for each of the others, and one for the activation.
     """
-    fits = (
-        1 <= len(others) <= MAX_EXCHANGED
-        and max(factors) <= MAX_FACTOR
-        and all(map_.dtype in DTYPES for map_ in (x, *others))
-        and 0 < len(x) <= cuda.MAX_WINDOWS
-    )
-    if not fits or needs_grad(x, *others):
-        return cuda.exchange_sum(x, others, factors, mode, relu)
+    from .triton_exchange import MAX_FACTOR, MAX_IMAGES, MAX_MAPS
     from .triton_exchange import exchange_sum as kernel
 
+    pairs = list(others)
+    maps, factors = [other for other, _ in pairs], [factor for _, factor in pairs]
+    fits = (
+        1 <= len(pairs) <= MAX_MAPS
+        and max(factors) <= MAX_FACTOR
+        and 0 < len(x) <= MAX_IMAGES
+        and all(tensor.dtype in DTYPES for tensor in (x, *maps))
+        and not needs_grad(x, *maps)
+    )
+    if not fits:
+        return cuda.exchange_sum(x, pairs, mode, relu)
     has_relu = is_plain(relu, nn.ReLU)
-    out = kernel(x, others, factors, mode == 'bilinear', has_relu)
+    out = kernel(x, maps, factors, mode == 'bilinear', has_relu)
     return out if has_relu else relu(out)
 
 

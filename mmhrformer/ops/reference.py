@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -148,15 +148,14 @@ def enlarge(x: Tensor, factor: int, mode: str) -> Tensor:
 
 
 def exchange_sum(
-    x: Tensor, others: Sequence[Tensor], factors: Sequence[int], mode: str, relu: nn.Module
+    x: Tensor, others: Iterable[tuple[Tensor, int]], mode: str, relu: nn.Module
 ) -> Tensor:
     """Compute ``relu(x + other + ...)``, the sum of an exchange between streams.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W).
-        others (Sequence[Tensor]): Maps of shape (B, C, H / factor, W / factor), which are upsampled
-            and added in this order.
-        factors (Sequence[int]): The factor of each, a power of two.
+        others (Iterable[tuple[Tensor, int]]): Maps of shape (B, C, H / factor, W / factor), each
+            with its factor, a power of two, by which it is upsampled. They are added in this order.
         mode (str): ``'nearest'`` or ``'bilinear'``.
         relu (nn.Module): The activation. It is called as a module unless it is a plain
             ``nn.ReLU``, which a kernel may replace.
@@ -164,7 +163,7 @@ def exchange_sum(
     Returns:
         Tensor: Map of shape (B, C, H, W).
     """
-    for other, factor in zip(others, factors):
+    for other, factor in others:
         x = x + (other if factor == 1 else enlarge(other, factor, mode))
     return relu(x)
 

@@ -19,22 +19,31 @@ from torch import Tensor
 from .triton_launch import Launch, planned
 from .triton_support import thin_operator
 
-# Rows of the output in a program: each row of a coarser map is loaded, and enlarged horizontally,
-# once for all of them. With 4 rows the sum of four maps takes half the instructions of 1 row.
-ROWS = 4
-# A thread has one group of up to 8 channels, 16 bytes in 16 bits. A program has one of these numbers
-# of groups of a row: the one that leaves the fewest empty, or the most that leave less than an
+# Rows of the output in a program, and the least number of threads for which there are so many. Each
+# row of a coarser map is loaded and interpolated horizontally once for all rows of a program: with
+# three coarser maps, a number of the output takes 42 instructions with 2 rows, 25 with 4 and 19
+# with 8. Not measured on a GPU yet.
+ROWS = {8: 1 << 15, 4: 0}
+# A thread has a group of up to 8 channels, 16 bytes in 16 bits. A program has one of these numbers
+# of groups of a row: the one that leaves the fewest empty, or the largest that leaves less than an
 # eighth empty.
 GROUPS = (128, 64, 32)
-# The most maps beside the first, and the coarsest of them.
+# The most maps beside the first, the largest factor of one, and the limit of the grid axis to which
+# images are mapped.
 MAX_MAPS = 3
 MAX_FACTOR = 8
+MAX_IMAGES = 65_535
 
 
 @triton.jit
 def _load(x, y, stride, at):
-    """The numbers (GROUPS, VEC) of row y."""
-    return tl.load(x + y * stride + at).to(tl.float32)
+    """The numbers (GROUPS, VEC) of row y, in float32."""
+    numbers = tl.load(x + (y * stride + at))
+    if numbers.dtype == tl.bfloat16:
+        # One instruction each, where Triton's conversion takes three for two numbers.
+        bits = numbers.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        numbers = bits.to(tl.float32, bitcast=True)
+    return numbers.to(tl.float32)
 
 
 @triton.jit
@@ -141,41 +150,42 @@ def _kernel(
     col = group // GROUPS_C
     place = group - col * GROUPS_C
     top = tl.program_id(1) * ROWS
-    image = tl.program_id(2).to(tl.int64) * C
-    x += image * H * W
-    out += image * H * W
+    image = tl.program_id(2).to(tl.int64)
+    x += image * (H * W * C)
+    out += image * (H * W * C)
     sums = ()
     at = _offsets(0, group, GROUPS_C, VEC)
     for i in tl.static_range(ROWS):
         sums = sums + (_load(x, tl.minimum(top + i, H - 1), W * C, at),)
     if a is not None:
-        a += image * (H >> LEVEL_A) * (W >> LEVEL_A)
+        a += image * ((H >> LEVEL_A) * (W >> LEVEL_A) * C)
         sums = _add(sums, a, top, col, place, H, W, BILINEAR, LEVEL_A, GROUPS_C, VEC, ROWS)
     if b is not None:
-        b += image * (H >> LEVEL_B) * (W >> LEVEL_B)
+        b += image * ((H >> LEVEL_B) * (W >> LEVEL_B) * C)
         sums = _add(sums, b, top, col, place, H, W, BILINEAR, LEVEL_B, GROUPS_C, VEC, ROWS)
     if c is not None:
-        c += image * (H >> LEVEL_C) * (W >> LEVEL_C)
+        c += image * ((H >> LEVEL_C) * (W >> LEVEL_C) * C)
         sums = _add(sums, c, top, col, place, H, W, BILINEAR, LEVEL_C, GROUPS_C, VEC, ROWS)
     for i in tl.static_range(ROWS):
         result = sums[i]
         if RELU:
             result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        at_row = out + (top + i) * W * C + at
+        at_row = out + ((top + i) * (W * C) + at)
         tl.store(at_row, result.to(out.dtype.element_ty), mask=in_row & (top + i < H))
 
 
 def _plan(shape: tuple[int, ...], factors: tuple[int, ...], bilinear: bool, relu: bool) -> Launch:
     """The launch for a map (B, C, H, W) and those that are enlarged by the factors."""
     B, C, H, W = shape
-    vec = min(C & -C, 8)
+    vec = min(C & -C, 8)  # the largest power of two that divides C, up to 8
     needed = W * C // vec
     groups = min(GROUPS, key=lambda groups: max(-needed % groups, needed // 8))
+    rows = next(n for n, least in ROWS.items() if B * triton.cdiv(H, n) * needed >= least)
     levels = [factor.bit_length() - 1 for factor in factors] + [0] * (MAX_MAPS - len(factors))
     return Launch(
-        _kernel, (triton.cdiv(needed, groups), triton.cdiv(H, ROWS), B), H, W,
+        _kernel, (triton.cdiv(needed, groups), triton.cdiv(H, rows), B), H, W,
         LEVEL_A=levels[0], LEVEL_B=levels[1], LEVEL_C=levels[2], BILINEAR=bilinear, RELU=relu,
-        C=C, VEC=vec, GROUPS=groups, ROWS=ROWS, num_warps=groups // 32,
+        C=C, VEC=vec, GROUPS=groups, ROWS=rows, num_warps=groups // 32,
     )  # fmt: skip
 
 
