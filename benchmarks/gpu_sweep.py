@@ -51,6 +51,11 @@ NORM_TILES = [
     (64, 64, 8, 2, 264), (64, 64, 4, 2, 1056), (64, 64, 8, 2, 1056), (64, 32, 8, 2, 528),
     (64, 64, 8, 1, 528), (64, 128, 8, 2, 528), (128, 128, 8, 2, 528),
 ]  # fmt: skip
+# Height, width, channels and factors of the coarser maps.
+EXCHANGES = dict(
+    S0=(64, 48, 32, (2, 4, 8)), B0=(64, 48, 80, (2, 4, 8)), B1=(32, 24, 160, (1, 2, 4))
+)
+EXCHANGE_OPTIONS = list(itertools.product((8, 4, 2), (128, 64, 32)))  # rows, groups of channels
 NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
     (8192, 4096, 8),
@@ -139,6 +144,19 @@ def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: 
     return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, options, apply, run)
 
 
+def exchange(name: str, B: int, H: int, W: int, C: int, factors: tuple[int, ...]) -> Sweep:
+    """The sum of a map and of coarser ones, with ReLU."""
+    from mmhrformer.ops import triton_exchange as exchange
+
+    def apply(option: tuple) -> None:
+        exchange.ROWS, exchange.GROUPS = {option[0]: 0}, (option[1],)
+
+    maps = [random(B, H // f, W // f, C).permute(0, 3, 1, 2) for f in (1, *factors)]
+    moved = maps[0].numel() + sum(m.numel() for m in maps)
+    run = lambda: exchange.exchange_sum(maps[0], maps[1:], factors, True, True)  # noqa: E731
+    return Sweep('exchange', f'{name}: {factors}', moved, EXCHANGE_OPTIONS, apply, run)
+
+
 def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
     """A kernel of batch normalization with GELU."""
     from mmhrformer.ops import triton_norm as norm
@@ -193,12 +211,14 @@ def sweeps(device: str, only: str = '') -> Iterator[Sweep]:
     if device == 'cpu':
         B, streams, hidden, few = 2, dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), 2
         layers = dict(S=(8, 32, 32, 128))
+    exchanges = EXCHANGES if device == 'cuda' else dict(S=(16, 8, 16, (2, 4)))
     rows = {name: (H, W, heads * dim) for name, (H, W, heads, dim) in streams.items()}
     rows['B0'] = (64, 48, 78) if device == 'cuda' else (6, 5, 39)  # heads are padded, maps not
     calls = [(layer_norm, s, name, B, *rows[name]) for s in LAYER_NORM_PASSES for name in rows]
     calls += [(attention, k, name, B, *s) for k in ATTENTION_OPTIONS for name, s in streams.items()]
     calls += [(depthwise, name, B, *size) for name, size in hidden.items()]
     calls += [(linear, part, name, B, *size) for name, size in layers.items() for part in PARTS]
+    calls += [(exchange, name, B, *size) for name, size in exchanges.items()]
     calls += [(batch_norm, s, name, B, *size) for s in NORM_PASSES for name, size in hidden.items()]
     for make, *args in calls:
         with torch.device(device):

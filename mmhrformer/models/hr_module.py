@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.state import may_differ
 from .ffn import DepthwiseConv2d
 
@@ -72,8 +73,7 @@ class HRModule(BaseModule):
 
     def enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
         """Enlarge a coarser stream to the size of a finer one."""
-        align_corners = None if self.upsample == 'nearest' else False
-        x = F.interpolate(x, scale_factor=factor, mode=self.upsample, align_corners=align_corners)
+        x = ops.enlarge(x, factor, self.upsample)
         if may_differ(x.shape[-2:], size):
             # Odd sizes were rounded up when they were halved. The official codes correct this by
             # bilinear resizing: classification and segmentation (nearest) with aligned corners,
@@ -100,10 +100,14 @@ class HRModule(BaseModule):
 
     def _exchange(self, xs: Sequence[Tensor], i: int) -> Tensor:
         """Sum all streams at the size and channels of stream i."""
-        total = None
-        for j, x in enumerate(xs):
-            x = self.fuse_layers[i][j](x)
-            if j > i:
-                x = self.enlarge(x, 2 ** (j - i), xs[i].shape[-2:])
-            total = x if total is None else total + x
-        return self.relu(total)
+        first = self.fuse_layers[i][0](xs[0])
+        return ops.exchange_sum(first, self._others(xs, i), self.upsample, self.relu)
+
+    def _others(self, xs: Sequence[Tensor], i: int) -> Iterator[tuple[Tensor, int]]:
+        """Contributions to stream i of all but the first, each with the factor to enlarge it by."""
+        for j, x in enumerate(xs[1:], 1):
+            x, factor = self.fuse_layers[i][j](x), 2 ** max(0, j - i)
+            size = xs[i].shape[-2:]
+            if j > i and may_differ(x.shape[-2:], size, factor):
+                x, factor = self.enlarge(x, factor, size), 1
+            yield x, factor

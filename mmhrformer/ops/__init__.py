@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import kernels, reference
 from .dispatch import backend, use
+from .reference import enlarge
 from .windows import padding_mask, window_count, window_merge, window_padding, window_partition
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     'conv_ffn',
     'conv_gelu',
     'depthwise_conv',
+    'enlarge',
+    'exchange_sum',
     'folded_block',
     'fork_layer_norm',
     'has_conv_ffn',
@@ -57,6 +60,7 @@ def dispatched(function: Callable) -> Callable:
 add_path = dispatched(reference.add_path)
 conv_gelu = dispatched(reference.conv_gelu)
 depthwise_conv = dispatched(reference.depthwise_conv)
+exchange_sum = dispatched(reference.exchange_sum)
 fork_layer_norm = dispatched(reference.fork_layer_norm)
 norm_gelu_conv = dispatched(reference.norm_gelu_conv)
 pointwise_conv = dispatched(reference.pointwise_conv)

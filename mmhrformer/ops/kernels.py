@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import torch
@@ -174,6 +174,32 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
     out = depthwise_gelu(x, weight, bias, stride, gelu=False)
     return out if is_last else out.contiguous()
+
+
+def exchange_sum(
+    x: Tensor, others: Iterable[tuple[Tensor, int]], mode: str, relu: nn.Module
+) -> Tensor:
+    """See :func:`mmhrformer.ops.exchange_sum`.
+
+    One pass over the map instead of two for each of the others, and one for the activation.
+    """
+    from .triton_exchange import MAX_FACTOR, MAX_IMAGES, MAX_MAPS
+    from .triton_exchange import exchange_sum as kernel
+
+    pairs = list(others)
+    maps, factors = [other for other, _ in pairs], [factor for _, factor in pairs]
+    fits = (
+        1 <= len(pairs) <= MAX_MAPS
+        and max(factors) <= MAX_FACTOR
+        and 0 < len(x) <= MAX_IMAGES
+        and all(tensor.dtype in DTYPES for tensor in (x, *maps))
+        and not needs_grad(x, *maps)
+    )
+    if not fits:
+        return cuda.exchange_sum(x, pairs, mode, relu)
+    has_relu = is_plain(relu, nn.ReLU)
+    out = kernel(x, maps, factors, mode == 'bilinear', has_relu)
+    return out if has_relu else relu(out)
 
 
 def has_folded_block(x: Tensor, block: nn.Module) -> bool:

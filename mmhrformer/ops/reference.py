@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ __all__ = [
     'channel_padding',
     'conv_gelu',
     'depthwise_conv',
+    'exchange_sum',
     'fork_layer_norm',
     'has_conv_ffn',
     'has_folded_block',
@@ -137,6 +139,33 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
         Tensor: Map of shape (B, out_channels, H', W').
     """
     return gelu(conv._conv_forward(x, conv.weight, conv.bias))
+
+
+def enlarge(x: Tensor, factor: int, mode: str) -> Tensor:
+    """Upsample a map (B, C, H, W) by a factor, ``'nearest'`` or ``'bilinear'``."""
+    align_corners = None if mode == 'nearest' else False
+    return F.interpolate(x, scale_factor=factor, mode=mode, align_corners=align_corners)
+
+
+def exchange_sum(
+    x: Tensor, others: Iterable[tuple[Tensor, int]], mode: str, relu: nn.Module
+) -> Tensor:
+    """Compute ``relu(x + other + ...)``, the sum of an exchange between streams.
+
+    Args:
+        x (Tensor): Map of shape (B, C, H, W).
+        others (Iterable[tuple[Tensor, int]]): Maps of shape (B, C, H / factor, W / factor), each
+            with its factor, a power of two, by which it is upsampled. They are added in this order.
+        mode (str): ``'nearest'`` or ``'bilinear'``.
+        relu (nn.Module): The activation. It is called as a module unless it is a plain
+            ``nn.ReLU``, which a kernel may replace.
+
+    Returns:
+        Tensor: Map of shape (B, C, H, W).
+    """
+    for other, factor in others:
+        x = x + (other if factor == 1 else enlarge(other, factor, mode))
+    return relu(x)
 
 
 def head_padding(head_dim: int) -> int:

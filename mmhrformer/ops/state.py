@@ -64,11 +64,11 @@ def converts(x: Tensor) -> bool:
     return is_compiling() or (x.is_floating_point() and autocast_dtype(x.device.type) is not None)
 
 
-def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two sizes differ, or may differ when a trace is reused for other images."""
+def may_differ(size: Sequence[int], other: Sequence[int], factor: int = 1) -> bool:
+    """Whether ``size * factor`` and another size differ, or may when a trace is reused."""
     # ONNX export traces at a size at which everything that can differ does.
     is_traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
-    return is_traced or size != other
+    return is_traced or any(n * factor != m for n, m in zip(size, other))
 
 
 def modes() -> list[bool]:
