@@ -502,12 +502,14 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/reference.py',
-        'ops/test_backends.py models/test_attention.py models/test_ffn.py',
+        'ops/test_backends.py models/test_attention.py models/test_ffn.py models/test_hrformer.py',
         ('key before query', 'q, k, v = qkv', 'k, q, v = qkv'),
         ('bias scaled instead of the logits', 'torch.add(bias, logits,', 'torch.add(logits, bias,'),
         ('softmax over the queries', 'logits.softmax(-1)', 'logits.softmax(-2)'),
         ('another GELU', 'F.gelu(x.contiguous(memory_format=torch.channels_last))',
          "F.gelu(x.contiguous(memory_format=torch.channels_last), approximate='tanh')"),
+        ('bilinear enlarging with aligned corners', "'nearest' else False", "'nearest' else True"),
+        ('no ReLU after the exchange', 'return relu(x)', 'return x'),
     ),
     *of(
         'mmhrformer/ops/cpu.py', 'ops/test_backends.py',
