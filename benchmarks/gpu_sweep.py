@@ -30,7 +30,7 @@ HIDDEN = dict(S0=(64, 48, 128), S2=(16, 12, 512), B0=(64, 48, 312))
 LINEAR = dict(S0=(3072, 32, 32, 128), S1=(768, 64, 64, 256), S2=(192, 128, 128, 512),
               B0=(3072, 80, 80, 312), B1=(768, 160, 160, 624), B2=(192, 312, 320, 1248),
               plain_B0=(3072, 78, 80, 312))  # fmt: skip
-PARTS = 'qkv', 'proj', 'fc1', 'fc2'  # of a block
+PARTS = 'qkv', 'proj', 'fc1', 'fc2', 'plain qkv', 'plain fc1'  # of a block; without normalization
 DEPTHWISE_TILES = [
     (16, 8, 64, 4), (8, 8, 64, 4), (32, 8, 64, 4), (16, 16, 64, 4), (16, 16, 64, 8), (16, 4, 64, 2),
     (16, 4, 128, 4), (16, 16, 32, 4), (16, 8, 64, 4, False, 1), (16, 8, 64, 4, False, 3),
@@ -44,6 +44,18 @@ LINEAR_TILES = [
     (64, 256, 64, 1, 8, 3), (64, 256, 128, 1, 8, 2), (128, 256, 128, 1, 8, 2),
     (64, 64, 128, 1, 4, 3), (128, 128, 16, 1, 8, 4), (64, 128, 16, 1, 4, 4),
 ]  # fmt: skip
+# Rows, outputs, warps, stages and minimum number of programs.
+NORM_TILES = [
+    (64, 64, 4, 2, 528), (64, 128, 4, 2, 528), (128, 64, 8, 2, 528), (64, 64, 8, 2, 528),
+    (64, 32, 4, 2, 528), (64, 64, 4, 3, 528), (64, 64, 4, 1, 528), (64, 64, 4, 2, 264),
+    (64, 64, 8, 2, 264), (64, 64, 4, 2, 1056), (64, 64, 8, 2, 1056), (64, 32, 8, 2, 528),
+    (64, 64, 8, 1, 528), (64, 128, 8, 2, 528), (128, 128, 8, 2, 528),
+]  # fmt: skip
+# Height, width, channels and factors of the coarser maps.
+EXCHANGES = dict(
+    S0=(64, 48, 32, (2, 4, 8)), B0=(64, 48, 80, (2, 4, 8)), B1=(32, 24, 160, (1, 2, 4))
+)
+EXCHANGE_OPTIONS = list(itertools.product((8, 4, 2), (128, 64, 32)))  # rows, groups of channels
 NORM_LAUNCHES = [
     (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 4), (2048, 4096, 4), (8192, 1024, 8),
     (8192, 4096, 8),
@@ -112,19 +124,37 @@ def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: 
     """A linear layer of a folded block, with normalization in front or a residual behind."""
     from mmhrformer.ops import triton_conv as conv
 
-    def apply(option: tuple) -> None:
-        for key in conv.LINEAR_TILES:
-            conv.LINEAR_TILES[key] = conv.LinearTile(*option)
+    normalizes, is_last = part in ('qkv', 'fc1'), part in ('proj', 'fc2')
+    table, tile = conv.LINEAR_TILES, conv.LinearTile
+    if normalizes:
+        table, tile = conv.NORM_TILES, conv.NormTile
 
-    K, N = dict(qkv=(C, 3 * heads), proj=(heads, C), fc1=(C, hidden), fc2=(hidden, C))[part]
+    def apply(option: tuple) -> None:
+        table.update(dict.fromkeys(table, tile(*option)))
+
+    what = part.split()[-1]
+    K, N = dict(qkv=(C, 3 * heads), proj=(heads, C), fc1=(C, hidden), fc2=(hidden, C))[what]
     x, weight, bias = random(B * rows, K), random(N, K) * K**-0.5, random(N)
-    is_last = part in ('proj', 'fc2')
-    residual, eps = (random(B * rows, N), None) if is_last else (None, 1e-6)
+    residual = random(B * rows, N) if is_last else None
     tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
-    args = x, weight, bias, part in ('fc1', 'fc2'), residual, eps
+    args = x, weight, bias, what.startswith('fc'), residual, 1e-6 if normalizes else None
     run = lambda: conv.linear_forward(*args)  # noqa: E731
     moved = B * rows * (K + N + is_last * N)
-    return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, tiles, apply, run)
+    options = NORM_TILES if normalizes else tiles
+    return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, options, apply, run)
+
+
+def exchange(name: str, B: int, H: int, W: int, C: int, factors: tuple[int, ...]) -> Sweep:
+    """The sum of a map and of coarser ones, with ReLU."""
+    from mmhrformer.ops import triton_exchange as exchange
+
+    def apply(option: tuple) -> None:
+        exchange.ROWS, exchange.GROUPS = {option[0]: 0}, (option[1],)
+
+    maps = [random(B, H // f, W // f, C).permute(0, 3, 1, 2) for f in (1, *factors)]
+    moved = maps[0].numel() + sum(m.numel() for m in maps)
+    run = lambda: exchange.exchange_sum(maps[0], maps[1:], factors, True, True)  # noqa: E731
+    return Sweep('exchange', f'{name}: {factors}', moved, EXCHANGE_OPTIONS, apply, run)
 
 
 def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
@@ -181,12 +211,14 @@ def sweeps(device: str, only: str = '') -> Iterator[Sweep]:
     if device == 'cpu':
         B, streams, hidden, few = 2, dict(S=(9, 8, 1, 16)), dict(S=(6, 5, 32)), 2
         layers = dict(S=(8, 32, 32, 128))
+    exchanges = EXCHANGES if device == 'cuda' else dict(S=(16, 8, 16, (2, 4)))
     rows = {name: (H, W, heads * dim) for name, (H, W, heads, dim) in streams.items()}
     rows['B0'] = (64, 48, 78) if device == 'cuda' else (6, 5, 39)  # heads are padded, maps not
     calls = [(layer_norm, s, name, B, *rows[name]) for s in LAYER_NORM_PASSES for name in rows]
     calls += [(attention, k, name, B, *s) for k in ATTENTION_OPTIONS for name, s in streams.items()]
     calls += [(depthwise, name, B, *size) for name, size in hidden.items()]
     calls += [(linear, part, name, B, *size) for name, size in layers.items() for part in PARTS]
+    calls += [(exchange, name, B, *size) for name, size in exchanges.items()]
     calls += [(batch_norm, s, name, B, *size) for s in NORM_PASSES for name, size in hidden.items()]
     for make, *args in calls:
         with torch.device(device):

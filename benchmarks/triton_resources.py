@@ -72,8 +72,11 @@ def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
         launch = conv._plan_depthwise_weight(shape)
         yield f'depthwise weight {name}', launch, types | dict(out='*fp32')
     for K, N, norm in LINEAR:
-        flags = CHANNELS.get(K), True, True, not norm, False
-        launch = conv._plan_linear(64 * 3072, N, K, dtype, 1e-6 if norm else None, *flags)
+        if norm:
+            options = 1e-6, CHANNELS.get(K, K), True, True
+            launch = conv._plan_norm_linear(64 * 3072, N, K, dtype, *options)
+        else:
+            launch = conv._plan_linear(64 * 3072, N, K, dtype, True, True, True, False)
         yield f'linear {K} to {N}', launch, types
 
 

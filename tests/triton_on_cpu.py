@@ -44,6 +44,8 @@ def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})
     tile = triton_conv.LinearTile(m=64, n=32, k=64, group=2, warps=4, stages=2)
     monkeypatch.setattr(triton_conv, 'LINEAR_TILES', dict.fromkeys(triton_conv.LINEAR_TILES, tile))
+    tile = triton_conv.NormTile(m=64, n=32, warps=4, stages=2, programs=3)
+    monkeypatch.setattr(triton_conv, 'NORM_TILES', {96: tile})
     for kernel in ('forward', 'queries', 'keys'):
         monkeypatch.setitem(triton_attention.OPTIONS, kernel, dict(programs=4))
     monkeypatch.setitem(triton_attention.OPTIONS, 'reduce', dict(block=128))

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import ops
 from ..ops.recompute import is_plain
 from ..ops.state import autocast_dtype, is_compiling
 from ..registry import HOOKS
@@ -130,7 +129,7 @@ class GraphedForward:
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:  # the warm-up must not change random states and statistics
             random = torch.random.fork_rng([images.device] if images.is_cuda else [])
-            with random, ops.prefer_kernels(images.device):
+            with random:
                 with self.graphs.warm_up():
                     for _ in range(WARM_UP):
                         self._forward()

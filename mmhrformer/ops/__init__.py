@@ -16,7 +16,7 @@ from functools import wraps
 from torch import Tensor
 
 from . import kernels, reference
-from .dispatch import backend, prefer_kernels, use
+from .dispatch import backend, use
 from .reference import enlarge
 from .windows import padding_mask, window_count, window_merge, window_padding, window_partition
 
@@ -38,7 +38,6 @@ __all__ = [
     'norm_gelu_conv',
     'padding_mask',
     'pointwise_conv',
-    'prefer_kernels',
     'use',
     'window_attention',
     'window_count',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compiled, cpu, cuda, kernels, reference
 from .kernels import why_not
-from .state import forced, is_compiling, is_transformed, needs_grad
+from .state import forced, is_compiling, is_transformed
 
 BACKENDS = {
     'reference': reference,
@@ -37,8 +37,7 @@ def backend(x: Tensor) -> ModuleType:
     Returns:
         ModuleType: ``compiled`` under a compiler; the requested form, if any; ``reference`` in
         tracing, export and transforms of ``torch.func``; otherwise by device: ``cpu``; ``kernels``
-        on a GPU where no gradients are needed and Triton can run, else ``cuda``; ``reference`` on
-        other devices.
+        on a GPU where Triton can run, else ``cuda``; ``reference`` on other devices.
 
     Raises:
         ValueError: If the requested form is unknown or cannot run.
@@ -53,8 +52,7 @@ def backend(x: Tensor) -> ModuleType:
     if torch.jit.is_tracing() or is_transformed():
         return reference
     if x.is_cuda:
-        # For training, only CUDA graphs use the kernels, see prefer_kernels.
-        return cuda if needs_grad(x) or why_not(x.device) else kernels
+        return cuda if why_not(x.device) else kernels
     return cpu if x.device.type == 'cpu' else reference
 
 
@@ -62,22 +60,14 @@ def describe() -> str:
     """Describe which forms of the operators run here, and why.
 
     Returns:
-        str: Such as ``'kernels in inference, cuda in training (Triton 3.6.0)'``, ``'cpu'`` or
-        ``'reference: MMHRFORMER_OPS'``.
+        str: Such as ``'kernels (Triton 3.6.0)'``, ``'cpu'`` or ``'reference: MMHRFORMER_OPS'``.
 
     Raises:
         ValueError: If the requested form is unknown or cannot run.
     """
     x = torch.empty(0, device='cuda' if torch.cuda.is_available() else 'cpu')
-    names = []
-    for x.requires_grad in (False, True):
-        with torch.enable_grad():
-            names.append(backend(x).__name__.rpartition('.')[2])
-    inference, training = names
-    text = (
-        inference if inference == training else f'{inference} in inference, {training} in training'
-    )
-    if 'kernels' in names:
+    text = backend(x).__name__.rpartition('.')[2]
+    if text == 'kernels':
         import triton
 
         text += f' (Triton {triton.__version__})'
@@ -107,22 +97,6 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         forced.reset(token)
-
-
-@contextmanager
-def prefer_kernels(device: torch.device) -> Iterator[None]:
-    """Use the kernels in training as well, if they can run and no form was requested.
-
-    In a CUDA graph they shorten a training step of HRFormer-S to 0.58 times, of HRFormer-B to 0.57
-    times. Launched one by one, they may take longer: see docs/benchmarks.md.
-
-    Args:
-        device (torch.device): Device of the training.
-    """
-    requested = forced.get() or os.environ.get(VARIABLE)
-    plain = requested or device.type != 'cuda' or why_not(device)
-    with nullcontext() if plain else use('kernels'):
-        yield
 
 
 def _check(name: str) -> str:

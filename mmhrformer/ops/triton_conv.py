@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
 from .triton_launch import Launch, planned
+from .triton_layer_norm import forward as layer_norm
 from .triton_sums import add_parts
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
@@ -50,6 +52,20 @@ class LinearTile(NamedTuple):
     stages: int
 
 
+class NormTile(NamedTuple):
+    """Tile of a program of the linear kernel with normalization, and its number of warps.
+
+    A program goes through ``n`` outputs at a time of ``m`` rows: through all of them, unless that
+    leaves fewer than ``programs``.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    programs: int
+
+
 # By the width of the output, up to and including the key. Microseconds on an H200, batch 64, bf16:
 # 64x48x128 takes 50 (torch 154), 64x48x312 116 (359), 16x12x512 13 (39).
 DEPTHWISE_TILES = {
@@ -60,10 +76,17 @@ DEPTHWISE_TILES = {
 # The choices of linear_tile().
 LINEAR_TILES = {
     'unaligned': LinearTile(m=128, n=64, k=32, group=1, warps=4, stages=4),
-    'few outputs': LinearTile(m=128, n=32, k=64, group=1, warps=4, stages=3),
+    'few outputs': LinearTile(m=64, n=32, k=64, group=1, warps=4, stages=3),
     'more outputs': LinearTile(m=64, n=128, k=64, group=1, warps=4, stages=3),
     'one block': LinearTile(m=128, n=128, k=64, group=1, warps=8, stages=3),
     'fewer outputs': LinearTile(m=128, n=64, k=64, group=1, warps=4, stages=3),
+}
+
+
+# Of the linear kernel with normalization, by the number of inputs, up to and including the key.
+NORM_TILES = {
+    256: NormTile(m=64, n=64, warps=4, stages=2, programs=528),
+    512: NormTile(m=64, n=64, warps=8, stages=2, programs=528),
 }
 
 
@@ -272,42 +295,14 @@ def _depthwise_weight_kernel(
     tl.store(out + 9 * C, tl.sum(total, 0), mask=in_c)
 
 
-@triton.jit
-def _row_statistics(
-    x, m, in_m, eps, K: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Mean and reciprocal standard deviation of rows, read twice (the second time from cache)."""
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros_like(m).to(tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        mask = in_m[:, None] & (begin + k < K)[None, :]
-        a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
-        total += tl.sum(a.to(tl.float32), 1)
-    mean = total / CHANNELS
-    total = tl.zeros_like(mean)
-    for begin in range(0, K, BLOCK_K):
-        mask = in_m[:, None] & (begin + k < K)[None, :]
-        a = tl.load(x + m[:, None] * K + begin + k[None, :], mask=mask, other=0.0)
-        # Load aligned whole rows, then mask the padding.
-        real = in_m[:, None] & (begin + k < CHANNELS)[None, :]
-        a = tl.where(real, a.to(tl.float32) - mean[:, None], 0.0)
-        total += tl.sum(a * a, 1)
-    return mean, tl.rsqrt(total / CHANNELS + eps)
-
-
-@triton.jit(do_not_specialize=['M', 'eps'])
+@triton.jit(do_not_specialize=['M'])
 def _linear_kernel(
-    x, weight, bias, extra, out, M, eps,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr,
+    x, weight, bias, extra, out, M, N: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GRAD: tl.constexpr,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K).
-
-    With NORM, the first CHANNELS numbers of each row of x are normalized first; the others are
-    zeros.
-    """
+    """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K)."""
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * BLOCKS) * GROUP
     size = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -319,8 +314,6 @@ def _linear_kernel(
     out += start.to(tl.int64) * N
     extra += start.to(tl.int64) * N
     in_m, in_n = m < M - start, n < N
-    if NORM:
-        mean, scale = _row_statistics(x, m, in_m, eps, K, CHANNELS, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, K, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -330,12 +323,6 @@ def _linear_kernel(
             mask_b &= (k < K)[:, None]
         a = tl.load(x + m[:, None] * K + k[None, :], mask=mask_a, other=0.0)
         b = tl.load(weight + n[None, :] * K + k[:, None], mask=mask_b, other=0.0)
-        if NORM:
-            a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
-            if b.dtype == tl.float16:
-                # Beyond the channels, -mean * scale may overflow, and times a weight of 0 be NaN.
-                a = tl.where((k < CHANNELS)[None, :], a, 0.0)
-            a = a.to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -348,6 +335,47 @@ def _linear_kernel(
     if HAS_RESIDUAL:
         acc += tl.load(extra + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['M', 'eps'])
+def _norm_linear_kernel(
+    x, weight, bias, out, M, eps, N: tl.constexpr, K: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """gelu(normalize(x) W^T + bias) for x (M, K) and weight (N, K).
+
+    The first CHANNELS numbers of each row are normalized, the others are zeros. A program reads and
+    normalizes whole rows once, and computes one of PARTS of their outputs.
+    """
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    SIZE: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
+    start = tl.program_id(0) // PARTS * BLOCK_M
+    first = tl.program_id(0) % PARTS * SIZE
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    x += start.to(tl.int64) * K
+    out += start.to(tl.int64) * N
+    in_m, in_k = m < M - start, k < K
+    # Load aligned whole rows, then mask the padding.
+    a = tl.load(x + m[:, None] * K + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)
+    a = a.to(tl.float32)
+    mean = tl.sum(a, 1) / CHANNELS
+    a = tl.where((k < CHANNELS)[None, :], a - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(a * a, 1) / CHANNELS + eps)
+    a = (a * scale[:, None]).to(weight.dtype.element_ty)
+    for i in range(first, tl.minimum(first + SIZE, BLOCKS)):
+        n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = n < N
+        mask = in_n[None, :] & in_k[:, None]
+        b = tl.load(weight + n[None, :] * K + k[:, None], mask=mask, other=0.0)
+        acc = tl.dot(a, b, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            acc = _gelu(acc)
+        mask = in_m[:, None] & in_n[None, :]
+        tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------------------- launches
@@ -389,20 +417,37 @@ def _plan_depthwise_weight(shape: tuple[int, ...]) -> Launch:
 
 
 def _plan_linear(
-    M: int, N: int, K: int, dtype: torch.dtype, eps: float | None, channels: int | None,
-    gelu: bool, has_bias: bool, has_residual: bool, has_grad: bool,
+    M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, has_bias: bool, has_residual: bool,
+    has_grad: bool,
 ) -> Launch:  # fmt: skip
     """The launch for M rows of K numbers and a weight (N, K)."""
     tile = linear_tile(N, K)
     block_n, block_k = (max(16, triton.next_power_of_2(n)) for n in (N, K))
     block_n = min(tile.n, block_n)
     return Launch(
-        _linear_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, block_n),), M, eps or 0.0,
-        N=N, K=K, NORM=eps is not None, CHANNELS=channels or K,
+        _linear_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, block_n),), M, N=N, K=K,
         HAS_BIAS=has_bias, HAS_RESIDUAL=has_residual, HAS_GRAD=has_grad, GELU=gelu,
         PRECISION='tf32x3' if dtype == torch.float32 else 'tf32',
         BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=min(tile.k * 2 // dtype.itemsize, block_k),
         GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _plan_norm_linear(
+    M: int, N: int, K: int, dtype: torch.dtype, eps: float, channels: int, gelu: bool,
+    has_bias: bool,
+) -> Launch:  # fmt: skip
+    """The launch for M rows of K numbers, of which the channels are normalized first."""
+    tile = next(tile for most, tile in NORM_TILES.items() if most >= K)
+    block_n, block_k = (max(16, triton.next_power_of_2(n)) for n in (N, K))
+    block_n = min(tile.n, block_n)
+    blocks, rows = triton.cdiv(N, block_n), triton.cdiv(M, tile.m)
+    parts = min(blocks, triton.cdiv(tile.programs, max(rows, 1)))
+    return Launch(
+        _norm_linear_kernel, (rows * parts,), M, eps, N=N, K=K, CHANNELS=channels,
+        HAS_BIAS=has_bias, GELU=gelu, PRECISION='tf32x3' if dtype == torch.float32 else 'tf32',
+        BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -447,21 +492,31 @@ def _linear(
     gelu: bool,
     residual: Tensor | None = None,
     grad: Tensor | None = None,
-    eps: float | None = None,
-    channels: int | None = None,
 ) -> Tensor:
-    """Launch the linear kernel; x (..., K), weight (N, K, ...), residual and grad (..., N).
-
-    With ``eps`` the rows of x are normalized first: whole, or the ``channels`` before the zeros.
-    """
+    """Launch the linear kernel; x (..., K), weight (N, K, ...), residual and grad (..., N)."""
     x, weight = x.contiguous(), weight.contiguous()
     N = weight.shape[0]
     *rows, K = x.shape
     out = x.new_empty((*rows, N))
     extra = grad if residual is None else residual
     flags = gelu, bias is not None, residual is not None, grad is not None
-    planned(_plan_linear, x.numel() // K, N, K, x.dtype, eps, channels, *flags)(
+    planned(_plan_linear, x.numel() // K, N, K, x.dtype, *flags)(
         x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out
+    )
+    return out
+
+
+def _norm_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, eps: float, channels: int
+) -> Tensor:
+    """Launch the linear kernel with normalization; x (..., K), weight (N, K, ...)."""
+    x, weight = x.contiguous(), weight.contiguous()
+    N = weight.shape[0]
+    *rows, K = x.shape
+    out = x.new_empty((*rows, N))
+    flags = eps, channels, gelu, bias is not None
+    planned(_plan_norm_linear, x.numel() // K, N, K, x.dtype, *flags)(
+        x, weight, x if bias is None else bias, out
     )
     return out
 
@@ -547,7 +602,13 @@ def linear_forward(
     the weight, which may be that of a 1x1 convolution. If ``channels`` is less than K, rows must
     end with zeros, which are excluded from the normalization.
     """
-    return _linear(x, weight, bias, gelu, residual, eps=eps, channels=channels)
+    channels = channels or x.shape[-1]
+    if eps is not None and x.shape[-1] <= max(NORM_TILES) and residual is None:
+        return _norm_linear(x, weight, bias, gelu, eps, channels)
+    if eps is not None:  # the rows do not fit into the registers
+        y = layer_norm.function(x[..., :channels].contiguous(), None, None, eps, x.dtype)
+        x = F.pad(y, (0, x.shape[-1] - channels))
+    return _linear(x, weight, bias, gelu, residual)
 
 
 @thin_operator(

@@ -37,7 +37,7 @@ def tool():
 
 @pytest.mark.slow
 def test_dry_run(tool, tmp_path):
-    sections = ['env', 'infer', 'train']
+    sections = ['env', 'infer', 'train', 'latency']
     out = ['--out', str(tmp_path), '--sections', *sections]
     text = run([sys.executable, str(SCRIPT), '--dry', '--archs', 'tiny', *out], ROOT)
     (file,) = tmp_path.glob('*-cpu.json')

@@ -147,7 +147,7 @@ def test_forms_of_the_operators_are_reported(monkeypatch):
     [
         ('cpu', 'it runs on GPUs', 'cpu'),
         ('cuda', 'Triton is not installed: ...', 'cuda: Triton is not installed: ...'),
-        ('cuda', '', 'kernels in inference, cuda in training (Triton 3.6.0)'),
+        ('cuda', '', 'kernels (Triton 3.6.0)'),
     ],
 )
 def test_forms_are_those_that_are_used(monkeypatch, device, reason, said):

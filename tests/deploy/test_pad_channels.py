@@ -40,7 +40,7 @@ def pad(monkeypatch) -> Callable[[nn.Module], nn.Module]:
     def fold(model: nn.Module) -> nn.Module:
         with monkeypatch.context() as patch:
             patch.setattr(cpu, 'channel_padding', kernels.channel_padding)
-            return fuse_for_inference(model, pad_channels=True)
+            return fuse_for_inference(model)
 
     return fold
 
@@ -114,16 +114,16 @@ def test_zeros_stay_zeros_and_no_caller_sees_them(pad, memory_format):
         assert not stream[:, channels:].any()
 
 
-def test_only_triton_and_only_if_asked_for(monkeypatch):
+def test_triton_alone_and_unless_refused(monkeypatch):
     base = dict(ARCH, channels=(78, 156, 312, 624), num_heads=(2, 4, 8, 16))
     model = make_backbone(arch=base)
     for form in ('cpu', 'cuda', 'reference'):
         with ops.use(form):
-            assert not is_padded(fuse_for_inference(model, pad_channels=True))
+            assert not is_padded(fuse_for_inference(model))
     monkeypatch.setattr(ops.dispatch, 'why_not', lambda device: '')
     with ops.use('kernels'):
-        assert not is_padded(fuse_for_inference(model))
-        padded = fuse_for_inference(model, pad_channels=True)
+        assert not is_padded(fuse_for_inference(model, pad_channels=False))
+        padded = fuse_for_inference(model)
     blocks = [branch[0] for branch in padded.stage4[0].branches]
     assert [block.attn.qkv.in_features for block in blocks] == [80, 160, 312, 624]
     assert [block.attn.qkv.out_features for block in blocks] == [240, 480, 960, 1920]

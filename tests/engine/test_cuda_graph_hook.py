@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmhrformer import HOOKS, HRFormer, graph_backbone, ops
+from mmhrformer import HOOKS, HRFormer, graph_backbone
 from mmhrformer.engine import cuda_graph_hook
 from mmhrformer.models import checks
 
@@ -414,24 +414,3 @@ def test_hook_refuses_before_training(tmp_path):
     assert isinstance(HOOKS.build(dict(type='CUDAGraphHook')), cuda_graph_hook.CUDAGraphHook)
     with pytest.raises(RuntimeError, match="device='cpu'"):
         run(tmp_path, dict(type='mmhrformer.CUDAGraphHook'))
-
-
-@pytest.mark.usefixtures('_on_cpu')
-def test_graphs_prefer_kernels(monkeypatch):
-    """With another form as a stand-in for the kernels, including recomputation."""
-    preferred, seen = [], []
-
-    def prefer(device: torch.device) -> contextlib.AbstractContextManager:
-        preferred.append(device)
-        return ops.use('compiled')
-
-    monkeypatch.setattr(ops, 'prefer_kernels', prefer)
-    model = Squares().train()
-    stem = model.backbone.get_submodule('conv1')
-    stem.register_forward_hook(lambda module, args, out: seen.append(ops.backend(out).__name__))
-    graph_backbone(model, images())
-    assert preferred == [torch.device('cpu')]
-    assert set(seen) == {'mmhrformer.ops.compiled'}
-    with torch.no_grad():
-        model.backbone(images())
-    assert seen[-1] == 'mmhrformer.ops.cpu'

@@ -14,7 +14,6 @@ from smooth import smooth
 from torch import Tensor, nn
 
 from mmhrformer import HRFormer, graph_backbone, ops
-from mmhrformer.ops import state
 from mmhrformer.ops.kernels import why_not
 
 pytestmark = [
@@ -124,19 +123,6 @@ def test_dropped_paths_differ_from_step_to_step(dtype):
     assert losses[0] == pytest.approx(losses[1], rel=LIMITS[dtype])
     assert train(model, dtype).isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_graphs_prefer_kernels(form):
-    model, seen = Squares().cuda().train(), []
-    model.backbone.conv1.register_forward_hook(lambda m, x, out: seen.append(ops.backend(out)))
-    token = state.forced.set(None)
-    try:
-        graph_backbone(model, images())
-        model.backbone.forward.ordinary(images())
-    finally:
-        state.forced.reset(token)
-    assert {backend.__name__ for backend in seen[:-1]} == {f'mmhrformer.ops.{form}'}
-    assert seen[-1].__name__ == 'mmhrformer.ops.cuda'
 
 
 def test_gradients_outlive_the_next_pass():

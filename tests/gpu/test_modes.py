@@ -102,8 +102,8 @@ def folded_channels_last(model: nn.Module, x: Tensor) -> Callable:
     return channels_last(fuse_for_inference(model), x)
 
 
-def folded_padded(model: nn.Module, x: Tensor) -> Callable:
-    return channels_last(fuse_for_inference(model, pad_channels=True), x)
+def folded_unpadded(model: nn.Module, x: Tensor) -> Callable:
+    return channels_last(fuse_for_inference(model, pad_channels=False), x)
 
 
 def graph(model: nn.Module, x: Tensor) -> Callable:
@@ -133,7 +133,7 @@ def folded_graph(model: nn.Module, x: Tensor) -> Callable:
     return graph(fuse_for_inference(model), x)
 
 
-MODES = [plain, channels_last, folded, folded_channels_last, folded_padded, graph, folded_graph]
+MODES = [plain, channels_last, folded, folded_channels_last, folded_unpadded, graph, folded_graph]
 
 
 @every_arch

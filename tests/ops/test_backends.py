@@ -241,38 +241,20 @@ class Elsewhere:
         self.is_cuda = self.device.type == 'cuda'
 
 
-def test_gpus_get_kernels_where_nothing_is_differentiated(monkeypatch):
+def test_gpus_get_kernels_where_they_can_run(monkeypatch):
     x, reasons = Elsewhere('cuda:1'), {torch.device('cuda:1'): ''}
     monkeypatch.setattr(dispatch, 'why_not', reasons.__getitem__)
-    x.requires_grad = True
-    assert ops.backend(x) is cuda
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            assert ops.backend(x) is kernels
-    x.requires_grad = False
-    assert ops.backend(x) is kernels
-    reasons[x.device] = 'Triton is not installed'
-    with torch.no_grad():
-        assert ops.backend(x) is cuda
-    assert ops.backend(Elsewhere('mps')) is reference
-
-
-def test_kernels_are_preferred_in_training_unless_another_form_was_asked_for(monkeypatch):
-    x, reasons = Elsewhere('cuda:1'), {torch.device('cuda:1'): ''}
-    monkeypatch.setattr(dispatch, 'why_not', reasons.__getitem__)
-    x.requires_grad = True
-    with ops.prefer_kernels(x.device):
+    for x.requires_grad in (True, False):
         assert ops.backend(x) is kernels
-    assert ops.backend(x) is cuda
-    with ops.use('reference'), ops.prefer_kernels(x.device):
-        assert ops.backend(x) is reference
+        with ops.use('reference'):
+            assert ops.backend(x) is reference
     reasons[x.device] = 'Triton is not installed'
-    with ops.prefer_kernels(x.device):
-        assert ops.backend(x) is cuda
+    assert ops.backend(x) is cuda
     reasons[x.device] = ''
     monkeypatch.setenv('MMHRFORMER_OPS', 'cuda')
-    with ops.prefer_kernels(x.device):
-        assert ops.backend(x) is cuda
+    assert ops.backend(x) is cuda
+    monkeypatch.delenv('MMHRFORMER_OPS')
+    assert ops.backend(Elsewhere('mps')) is reference
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch):

@@ -115,10 +115,13 @@ def test_linear(rows, sizes, dtype, gelu):
 
 
 @pytest.mark.parametrize('dtype', BOUNDS)
-@pytest.mark.parametrize(('channels', 'zeros'), [(80, 0), (78, 0), (78, 2), (64, 16), (22, 2)])
-def test_linear_layer_of_normalized_rows(channels, zeros, dtype):
+@pytest.mark.parametrize(
+    ('channels', 'zeros', 'outputs'),
+    [(80, 0, 16), (78, 0, 72), (78, 2, 80), (64, 16, 32), (22, 2, 24), (98, 6, 40)],
+)
+def test_linear_layer_of_normalized_rows(channels, zeros, outputs, dtype):
     """Padding after the channels is ignored, even if it would overflow."""
-    x, weight = (make(n, channels, dtype=dtype, grad=False) for n in (70, 16))
+    x, weight = (make(n, channels, dtype=dtype, grad=False) for n in (70, outputs))
     x[3] = 1000.0
     padded = (F.pad(tensor, (0, zeros)) for tensor in (x, weight))
     ours = linear_forward(*padded, None, False, None, 1e-6, channels)
