@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from mmhrformer.ops import triton_attention as attention
 from mmhrformer.ops import triton_conv as conv
+from mmhrformer.ops import triton_exchange as exchange
 from mmhrformer.ops import triton_layer_norm as layer_norm
 from mmhrformer.ops import triton_norm as batch_norm
 from mmhrformer.ops import triton_sums as sums
@@ -36,6 +37,9 @@ LINEAR = [(32, 96, True), (32, 128, True), (128, 32, False), (78, 312, True), (3
 LINEAR += [(80, 240, True), (80, 80, False), (80, 312, True), (312, 80, False)]
 LINEAR += [(160, 480, True), (160, 160, False), (160, 624, True), (624, 160, False)]
 CHANNELS = {80: 78, 160: 156}
+# Maps of 64 images to which streams are added, and the factors by which these are enlarged.
+EXCHANGES = [((64, 48, 32), (2, 4, 8)), ((64, 48, 78), (2, 4, 8)), ((64, 48, 80), (2, 4, 8))]
+EXCHANGES += [((32, 24, 64), (1, 2, 4)), ((16, 12, 312), (1, 1, 2)), ((8, 6, 624), (1, 1, 1))]
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 
 
@@ -96,6 +100,15 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     yield 'sums of 10 x 128', sums._plan(1024, 10, 128, (1, 9)), types
 
 
+def exchange_kernels(dtype: torch.dtype) -> Iterator[tuple]:
+    """Sums of the streams of the models."""
+    types = dict.fromkeys(('x', 'a', 'b', 'c', 'out'), TYPES[dtype])
+    for (H, W, C), factors in EXCHANGES:
+        for mode in ('nearest', 'bilinear'):
+            launch = exchange._plan((64, C, H, W), factors, mode == 'bilinear', True)
+            yield f'exchange {mode} {H} x {W} x {C}', launch, types
+
+
 def dump(file: str, option: str) -> str:
     """The output of the disassembler for a file."""
     return subprocess.run([TOOL, option, file], capture_output=True, text=True, check=True).stdout
@@ -135,7 +148,7 @@ def resources(launch: Launch, types: dict, capability: int) -> dict:
     )
 
 
-KERNELS = [window_kernels, convolution_kernels, norm_kernels]
+KERNELS = [window_kernels, convolution_kernels, norm_kernels, exchange_kernels]
 
 
 def main() -> None:

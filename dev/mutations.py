@@ -86,12 +86,10 @@ MODELS = (
     ),
     *of(
         'mmhrformer/models/hr_module.py', 'models/test_hrformer.py test_parity.py',
-        ('bilinear enlarging with aligned corners', "'nearest' else False", "'nearest' else True"),
         ('odd sizes corrected with the other alignment',
          "aligned = self.upsample == 'nearest'", "aligned = self.upsample != 'nearest'"),
         ('ReLU after the last halving', '[] if is_last else', '[] if not is_last else'),
-        ('no ReLU after the exchange', 'return self.relu(total)', 'return total'),
-        ('streams enlarged by 2, 4, 6', '2 ** (j - i)', '2 * (j - i)'),
+        ('streams enlarged by 2, 4, 6', '2 ** max(0, j - i)', 'max(1, 2 * (j - i))'),
     ),
     *of(
         'mmhrformer/models/hrformer.py',
@@ -504,12 +502,14 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/reference.py',
-        'ops/test_backends.py models/test_attention.py models/test_ffn.py',
+        'ops/test_backends.py models/test_attention.py models/test_ffn.py models/test_hrformer.py',
         ('key before query', 'q, k, v = qkv', 'k, q, v = qkv'),
         ('bias scaled instead of the logits', 'torch.add(bias, logits,', 'torch.add(logits, bias,'),
         ('softmax over the queries', 'logits.softmax(-1)', 'logits.softmax(-2)'),
         ('another GELU', 'F.gelu(x.contiguous(memory_format=torch.channels_last))',
          "F.gelu(x.contiguous(memory_format=torch.channels_last), approximate='tanh')"),
+        ('bilinear enlarging with aligned corners', "'nearest' else False", "'nearest' else True"),
+        ('no ReLU after the exchange', 'return relu(x)', 'return x'),
     ),
     *of(
         'mmhrformer/ops/cpu.py', 'ops/test_backends.py',

@@ -221,6 +221,7 @@ SPILLING = {
             dict(forward=2, queries=2, reduce=2, keys=1),
         ),
         ('90', 'bf16 (queries|keys) 2 x 40, window (7|15)', dict(queries=2, keys=1)),
+        ('90', 'bf16 exchange .* (64 x 48 x 78|32 x 24 x 64)', dict(exchange=4)),
         *(
             pytest.param(
                 capability, f'{dtype} {ALL}', dict(forward=9, queries=9, keys=4),
