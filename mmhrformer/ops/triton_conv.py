@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
 from .triton_launch import Launch, planned
-from .triton_layer_norm import forward as layer_norm
 from .triton_sums import add_parts
 from .triton_support import DTYPES, refuse_second_derivatives, thin_operator
 
@@ -85,8 +83,8 @@ LINEAR_TILES = {
 
 # Of the linear kernel with normalization, by the number of inputs, up to and including the key.
 # Microseconds on an H200, 64 images, bf16, and before rows were normalized once for all outputs: 32
-# to 128 inputs take 28 (34), 64 to 256 16 (19), 80 to 312 94 (148), 160 to 624 71 (106), with GELU.
-# 312 to 1248 would take 92 (84), so wider rows are normalized by another kernel.
+# to 128 inputs take 27 (34), 64 to 256 16 (19), 80 to 312 94 (183), 160 to 624 71 (106), with GELU.
+# 312 to 1248 would take 92 (84): wider rows are normalized by the kernel of layer normalization.
 NORM_TILES = {
     128: NormTile(m=64, n=64, warps=4, stages=1, programs=528),
     256: NormTile(m=64, n=64, warps=4, stages=2, programs=528),
@@ -604,16 +602,13 @@ def linear_forward(
     """:func:`linear_gelu` without gradients and checks, and with optional layer normalization.
 
     With ``eps``, rows are normalized first; scale and shift of the normalization are folded into
-    the weight, which may be that of a 1x1 convolution. If ``channels`` is less than K, rows must
-    end with zeros, which are excluded from the normalization.
+    the weight, which may be that of a 1x1 convolution. There must be no residual then, and no more
+    inputs than the last key of :data:`NORM_TILES`. If ``channels`` is less than K, rows must end
+    with zeros, which are excluded from the normalization.
     """
-    channels = channels or x.shape[-1]
-    if eps is not None and x.shape[-1] <= max(NORM_TILES) and residual is None:
-        return _norm_linear(x, weight, bias, gelu, eps, channels)
-    if eps is not None:
-        y = layer_norm.function(x[..., :channels].contiguous(), None, None, eps, x.dtype)
-        x = F.pad(y, (0, x.shape[-1] - channels))
-    return _linear(x, weight, bias, gelu, residual)
+    if eps is None:
+        return _linear(x, weight, bias, gelu, residual)
+    return _norm_linear(x, weight, bias, gelu, eps, channels or x.shape[-1])
 
 
 @thin_operator(

@@ -117,7 +117,7 @@ def test_linear(rows, sizes, dtype, gelu):
 @pytest.mark.parametrize('dtype', BOUNDS)
 @pytest.mark.parametrize(
     ('channels', 'zeros', 'outputs'),
-    [(80, 0, 16), (78, 0, 72), (78, 2, 80), (64, 16, 32), (22, 2, 24), (98, 6, 40)],
+    [(80, 0, 16), (78, 0, 72), (78, 2, 80), (64, 16, 32), (22, 2, 24)],
 )
 def test_linear_layer_of_normalized_rows(channels, zeros, outputs, dtype):
     """Padding after the channels is ignored, even if it would overflow."""
