@@ -147,7 +147,8 @@ def map_attention(
 
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """See :func:`mmhrformer.ops.conv_gelu`."""
-    from .triton_conv import depthwise_gelu, linear_gelu
+    from .triton_conv import depthwise_gelu
+    from .triton_linear import linear_gelu
 
     dtype = autocast_dtype(x.device.type) or x.dtype
     x, weight = x.to(dtype), conv.weight.to(dtype)
@@ -231,8 +232,9 @@ def folded_block(x: Tensor, block: nn.Module) -> Tensor:
         Tensor: Map of the same shape.
     """
     from .triton_attention import attention_forward
-    from .triton_conv import NORM_TILES, depthwise_forward, linear_forward
+    from .triton_conv import depthwise_forward
     from .triton_layer_norm import forward as norm_forward
+    from .triton_linear import NORM_TILES, linear_forward
 
     # Look up modules and the recording state once each: that takes as long as launching.
     attend, linear, depthwise, norm = direct(

@@ -39,13 +39,20 @@ def _small_tiles(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The names of the kernels that were called."""
-    from mmhrformer.ops import triton_attention, triton_conv, triton_ffn, triton_norm
+    from mmhrformer.ops import (
+        triton_attention,
+        triton_conv,
+        triton_ffn,
+        triton_linear,
+        triton_norm,
+    )
 
     seen = []
     names = {
         kernels: ('folded_block',),
         triton_attention: ('attention_forward',),
-        triton_conv: ('depthwise_forward', 'linear_forward'),
+        triton_conv: ('depthwise_forward',),
+        triton_linear: ('linear_forward',),
         triton_ffn: ('convolve', 'normalize'),
         triton_norm: ('normalize_gelu', 'batch_statistics'),
     }
