@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 KERNELS = 'kernels'
 MODELS = [
     ('HRFormer-S, ours', 'ours-fused', 'small', KERNELS, 73.8),
-    ('HRFormer-B, ours', 'ours-fused', 'base', KERNELS, 75.4),
+    ('HRFormer-B, ours', 'ours-fused-padded', 'base', KERNELS, 75.4),
     ('HRFormer-S, mmpose', 'mmpose-nchw', 'small', '', 73.8),
     ('HRFormer-B, mmpose', 'mmpose-nchw', 'base', '', 75.4),
     ('HRNet-W32', 'hrnet-w32', '', '', 74.6),

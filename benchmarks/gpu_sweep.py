@@ -122,12 +122,12 @@ def depthwise(name: str, B: int, H: int, W: int, C: int) -> Sweep:
 
 def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: int) -> Sweep:
     """A linear layer of a folded block, with normalization in front or a residual behind."""
-    from mmhrformer.ops import triton_conv as conv
+    from mmhrformer.ops import triton_linear
 
     normalizes, is_last = part in ('qkv', 'fc1'), part in ('proj', 'fc2')
-    table, tile = conv.LINEAR_TILES, conv.LinearTile
+    table, tile = triton_linear.LINEAR_TILES, triton_linear.LinearTile
     if normalizes:
-        table, tile = conv.NORM_TILES, conv.NormTile
+        table, tile = triton_linear.NORM_TILES, triton_linear.NormTile
 
     def apply(option: tuple) -> None:
         table.update(dict.fromkeys(table, tile(*option)))
@@ -138,7 +138,7 @@ def linear(part: str, name: str, B: int, rows: int, C: int, heads: int, hidden: 
     residual = random(B * rows, N) if is_last else None
     tiles = [tile for tile in LINEAR_TILES if tile[1] <= 2 * N and tile[2] <= 2 * K]
     args = x, weight, bias, what.startswith('fc'), residual, 1e-6 if normalizes else None
-    run = lambda: conv.linear_forward(*args)  # noqa: E731
+    run = lambda: triton_linear.linear_forward(*args)  # noqa: E731
     moved = B * rows * (K + N + is_last * N)
     options = NORM_TILES if normalizes else tiles
     return Sweep(f'linear {part}', f'{name}: {K} to {N}', moved, options, apply, run)

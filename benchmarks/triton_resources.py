@@ -18,6 +18,7 @@ from mmhrformer.ops import triton_attention as attention
 from mmhrformer.ops import triton_conv as conv
 from mmhrformer.ops import triton_exchange as exchange
 from mmhrformer.ops import triton_layer_norm as layer_norm
+from mmhrformer.ops import triton_linear as linear
 from mmhrformer.ops import triton_norm as batch_norm
 from mmhrformer.ops import triton_sums as sums
 from mmhrformer.ops.triton_launch import Launch
@@ -74,9 +75,9 @@ def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
     for K, N, norm in LINEAR:
         if norm:
             options = 1e-6, CHANNELS.get(K, K), True, True
-            launch = conv._plan_norm_linear(64 * 3072, N, K, dtype, *options)
+            launch = linear._plan_norm_linear(64 * 3072, N, K, dtype, *options)
         else:
-            launch = conv._plan_linear(64 * 3072, N, K, dtype, True, True, True, False)
+            launch = linear._plan_linear(64 * 3072, N, K, dtype, True, True, True, False)
         yield f'linear {K} to {N}', launch, types
 
 

@@ -73,6 +73,15 @@ def refuse_second_derivatives(name: str) -> None:
         )
 
 
+def check_tensors(x: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Check data type and shapes: kernels do not, and would access memory out of bounds."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f'x has data type {x.dtype}: convert it to one of {DTYPES}')
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f'{name} has shape {tuple(tensor.shape)}: expected {shape}')
+
+
 LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 

@@ -39,13 +39,20 @@ def _small_tiles(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The names of the kernels that were called."""
-    from mmhrformer.ops import triton_attention, triton_conv, triton_ffn, triton_norm
+    from mmhrformer.ops import (
+        triton_attention,
+        triton_conv,
+        triton_ffn,
+        triton_linear,
+        triton_norm,
+    )
 
     seen = []
     names = {
         kernels: ('folded_block',),
         triton_attention: ('attention_forward',),
-        triton_conv: ('depthwise_forward', 'linear_forward'),
+        triton_conv: ('depthwise_forward',),
+        triton_linear: ('linear_forward',),
         triton_ffn: ('convolve', 'normalize'),
         triton_norm: ('normalize_gelu', 'batch_statistics'),
     }
@@ -485,7 +492,9 @@ SIX = [LINEAR, 'attention_forward', LINEAR, LINEAR, 'depthwise_forward', LINEAR]
 
 
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
-@pytest.mark.parametrize(('channels', 'options'), [(32, dict(with_rpe=False)), (78, dict())])
+@pytest.mark.parametrize(
+    ('channels', 'options'), [(32, dict(with_rpe=False)), (78, dict()), (128, dict())]
+)
 def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
     block = fold(channels, channels // 32, dtype, **options)
     x = make(1, 3, 8, channels, dtype=dtype, grad=False)
@@ -502,21 +511,23 @@ def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
 
 
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float16, 1e-2)])
-def test_padded_block(calls, linear_kernel, dtype, bound):
-    """A block with 22 channels, padded to 24, and 44 in the FFN, padded to 48."""
-    block, x = fold(22, 1, dtype), make(1, 3, 8, 22, dtype=dtype, grad=False)
+@pytest.mark.parametrize('channels', [22, 100])
+def test_padded_block(calls, linear_kernel, channels, dtype, bound):
+    """22 channels are padded to 24, 44 in the FFN to 48; 100 to 104, too wide for one kernel."""
+    block, x = fold(channels, 2, dtype), make(1, 3, 8, channels, dtype=dtype, grad=False)
+    missing = kernels.channel_padding(channels)
     with ops.use('reference'), torch.no_grad():
         plain = block(x)
         pad_layers(list(block.modules()), kernels.channel_padding)
-        padded = block(F.pad(x, (0, 2)))
+        padded = block(F.pad(x, (0, missing)))
     with ops.use('kernels'), torch.no_grad():
-        ours = block(F.pad(x, (0, 2)))
+        ours = block(F.pad(x, (0, missing)))
     assert calls == ['folded_block', *SIX]
     for out in (ours, padded):
-        assert out.shape == (1, 3, 8, 24)
-        assert not out[..., 22:].any()
+        assert out.shape == (1, 3, 8, channels + missing)
+        assert not out[..., channels:].any()
         torch.testing.assert_close(
-            out[..., :22], plain, atol=bound * plain.abs().max().item(), rtol=bound
+            out[..., :channels], plain, atol=bound * plain.abs().max().item(), rtol=bound
         )
 
 

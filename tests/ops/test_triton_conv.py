@@ -1,4 +1,4 @@
-"""The Triton kernels of folded FFNs give what float64 gives, gradients included.
+"""The Triton kernel of depth-wise convolutions gives what float64 gives, gradients included.
 
 Without a GPU they run in Triton's interpreter, which knows no bfloat16 products.
 """
@@ -8,18 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from triton_on_cpu import DEVICE, make_tiles_small
+from triton_on_cpu import BOUNDS, DEVICE, check, make, make_tiles_small
 
 if not hasattr(torch.library, 'register_fake'):
     pytest.skip('needs torch 2.4 and its Triton', allow_module_level=True)
 pytest.importorskip('triton')
 
-from mmhrformer.ops.triton_conv import depthwise_gelu, linear_forward, linear_gelu
+from mmhrformer.ops.triton_conv import depthwise_gelu
+from mmhrformer.ops.triton_linear import linear_gelu
 
-BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
-if DEVICE == 'cuda':
-    BOUNDS[torch.bfloat16] = 2e-2
 # Maps (B, C, H, W) and strides.
 MAPS = [
     ((2, 8, 1, 1), 1),
@@ -29,8 +26,6 @@ MAPS = [
     ((1, 24, 6, 10), 1),
     ((1, 20, 4, 9), 2),
 ]
-# Rows, and (inputs, outputs).
-ROWS = [((), (32, 48)), ((2, 3, 4), (78, 33)), ((130,), (156, 39)), ((1, 1), (16, 130))]
 
 
 @pytest.fixture(autouse=True)
@@ -39,44 +34,10 @@ def _small_tiles(monkeypatch):
         make_tiles_small(monkeypatch)
 
 
-def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    tensor = torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    if len(shape) == 4 and shape[1] > 1:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.requires_grad_(grad)
-
-
-def check(function, plain, tensors: list[Tensor | None], bound: float) -> None:
-    """Compare results and gradients, relative to their norms, with float64."""
-    doubles = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    out, expected = function(*tensors), plain(*doubles)
-    assert out.dtype == tensors[0].dtype
-    assert out.shape == expected.shape
-    # Not the memory format of the output.
-    arriving = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=torch.float64)
-    arriving = arriving.view(out.shape)
-    ours = [t for t in tensors if t is not None]
-    grads = torch.autograd.grad(out, ours, arriving.to(out.dtype))
-    theirs = torch.autograd.grad(expected, [t for t in doubles if t is not None], arriving)
-    for a, b, like in zip((out, *grads), (expected, *theirs), (out, *ours)):
-        assert a.dtype == like.dtype
-        assert (a.double() - b).norm() <= bound * b.norm()
-
-
 def plain_depthwise(stride: int, gelu: bool):
     def function(x, weight, bias=None):
         out = F.conv2d(x, weight, bias, stride, 1, groups=x.shape[1])
         return F.gelu(out) if gelu else out
-
-    return function
-
-
-def plain_linear(gelu: bool):
-    def function(x, weight, bias, residual):
-        out = F.linear(x, weight, bias)
-        out = F.gelu(out) if gelu else out
-        return out if residual is None else out + residual
 
     return function
 
@@ -96,38 +57,6 @@ def test_depthwise(size, stride, dtype, gelu):
     )
     out = depthwise_gelu(*tensors, stride, gelu)
     assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize('gelu', [True, False])
-@pytest.mark.parametrize('dtype', BOUNDS)
-@pytest.mark.parametrize(('rows', 'sizes'), ROWS)
-def test_linear(rows, sizes, dtype, gelu):
-    K, N = sizes
-    x, weight = make(*rows, K, dtype=dtype), make(N, K, dtype=dtype)
-    for bias in (make(N, dtype=dtype), None):
-        residual = None if bias is None else make(*rows, N, dtype=dtype)
-        check(
-            lambda *args: linear_gelu(*args[:3], gelu, args[3]),
-            plain_linear(gelu),
-            [x, weight, bias, residual],
-            BOUNDS[dtype],
-        )
-
-
-@pytest.mark.parametrize('dtype', BOUNDS)
-@pytest.mark.parametrize(
-    ('channels', 'zeros', 'outputs'),
-    [(80, 0, 16), (78, 0, 72), (78, 2, 80), (64, 16, 32), (22, 2, 24), (98, 6, 40)],
-)
-def test_linear_layer_of_normalized_rows(channels, zeros, outputs, dtype):
-    """Padding after the channels is ignored, even if it would overflow."""
-    x, weight = (make(n, channels, dtype=dtype, grad=False) for n in (70, outputs))
-    x[3] = 1000.0
-    padded = (F.pad(tensor, (0, zeros)) for tensor in (x, weight))
-    ours = linear_forward(*padded, None, False, None, 1e-6, channels)
-    double = F.layer_norm(x.double(), (channels,), eps=1e-6)
-    exact = F.linear(double, weight.double())
-    assert (ours - exact).norm() <= BOUNDS[dtype] * exact.norm()
 
 
 def test_gelu_is_exact():
@@ -153,8 +82,6 @@ def test_memory_formats_of_maps_and_weights():
     for w in (fast, turned, weight.detach().contiguous(memory_format=torch.channels_last)):
         assert torch.equal(depthwise_gelu(x, w, bias), expected)
     assert torch.equal(depthwise_gelu(x.contiguous(), weight, bias), expected)
-    rows, weight = make(6, 64)[:, ::2], make(8, 32)
-    assert torch.equal(linear_gelu(rows, weight, None), linear_gelu(rows.clone(), weight, None))
 
 
 def test_gradients_have_the_same_bits_each_time():
@@ -168,22 +95,18 @@ def test_gradients_have_the_same_bits_each_time():
 
 def test_nothing_to_compute():
     assert depthwise_gelu(make(0, 8, 4, 4), make(8, 1, 3, 3), None).shape == (0, 8, 4, 4)
-    assert linear_gelu(make(0, 32), make(8, 32), None).shape == (0, 8)
 
 
 def test_operators_are_well_formed():
     ops = torch.ops.mmhrformer
-    sizes = (1, 8, 2, 3), (8, 1, 3, 3), (8,), (3, 5, 32), (8, 32), (3, 5, 8)
-    x, weight, bias, rows, matrix, residual = (make(*size, grad=False) for size in sizes)
+    sizes = (1, 8, 2, 3), (8, 1, 3, 3), (8,)
+    x, weight, bias = (make(*size, grad=False) for size in sizes)
     for op, args in (
         (ops.depthwise_gelu, (x, weight, bias, 1, True)),
         (ops.depthwise_gelu, (x, weight, bias, 2, True)),
         (ops.depthwise_gelu_grad, (x, x, weight, bias, 1)),
         (ops.depthwise_input_grad, (x, weight)),
         (ops.depthwise_weight_grad, (x, x, weight, bias)),
-        (ops.linear_gelu, (rows, matrix, bias, True, residual, None)),
-        (ops.linear_gelu, (rows, matrix, bias, True, None, 1e-6)),
-        (ops.linear_gelu_grad, (residual, rows, matrix, bias)),
     ):
         torch.library.opcheck(op, args)
 
@@ -211,10 +134,6 @@ def test_compiled():
         (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 5, 5), None), r'weight .*\(8, 1, 3'),
         (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 3, 3), make(4)), r'bias .*\(8,\)'),
         (lambda: depthwise_gelu(make(1, 8, 4, 4), make(8, 1, 3, 3), None, 3), 'stride is 3'),
-        (lambda: linear_gelu(make(2, 8).double(), make(8, 8), None), 'x .*float64: convert'),
-        (lambda: linear_gelu(make(2, 8), make(8, 8).half(), None), 'weight .*float16: convert'),
-        (lambda: linear_gelu(make(2, 8), make(8, 4), None), r'weight .*\(8, 8\)'),
-        (lambda: linear_gelu(make(2, 8), make(4, 8), None, True, make(2, 8)), r'residual .*\(2, 4'),
     ],
 )
 def test_errors_name_the_argument_and_the_remedy(call, words):
