@@ -16,7 +16,7 @@ E2E = e2e and not slow
 # Tests that are skipped on torch 2.1, which is too old for them: another number means that a test
 # left out itself. The 5 of test-e2e are whole files for Triton, of which it runs nothing. In the
 # environment of test-modern, which has neither mmpose nor mmseg, 98 are.
-SKIPS = --skips 69
+SKIPS = --skips 67
 MODERN_SKIPS = --skips 98
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if skipped != expected:
         reporter.write_line(f'\n{skipped} tests were skipped, --skips says {expected}', red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage need not scan what was imported, which took 0.25 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

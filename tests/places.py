@@ -29,3 +29,8 @@ class Place:
 
     def run(self, *args: str) -> str:
         return run([self.python, *args], self.cwd)
+
+    def where(self, package: str) -> str:
+        """The file that ``import`` would run, found without waiting for it."""
+        code = f'from importlib.util import find_spec; print(find_spec({package!r}).origin)'
+        return self.run('-c', code)

@@ -95,7 +95,10 @@ param_scheduler = [
     model="""
 model = dict(
     backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
-    decode_head=[dict(head, in_channels={channels}) for head in _base_.model.decode_head],
+    decode_head=[
+        dict(_base_.model.decode_head[0], in_channels={channels}, channels=32),
+        dict(_base_.model.decode_head[1], in_channels={channels}, channels=32, ocr_channels=32),
+    ],
 )
 """,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -21,17 +22,31 @@ if DEVICE == 'cuda':
 
 
 @cache
-def let_range_take_numbers() -> None:
-    """Numbers known at run time only are arrays there, which NumPy 2.4 takes for no integers."""
+def prepare_interpreter() -> None:
+    """Let ranges take numbers, and leave out work of the interpreter that has no effect.
+
+    Numbers known at run time only are arrays there, which NumPy 2.4 takes for no integers. It
+    computes whether integers overflow, but says so with ``debug`` only, which is off; and for each
+    function that a kernel calls it patches a language that is patched already.
+    """
+    from triton import language
     from triton.runtime import interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
 
     def patch_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, '__index__', lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patch_index
+    def patch_once(function):
+        seen = [v for v in function.__globals__.values() if v is language or v is language.core]
+        if any(language.core.is_builtin(module.load) for module in seen):
+            return patch_language(function)
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_index, patch_once
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 def plan_anew(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
@@ -44,7 +59,6 @@ def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles on small maps, of few numbers each: the interpreter looks at all of them."""
     from mmhrformer.ops import triton_attention, triton_conv, triton_linear
 
-    let_range_take_numbers()
     narrow = triton_conv.DepthwiseTile(rows=2, cols=4, channels=16, warps=1)
     wide = triton_conv.DepthwiseTile(rows=4, cols=8, channels=32, warps=1, ahead=False, stages=2)
     monkeypatch.setattr(triton_conv, 'DEPTHWISE_TILES', {9: narrow, 1 << 31: wide})

@@ -45,6 +45,6 @@ def wheel(demo_data, tmp_path_factory) -> Place:
     run([sys.executable, *install], folder)
     (folder / 'data').symlink_to(demo_data)
     place = Place(python, folder)
-    where = place.run('-c', 'import mmhrformer; print(mmhrformer.__file__)')
+    where = place.where('mmhrformer')
     assert str(site) in where
     return place

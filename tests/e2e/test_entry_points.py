@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mmhrformer.cli.main import TOOLS
@@ -18,11 +20,15 @@ METRICS = {'mmpretrain': 'accuracy/top1', 'mmpose': 'coco/AP', 'mmsegmentation':
 SHORT = {
     'mmpretrain': ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=128'],
     'mmpose': ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=32'],
-    'mmsegmentation': ['train_cfg.max_iters=2', 'train_cfg.val_interval=2'],
+    'mmsegmentation': [
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'train_dataloader.batch_size=4',
+    ],
 }
 SHORTER_TEST = [
-    'val_dataloader.dataset.indices=32',
-    'test_dataloader.dataset.indices=32',
+    'val_dataloader.dataset.indices=8',
+    'test_dataloader.dataset.indices=8',
 ]
 
 
@@ -34,6 +40,19 @@ def checkpoint_of(folder) -> str:
     return (folder / 'last_checkpoint').read_text().strip()
 
 
+@pytest.fixture(scope='module')
+def found(wheel) -> dict[str, str]:
+    """Framework -> its config, and the address of a page; by one process, as imports take long."""
+    code = f"""
+import json
+from mmhrformer.configs import find_config
+from mmhrformer.utils.addresses import find_page
+configs = {{scope: str(find_config(name)) for scope, name in {CONFIGS}.items()}}
+print(json.dumps(configs | dict(page=find_page('docs/datasets.md'))))
+"""
+    return json.loads(wheel.run('-c', code))
+
+
 @pytest.mark.parametrize(
     'framework',
     [
@@ -42,10 +61,9 @@ def checkpoint_of(folder) -> str:
         'mmsegmentation',
     ],
 )
-def test_mim_from_a_wheel(wheel, framework):
+def test_mim_from_a_wheel(wheel, found, framework):
     """`mim train FRAMEWORK CONFIG` and `mim test`, with the config inside the wheel."""
-    code = f'from mmhrformer.configs import find_config as f; print(f({CONFIGS[framework]!r}))'
-    config = wheel.run('-c', code).strip()
+    config = found[framework]
     assert '.mim/configs' in config
     work = wheel.cwd / 'work' / framework
     args = [framework, config, '--gpus', '0', '--work-dir', str(work), *options(framework)]
@@ -67,14 +85,13 @@ def test_mim_finds_our_configs_by_name(wheel, framework):
     assert METRICS[framework] in out
 
 
-def test_the_wheel_has_what_users_run_and_no_more(wheel):
+def test_the_wheel_has_what_users_run_and_no_more(wheel, found):
     (folder,) = wheel.cwd.glob('env/lib/python*/site-packages/mmhrformer/.mim')
     names = sorted(path.name for path in folder.iterdir())
     assert names == ['benchmarks', 'configs', 'model-index.yml', 'tools']
     assert {file.stem for file in folder.glob('tools/*.py')} == {'train', 'test', *TOOLS}
     assert all(file.stem.startswith('benchmark') for file in folder.glob('benchmarks/*.*'))
-    code = 'from mmhrformer.utils.addresses import find_page as f; print(f("docs/datasets.md"))'
-    assert wheel.run('-c', code).startswith('https://')  # the wheel has no docs
+    assert found['page'].startswith('https://')  # the wheel has no docs
     assert '--candidates' in wheel.run('-m', 'mmhrformer', 'benchmark', '--help')
 
 

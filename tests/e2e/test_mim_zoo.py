@@ -92,7 +92,7 @@ def install(kind: str, link: str, folder: Path) -> Place:
     run([python, '-m', 'pip', *command, *editable, str(copy)], folder)
     make('imagenet', folder / 'data')
     place = Place(python, folder)
-    where = place.run('-c', 'import mmhrformer; print(mmhrformer.__file__)')
+    where = place.where('mmhrformer')
     assert str(copy if editable else site) in where
     return place
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -246,9 +247,7 @@ def one_process(rank: int, folder: str) -> None:
 def test_shared_statistics(tmp_path):
     # Not forked from this process, where other tests may have started threads.
     env = dict(os.environ, GLOO_SOCKET_IFNAME='lo')
-    calls = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    processes = [subprocess.Popen(call, env=env) for call in calls]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, check=True, timeout=120)
     parts = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     exact = run(plain, make((4, 5, 4, 3)), torch.float64)
     for one, other in zip(*parts):
@@ -259,4 +258,4 @@ def test_shared_statistics(tmp_path):
 
 
 if __name__ == '__main__':
-    one_process(int(sys.argv[1]), sys.argv[2])
+    mp.start_processes(one_process, args=(sys.argv[1],), nprocs=2, start_method='fork')
