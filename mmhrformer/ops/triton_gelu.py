@@ -26,11 +26,13 @@ def _normal_tail(x):
 
 @triton.jit
 def gelu(x):
+    """GELU of a tile in float32, x Phi(x)."""
     tail, _ = _normal_tail(x)
     return tl.maximum(x, 0.0) - tl.abs(x) * tail
 
 
 @triton.jit
 def gelu_slope(x):
+    """Derivative of GELU of a tile in float32, Phi(x) + x phi(x)."""
     tail, bell = _normal_tail(x)
     return tl.where(x > 0.0, 1.0 - tail, tail) + x * bell * 0.3989422804014327

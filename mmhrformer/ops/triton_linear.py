@@ -55,8 +55,6 @@ LINEAR_TILES = {
     'one block': LinearTile(m=128, n=128, k=64, group=1, warps=8, stages=3),
     'fewer outputs': LinearTile(m=128, n=64, k=64, group=1, warps=4, stages=3),
 }
-
-
 # Of the linear kernel with normalization, by the number of inputs, up to and including the key.
 # Microseconds on an H200, 64 images, bf16, and before rows were normalized once for all outputs: 32
 # to 128 inputs take 27 (34), 64 to 256 16 (19), 80 to 312 94 (183), 160 to 624 71 (106), with GELU.

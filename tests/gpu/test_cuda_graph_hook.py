@@ -22,9 +22,6 @@ pytestmark = [
 # Relative errors of weights' changes and losses over five steps. The same kernels run; casts of
 # weights and sums by atomic additions, as of bilinear upsampling, differ.
 LIMITS = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-# The gradient of squares of normalized maps is what little does not cancel. On an H200, rounding
-# moved weights by 0.07 to 0.19 in bfloat16, which has three bits less than float16.
-DISTANCES = {**LIMITS, torch.bfloat16: 0.3}
 every_dtype = pytest.mark.parametrize('dtype', LIMITS, ids=str)
 
 
@@ -70,6 +67,15 @@ def train(
     return torch.stack(losses)
 
 
+def nearly(model: nn.Module) -> nn.Module:
+    """A copy whose weights differ in their last bits."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 1e-7 * torch.randn_like(p))
+    return model
+
+
 def distance(ours: nn.Module, plain: nn.Module, start: nn.Module) -> float:
     """Distance between weights, relative to their distance from the start."""
 
@@ -92,9 +98,14 @@ def test_five_steps_are_those_without_graphs(dtype, accumulate, layout):
     losses = [train(m, dtype, accumulate, sizes=(4, 4, 4, 4, 3)) for m in (model, plain)]
     assert model.backbone.forward.replays == 4 * accumulate
     torch.testing.assert_close(*losses, rtol=LIMITS[dtype], atol=0)
-    apart = distance(model, plain, start)
-    print(f'distance {apart:.1e}, limit {DISTANCES[dtype]:.0e}')  # shown by pytest -rP
-    assert apart < DISTANCES[dtype]
+    # The gradient of squares of normalized maps is what little does not cancel, so that in bfloat16
+    # the last bits of the weights matter: on a CPU, without graphs, they move them by 0.2 to 0.3.
+    twin = nearly(start)
+    train(twin, dtype, accumulate, sizes=(4, 4, 4, 4, 3))
+    apart, noise = distance(model, plain, start), distance(twin, plain, start)
+    print(f'distance {apart:.1e}, of nearly equal weights {noise:.1e}')  # shown by pytest -rP
+    limit = LIMITS[dtype]
+    assert apart < (max(limit, noise) if dtype == torch.bfloat16 else limit)
     for (name, ours), theirs in zip(model.named_buffers(), plain.buffers()):
         torch.testing.assert_close(ours, theirs, rtol=LIMITS[dtype], atol=1e-3, msg=name)
 

@@ -205,15 +205,16 @@ def test_parts(part, training, dtype, device):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with ops.use('reference'):
         want = step(copy.deepcopy(module).double(), x.double())
-    ours = copy.deepcopy(module).to(device)
-    with autocast(device, dtype):
-        got = step(ours, x.to(device))
-    assert all(tensor.isfinite().all() for tensor in got)
-    check(got[:1], want[:1], LIMITS[dtype])
     # Biases before a normalization have no gradient but rounding errors.
     least = 1e-2 * max(grad.norm().item() for grad in want[1:])
-    for mine, plain in zip(got[1:], want[1:]):
-        check([mine], [plain], GRADIENT_LIMITS[dtype], least)
+    for form in ['cuda', 'kernels'] if device.type == 'cuda' else ['cpu']:
+        ours = copy.deepcopy(module).to(device)
+        with ops.use(form), autocast(device, dtype):
+            got = step(ours, x.to(device))
+        assert all(tensor.isfinite().all() for tensor in got)
+        check(got[:1], want[:1], LIMITS[dtype])
+        for mine, plain in zip(got[1:], want[1:]):
+            check([mine], [plain], GRADIENT_LIMITS[dtype], least)
 
 
 def test_more_windows_than_a_grid_has_places(device):
