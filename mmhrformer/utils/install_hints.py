@@ -38,7 +38,7 @@ MINIMUM = {
 }  # fmt: skip
 
 BUILD_MMCV = (
-    'pip uninstall -y mmcv mmcv-lite && pip install "setuptools<81" wheel ninja psutil && '
+    'pip uninstall -y mmcv mmcv-lite && pip install "setuptools<82" wheel ninja psutil && '
     'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --no-binary mmcv mmcv==2.1.0'
 )
 FORKS = 'or, of the maintained forks: pip install'
@@ -50,7 +50,7 @@ OLDER_TRANSFORMERS = (
 )
 
 BUILD_FORK = (
-    'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
+    'pip install "setuptools<82" wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-deps '
     '--force-reinstall --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv'
 )
 
@@ -73,7 +73,7 @@ INSTALL = {
     'torchvision': 'pip install torchvision, in the version that matches your torch',
     'mim': (
         'nothing: python -m mmhrformer works without it. If you want it: '
-        'pip install openmim "setuptools<81", or pip install onedl-mim'
+        'pip install openmim "setuptools<82", or pip install onedl-mim'
     ),
 }
 
@@ -117,7 +117,7 @@ FIXES = (
     ),
     (
         r'(?s)xtcocotools.*(numpy\.dtype size changed|_ARRAY_API not found|NumPy 1\.x cannot)',
-        'xtcocotools was built for NumPy 1. Build it for yours: pip install cython "setuptools<81" '
+        'xtcocotools was built for NumPy 1. Build it for yours: pip install cython "setuptools<82" '
         '&& pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir '
         '--no-binary xtcocotools xtcocotools; or go back: pip install "numpy<2"',
     ),
@@ -154,7 +154,7 @@ FIXES = (
     ),
     (
         r"No module named 'pkg_resources'",
-        'setuptools 82 removed pkg_resources: pip install "setuptools<81"',
+        'setuptools 82 removed pkg_resources: pip install "setuptools<82"',
     ),
     (
         r'operator torchvision::nms does not exist|torchvision\S*: undefined symbol',
@@ -166,7 +166,7 @@ FIXES = (
 # Packages that are too new: name, first incompatible version, incompatible with, fix.
 TOO_NEW = (
     ('transformers', '4.56', 'mmpretrain', OLDER_TRANSFORMERS),
-    ('setuptools', '82', 'openmim', 'pip install "setuptools<81"'),
+    ('setuptools', '82', 'openmim', 'pip install "setuptools<82"'),
     ('mmcv', '2.2', 'mmsegmentation', BUILD_MMCV),
     ('mmcv', '2.2', 'mmdet', BUILD_MMCV),
 )
@@ -289,7 +289,7 @@ def explain(err: BaseException) -> str:
 
     Examples:
         >>> explain(ModuleNotFoundError("No module named 'pkg_resources'"))
-        'setuptools 82 removed pkg_resources: pip install "setuptools<81"'
+        'setuptools 82 removed pkg_resources: pip install "setuptools<82"'
     """
     # The traceback contains file names, which identify the package.
     fix = suggest_fix(''.join(traceback.format_exception(err)))

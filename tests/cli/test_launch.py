@@ -56,7 +56,7 @@ def test_a_config_of_a_package_without_pkg_resources_names_the_fix(site, monkeyp
     config = site / 'a.py'
     config.write_text("_base_ = ['mmpretrain::_base_/default_runtime.py']")
     with pytest.raises(
-        SystemExit, match=r'(?s)^train\.py: .*pkg_resources.* Fix: .*"setuptools<81"'
+        SystemExit, match=r'(?s)^train\.py: .*pkg_resources.* Fix: .*"setuptools<82"'
     ):
         run_stock_tool('train', [str(config)])
 

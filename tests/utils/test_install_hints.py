@@ -39,7 +39,7 @@ BROKEN = {
     ),
     'onnx built for NumPy 1': ('onnx', AttributeError('_ARRAY_API not found'), ['"numpy<2"']),
     'mim without pkg_resources': (
-        'mim', ModuleNotFoundError("No module named 'pkg_resources'"), ['"setuptools<81"'],
+        'mim', ModuleNotFoundError("No module named 'pkg_resources'"), ['"setuptools<82"'],
     ),
     'transformers too new for mmpretrain': (
         'mmpretrain', ImportError(
@@ -140,7 +140,7 @@ def test_an_old_package_is_recognized(site, name, version, oldest):
     ('name', 'version', 'beside', 'fix'),
     [
         ('transformers', '5.0.0', 'mmpretrain', "'transformers>=4.28,<4.56'"),
-        ('setuptools', '82.0.1', 'openmim', '"setuptools<81"'),
+        ('setuptools', '82.0.1', 'openmim', '"setuptools<82"'),
         ('mmcv', '2.2.0', 'mmdet', 'mmcv==2.1.0'),
     ],
 )
