@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torchvision
 from PIL import Image
 
 SEED = 0
@@ -113,6 +114,7 @@ COCO_FILES = {
     'test2017': ('image_info_test-dev2017', 'COCO_test-dev2017_detections_AP_H_609_person'),
 }
 PERSON = {'supercategory': 'person', 'id': 1, 'name': 'person'}
+OBJECTS = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta['categories']
 BICYCLE = {'supercategory': 'vehicle', 'id': 2, 'name': 'bicycle'}
 
 
@@ -204,11 +206,19 @@ def make_people(rng: np.random.Generator, root: Path, split: str) -> tuple[dict,
 
 
 def make_coco(root: Path) -> None:
-    """Write images, key points, and the boxes of a detector for val and test."""
+    """Write images, key points, objects, and the boxes of a detector for val and test."""
+    categories = [
+        {'id': number, 'name': name}
+        for number, name in enumerate(OBJECTS)
+        if name not in ('__background__', 'N/A')
+    ]
     rng = np.random.default_rng(SEED)
     for split, (labels, detector) in COCO_FILES.items():
         content, boxes = make_people(rng, root, split)
         write(root / f'annotations/{labels}.json', json.dumps(content))
+        if 'annotations' in content:  # people are the only objects, with boxes and outlines
+            objects = json.dumps({**content, 'categories': categories})
+            write(root / f'annotations/instances_{split}.json', objects)
         if detector:
             write(root / f'person_detection_results/{detector}.json', json.dumps(boxes))
 

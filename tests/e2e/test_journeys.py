@@ -13,31 +13,47 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import mmcv
 import numpy as np
 import onnxruntime
 import pytest
 import sklearn.datasets
 import torch
-from mmengine.runner import load_checkpoint
+import torch.nn.functional as F
+from matplotlib.cbook import get_sample_data
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from PIL import Image
 from places import ENV, ROOT, run
-from recipes import OTHERS, RECIPES, WHOLE, Recipe, write_config
+from recipes import MICRO, RECIPES, WHOLE, Recipe, write_config
 
 from mmhrformer import fuse_for_inference, get_inferencer, get_model
-from mmhrformer.checkpoints import read_checkpoint, to_dialect, unwrap
+from mmhrformer.checkpoints import load_checkpoint, read_checkpoint, to_dialect, unwrap
+from mmhrformer.checkpoints.dialects import BIAS_TABLE, resize_bias_table
 from mmhrformer.cli.launch import stock_tool
 from mmhrformer.configs import PACKAGES, read_config
 
 pytestmark = pytest.mark.e2e
 
 HALF = 2  # epochs or iterations after which a run is killed
-HOURS = 3600  # only so that a test that hangs comes to an end
-# To go on from a checkpoint to its use, only for one recipe of each task.
-whole = pytest.mark.parametrize('trip', WHOLE, indirect=True)
+
+
+def trips(recipes: dict[str, Recipe]) -> list:
+    """Parameters of a test for some recipes, slow ones marked."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if recipe.slow else [])
+        for name, recipe in recipes.items()
+    ]
+
+
+# To go on from a checkpoint to its use, only for few recipes of each task.
+whole = pytest.mark.parametrize('trip', trips(WHOLE), indirect=True)
 
 
 @dataclass(frozen=True)
@@ -65,37 +81,46 @@ class Trip:
 
     def test(self, name: str, command: str, *args: object) -> dict:
         """Test the checkpoint by a command with CONFIG in it; return the metrics."""
-        option = '--dump' if self.metric == 'coco/AP' else '--out'
-        dump = self.folder / f'{name}.{"labels" if self.metric == "mIoU" else "pkl"}'
-        args = (*args, option, dump, '--work-dir', self.folder / name)
+        options = [f'test_evaluator.1.out_file_path={name}.pkl']
+        if self.metric == 'mIoU':
+            options.append(f'test_evaluator.0.output_dir={name}.labels')
+        args = (*args, '--work-dir', name, '--cfg-options', *options)
         run([*words(command, self.config), *map(str, args)], self.folder)
         (results,) = (self.folder / name).glob('*/*.json')
         found = json.loads(results.read_text())
         return {key: value for key, value in found.items() if not key.endswith('time')}
 
-    def predictions(self, name: str) -> dict[str, dict]:
-        """Path of each image -> scores of classes, label map, or boxes and key points."""
-        found: dict[str, dict] = {}
-        for file in (self.folder / f'{name}.labels').glob('*.png'):
-            (path,) = self.folder.glob(f'data/cityscapes/leftImg8bit/val/*/{file.name}')
-            found[str(path)] = dict(labels=np.array(Image.open(file)))
-        if found:
-            return found
-        for sample in pickle.loads((self.folder / f'{name}.pkl').read_bytes()):
-            path = str(self.folder / sample['img_path'])
-            if 'pred_score' in sample:
-                found[path] = dict(scores=sample['pred_score'].numpy())
-                continue
-            image = found.setdefault(path, dict(boxes=[], keypoints=[]))
-            image['boxes'].append(sample['gt_instances']['bboxes'][0])
-            image['keypoints'].append(sample['pred_instances']['keypoints'][0])
-        return found
+    def predictions(self, name: str = 'val') -> list[dict]:
+        """What a test, or by default the last validation, predicted for each image or person."""
+        samples = pickle.loads((self.folder / f'{name}.pkl').read_bytes())
+        return [predicted(sample, self.folder) for sample in samples]
 
     def scalars(self) -> list[dict]:
         """Losses, rates and metrics that both runs logged, the last lines possibly cut off."""
         files = sorted(self.folder.glob('work/*/vis_data/scalars.json'))
         lines = [line for file in files for line in file.read_text().splitlines()]
         return [json.loads(line) for line in lines if line.endswith('}')]
+
+
+def predicted(sample: dict, folder: Path) -> dict:
+    """Path of the image, and scores of classes, label map, key points of a person, or objects."""
+    found = dict(path=str(folder / sample['img_path']))
+    if 'pred_score' in sample:
+        return dict(found, scores=sample['pred_score'])
+    if 'seg_logits' in sample:
+        (labels,) = sample['pred_sem_seg']['data']
+        return dict(found, logits=sample['seg_logits']['data'], labels=labels)
+    if 'keypoints' in sample['pred_instances']:
+        found['box'] = sample['gt_instances']['bboxes'][0]
+    return dict(found, **sample['pred_instances'])
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    assert len(ours) > 1
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for kind, values in one.items():
+            np.testing.assert_array_equal(values, two[kind], err_msg=kind)
 
 
 def words(command: str, config: Path) -> list[str]:
@@ -107,38 +132,28 @@ def words(command: str, config: Path) -> list[str]:
     return [sys.executable, *(str(ROOT / w) if w.startswith('tools/') else w for w in found)]
 
 
-def train_and_kill(command: list[str], folder: Path) -> str:
-    """Train until there is a checkpoint, then kill all that was started; return its name."""
-    pointer, log = folder / 'work/last_checkpoint', folder / 'killed.log'
-    with log.open('w') as out:
-        process = subprocess.Popen(
-            command, cwd=folder, env=ENV, stdout=out, stderr=out, start_new_session=True
-        )
-    end = time.monotonic() + HOURS
-    while not pointer.is_file():
-        assert process.poll() is None, log.read_text()[-5000:]
-        assert time.monotonic() < end, 'no checkpoint was written'
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return Path(pointer.read_text()).stem
-
-
-@pytest.fixture(
-    scope='module',
-    params=[*WHOLE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
-)
+@pytest.fixture(scope='module', params=trips(RECIPES))
 def trip(request, tmp_path_factory) -> Trip:
-    """Train, be killed, go on from the checkpoint to the end."""
+    """Train, be killed at the first checkpoint, go on from it to the end."""
     recipe = RECIPES[request.param]
     folder = tmp_path_factory.mktemp('journey')
     config = write_config(recipe, folder)
-    command = [*words(recipe.train, config), '--work-dir', str(folder / 'work')]
-    assert train_and_kill(command, folder) == f'{recipe.task.unit}_{HALF}'
-    said = run([*command, '--resume'], folder)
+    commands = [
+        [*words(recipe.train, file), '--work-dir', str(folder / 'work')]
+        for file in (folder / 'killed.py', config)
+    ]
+    paths = [str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]
+    env = dict(ENV, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    killed = subprocess.run(
+        commands[0], cwd=folder, env=env, capture_output=True, text=True, start_new_session=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-5000:] + killed.stderr[-5000:]
+    pointer = folder / 'work/last_checkpoint'
+    assert Path(pointer.read_text()).stem == f'{recipe.task.unit}_{HALF}'
+    said = run([*commands[1], '--resume'], folder)
     epoch, step = (HALF, 2 * HALF) if recipe.task.unit == 'epoch' else (0, HALF)
     assert f'resumed epoch: {epoch}, iter: {step}' in said
-    return Trip(recipe, folder, config, Path((folder / 'work/last_checkpoint').read_text()))
+    return Trip(recipe, folder, config, Path(pointer.read_text()))
 
 
 def test_the_schedule_goes_on(trip):
@@ -151,8 +166,15 @@ def test_the_schedule_goes_on(trip):
     assert [seen[step] for step in sorted(seen)] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_decay_groups_are_resumed(trip):
+def test_weights_and_optimizer_are_resumed(trip):
+    """All count the steps of both runs, and the decay groups are those of the config."""
     content = torch.load(trip.checkpoint, map_location='cpu', weights_only=False)
+    steps = len(trip.recipe.task.factors)
+    counters = [v for k, v in content['state_dict'].items() if k.endswith('num_batches_tracked')]
+    assert all(counter == steps for counter in counters)
+    states = content['optimizer']['state'].values()
+    assert {int(state['step']) for state in states} == {steps}
+    assert all(state['exp_avg'].any() and state['exp_avg_sq'].any() for state in states)
     decay = read_config(trip.config).optim_wrapper.optimizer.weight_decay
     groups = {group['weight_decay'] for group in content['optimizer']['param_groups']}
     # In pose all is decayed but the bias tables, which HRNet and ViT do not have.
@@ -167,8 +189,11 @@ def metrics(trip) -> dict:
 
 
 def test_metrics_are_those_of_the_last_validation(trip, metrics):
-    (*_, last) = (row[trip.metric] for row in trip.scalars() if trip.metric in row)
-    assert metrics[trip.metric] == pytest.approx(last, abs=1e-3)
+    """So are the predictions: most metrics of hardly trained models are 0."""
+    (*_, last) = (row for row in trip.scalars() if trip.metric in row)
+    assert trip.metric in metrics
+    assert metrics == pytest.approx({name: last[name] for name in metrics}, nan_ok=True)
+    assert_same(trip.predictions('test'), trip.predictions())
 
 
 @whole
@@ -176,25 +201,37 @@ def test_mim_gives_the_same(trip, metrics):
     """The framework's own test.py, which mim finds; it reads our checkpoint in its own way."""
     command = '-m mim test FRAMEWORK CONFIG --gpus 0 --checkpoint'
     assert trip.test('mim', command, trip.checkpoint) == pytest.approx(metrics, nan_ok=True)
-    ours, theirs = trip.predictions('test'), trip.predictions('mim')
-    assert ours.keys() == theirs.keys()
-    for path, image in ours.items():
-        for kind, values in image.items():
-            np.testing.assert_array_equal(values, theirs[path][kind])
+    assert_same(trip.predictions('mim'), trip.predictions('test'))
 
 
-@pytest.mark.parametrize(
-    'trip',
-    [
-        pytest.param(name, marks=[] if name in WHOLE else pytest.mark.slow)
-        for name, recipe in RECIPES.items()
-        if recipe.task.metric == 'mIoU'
-    ],
-    indirect=True,
-)
+SEGMENTATION = {name: recipe for name, recipe in RECIPES.items() if recipe.task.metric == 'mIoU'}
+
+
+@pytest.mark.parametrize('trip', trips(SEGMENTATION), indirect=True)
 def test_several_scales(trip):
-    metrics = trip.test('tta', 'tools/test.py CONFIG', trip.checkpoint, '--tta')
-    assert 0 <= metrics['mIoU'] <= 100  # two digits of hardly trained models
+    """The logits of three scales and their mirror images, summed at the original size."""
+    trip.test('tta', 'tools/test.py CONFIG', trip.checkpoint, '--tta')
+    found, single = trip.predictions('tta')[0], trip.predictions()[0]
+    model, total = trip.model(), 0
+    image = cv2.imread(found['path'])
+    size = image.shape[:2]
+    for step in read_config(trip.config).tta_pipeline[1:-1]:  # first to a shorter side of 520
+        image = mmcv.imrescale(image, step.scale, interpolation=step.interpolation)
+    for ratio in (0.75, 1, 1.25):
+        width, height = (int(side * ratio + 0.5) for side in image.shape[1::-1])
+        scaled = normalize(mmcv.imrescale(image, (width, height)))
+        for mirror in (lambda x: x, lambda x: x.flip(3)):
+            out = compute(model, mirror(scaled))
+            for shape in (scaled.shape[2:], size):
+                out = F.interpolate(out, shape, mode='bilinear', align_corners=model.align_corners)
+            total += mirror(out)[0]
+    assert same(total, found['logits'])
+    assert torch.equal(found['labels'], found['logits'].argmax(0))
+    assert not same(found['logits'] / 6, single['logits'])
+    assert not torch.equal(found['labels'], single['labels'])
+    written = np.array(Image.open(trip.folder / 'tta.labels' / f'{Path(found["path"]).stem}.png'))
+    is_reduced = trip.recipe.data != 'cityscapes'  # its files have 0 for no class
+    np.testing.assert_array_equal(written, found['labels'] + is_reduced)
 
 
 # ---------------------------------------------------------------- the checkpoint elsewhere
@@ -203,33 +240,59 @@ def test_several_scales(trip):
 @whole
 def test_inferencer(trip, metrics, tmp_path):
     """The predictions are those of the test, and there is a picture of each."""
-    predictions = trip.predictions('test')
+    images: dict[str, list[dict]] = {}
+    for sample in trip.predictions('test'):
+        images.setdefault(sample['path'], []).append(sample)
+    people = trip.metric == 'coco/AP'
+    boxes = None
+    if people:
+        boxes = [[person['box'] for person in samples] for samples in images.values()]
     inferencer = get_inferencer(trip.config, trip.checkpoint, device='cpu', show_progress=False)
-    wanted = list(predictions.values())
-    boxes = [np.array(image['boxes']) for image in wanted if 'boxes' in image] or None
-    result = inferencer(list(predictions), boxes=boxes, out_dir=tmp_path)
-    for got, image in zip(result['predictions'], wanted, strict=True):
-        if 'scores' in image:
-            np.testing.assert_allclose(got['pred_scores'], image['scores'], atol=1e-5)
-        elif 'keypoints' in image:
-            keypoints = [instance['keypoints'] for instance in got['instances']]
-            np.testing.assert_allclose(keypoints, image['keypoints'], atol=1e-2)
+    result = inferencer(list(images), out_dir=tmp_path, boxes=boxes, return_datasamples=True)
+    found = zip(result['data_samples'], result['predictions'], images.items(), strict=True)
+    for sample, got, (path, wanted) in found:
+        if 'scores' in wanted[0]:
+            np.testing.assert_allclose(got['pred_scores'], wanted[0]['scores'], atol=1e-7)
+        elif people:
+            instances = sample.pred_instances
+            for kind, atol in (('keypoints', 1e-2), ('keypoint_scores', 1e-6)):
+                values = [person[kind][0] for person in wanted]
+                np.testing.assert_allclose(instances[kind], values, atol=atol)
         else:
-            values, lengths = np.transpose(got['runs'])
-            labels = np.repeat(values, lengths).reshape(got['size'])
-            np.testing.assert_array_equal(labels, image['labels'])
-    assert len(list((tmp_path / 'visualizations').iterdir())) == len(wanted)
+            assert same(sample.seg_logits.data, wanted[0]['logits'])
+            np.testing.assert_array_equal(inferencer.label_map(got), wanted[0]['labels'])
+        drawn = cv2.imread(str(tmp_path / f'visualizations/{Path(path).stem}.jpg')).astype(int)
+        assert (abs(drawn - cv2.imread(path)) > 64).sum() > 10
+    assert len(list((tmp_path / 'visualizations').iterdir())) == len(images)
+
+
+@pytest.mark.parametrize('trip', ['pose'], indirect=True)
+def test_the_image_is_flipped_too(trip):
+    """The key points of the test are not those without its flip test."""
+    (first, *_) = trip.predictions()
+    flips = {'model.test_cfg.flip_test': False}
+    inferencer = get_inferencer(trip.config, trip.checkpoint, device='cpu', cfg_options=flips)
+    (found,) = inferencer(first['path'], boxes=[first['box']])['predictions']
+    (person,) = found['instances']
+    assert not np.allclose(person['keypoints'], first['keypoints'][0], atol=1)
+
+
+def normalize(pixels: np.ndarray) -> torch.Tensor:
+    """An image as the models see it, (1, 3, H, W)."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
+    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    return (image - mean) / std
 
 
 @pytest.fixture(scope='module')
 def photograph(trip) -> torch.Tensor:
-    """A real photograph as the model sees it, normalized; (1, 3, H, W)."""
-    size = {'accuracy/top1': (224, 224), 'coco/AP': (192, 256), 'mIoU': (256, 128)}[trip.metric]
-    pixels = Image.fromarray(sklearn.datasets.load_sample_image('china.jpg')).resize(size)
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float()
-    mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
-    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-    return (image - mean) / std
+    """A real photograph, for poses of a person; (1, 3, H, W)."""
+    pixels = sklearn.datasets.load_sample_image('china.jpg')
+    if trip.metric == 'coco/AP':
+        with get_sample_data('grace_hopper.jpg') as file:
+            pixels = np.array(Image.open(file))
+    return normalize(cv2.resize(pixels, trip.recipe.task.size[::-1]))
 
 
 @torch.no_grad()
@@ -239,8 +302,17 @@ def compute(model, image: torch.Tensor) -> torch.Tensor:
     return out[-1] if isinstance(out, tuple | list) else out
 
 
+@torch.no_grad()
+def features(backbone, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return backbone(image)
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-4 * float(b.abs().max()))
+
+
+def equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def call_tool(monkeypatch, name: str, *args: object) -> None:
@@ -269,43 +341,87 @@ def test_converted_and_back(trip, target, photograph, tmp_path, monkeypatch):
     again = unwrap(read_checkpoint(back))
     assert ours.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
-    wanted = compute(trip.model(), photograph)
-    for file in () if part else (there, back):
-        assert torch.equal(compute(get_model(trip.config, file), photograph), wanted)
+    trained = trip.model()
+    wanted = compute(trained, photograph)
+    for file in (there, back):
+        if part:
+            model = get_model(trip.config)
+            load_checkpoint(model.backbone, file, strict=True)
+            streams = features(model.backbone, photograph)
+            assert equal(streams, features(trained.backbone, photograph))
+        else:
+            assert torch.equal(compute(get_model(trip.config, file), photograph), wanted)
+    if target == 'mmpose' and not part:
+        model = mmpose_model()
+        model.load_state_dict(torch.load(there)['state_dict'])
+        assert same(compute(model, photograph), wanted)
 
 
-def other_classes(trip: Trip) -> dict:
-    """Options for another number of classes or key points."""
-    if trip.metric == 'accuracy/top1':
+def mmpose_model() -> torch.nn.Module:
+    """The pose estimator of mmpose's own config, as small as ours."""
+    import mmpose
+
+    folder = Path(mmpose.__file__).parent / '.mim/configs/body_2d_keypoint/topdown_heatmap/coco'
+    cfg = Config.fromfile(folder / 'td-hm_hrformer-small_8xb32-210e_coco-256x192.py').model
+    del cfg.backbone['init_cfg']
+    for i, modules in enumerate(MICRO['num_modules'], 2):
+        cfg.backbone.extra[f'stage{i}'].update(
+            num_modules=modules,
+            num_blocks=(MICRO['num_blocks'],) * i,
+            num_channels=MICRO['channels'][:i],
+            num_heads=MICRO['num_heads'][:i],
+        )
+    cfg.head.in_channels = MICRO['channels'][0]
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        model = revert_sync_batchnorm(MODELS.build(cfg))
+    model.train(False)  # eval() does not return the model
+    return model
+
+
+def other_classes(cfg: Config) -> dict:
+    """Options for three classes or key points."""
+    if cfg.default_scope == 'mmpretrain':
         return {'model.head.num_classes': 3}
-    if trip.metric == 'coco/AP':
-        return {'model.head.out_channels': 5}
-    heads = read_config(trip.config).model.decode_head
+    if cfg.default_scope == 'mmpose':
+        return {'model.head.out_channels': 3}
     loss = dict(type='CrossEntropyLoss')
-    return {'model.decode_head': [dict(head, num_classes=3, loss_decode=loss) for head in heads]}
+    heads = [dict(head, num_classes=3, loss_decode=loss) for head in cfg.model.decode_head]
+    return {'model.decode_head': heads}
 
 
 @whole
 @pytest.mark.parametrize('door', ['load_from', 'init_cfg'])
-def test_another_window_and_other_classes(trip, door):
-    """The scheme in a config of the user's own: all that fits is the same, tables are resized."""
-    source, start = f'mmhrformer://{trip.checkpoint}', 'backbone.'
-    options = {'model.backbone.window_size': 9, **other_classes(trip)}
+@pytest.mark.parametrize('window', [7, 9])
+def test_other_classes_and_windows(trip, door, window, photograph, monkeypatch):
+    """The scheme in a config of the user's own: what fits is loaded, and tables are resized."""
+    source = f'mmhrformer://{trip.checkpoint}'
+    cfg = read_config(trip.config)
+    cfg.merge_from_dict({'model.backbone.window_size': window, **other_classes(cfg)})
     if door == 'init_cfg':
-        init = dict(type='Pretrained', checkpoint=source, prefix=start)
-        model = get_model(trip.config, cfg_options={**options, 'model.backbone.init_cfg': init})
+        init = dict(type='Pretrained', checkpoint=source, prefix='backbone.')
+        cfg.model.backbone.init_cfg = init
+        model, loaded = get_model(cfg), 'backbone.'
         model.init_weights()
     else:
-        model, start = get_model(trip.config, cfg_options=options), ''
-        load_checkpoint(model, source, map_location='cpu')
-    trained = trip.model().state_dict()
-    for name, tensor in model.state_dict().items():
-        if name.endswith('relative_position_bias_table'):
-            assert len(tensor) == 17**2
-            assert tensor.std() > 0
-        elif name.startswith(start):
-            fits = tensor.shape == trained[name].shape
-            assert torch.equal(tensor, trained[name]) if fits else 'head' in name, name
+        cfg.load_from, cfg.work_dir = source, 'other'
+        monkeypatch.chdir(trip.folder)
+        runner = Runner.from_cfg(cfg)
+        runner.load_or_resume()
+        model, loaded = runner.model, ''
+        model.train(False)
+    trained = trip.model()
+    wanted, found = trained.state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys()
+    new = {name for name in found if 'head' in name and found[name].shape != wanted[name].shape}
+    assert {len(found[name]) for name in new} == {3}
+    for name in found.keys() - new:
+        if name.endswith(BIAS_TABLE):
+            assert torch.equal(found[name], resize_bias_table(wanted[name], window))
+        elif name.startswith(loaded):
+            assert torch.equal(found[name], wanted[name]), name
+    if window == 7:
+        streams = features(model.backbone, photograph)
+        assert equal(streams, features(trained.backbone, photograph))
 
 
 @whole
@@ -321,7 +437,7 @@ def test_exported(trip, photograph, tmp_path, monkeypatch):
     if trip.metric == 'accuracy/top1':
         wanted = wanted.softmax(1)
     if trip.metric == 'mIoU':
-        wanted = torch.nn.functional.interpolate(
+        wanted = F.interpolate(
             wanted, photograph.shape[2:], mode='bilinear', align_corners=model.align_corners
         )
     assert same(torch.from_numpy(out), wanted)
