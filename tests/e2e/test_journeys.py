@@ -138,19 +138,17 @@ def trip(request, tmp_path_factory) -> Trip:
     recipe = RECIPES[request.param]
     folder = tmp_path_factory.mktemp('journey')
     config = write_config(recipe, folder)
-    commands = [
-        [*words(recipe.train, file), '--work-dir', str(folder / 'work')]
-        for file in (folder / 'killed.py', config)
-    ]
+    command = [*words(recipe.train, config), '--work-dir', str(folder / 'work')]
+    first = [str(folder / 'killed.py') if word == str(config) else word for word in command]
     paths = [str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]
     env = dict(ENV, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     killed = subprocess.run(
-        commands[0], cwd=folder, env=env, capture_output=True, text=True, start_new_session=True
+        first, cwd=folder, env=env, capture_output=True, text=True, start_new_session=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-5000:] + killed.stderr[-5000:]
     pointer = folder / 'work/last_checkpoint'
     assert Path(pointer.read_text()).stem == f'{recipe.task.unit}_{HALF}'
-    said = run([*commands[1], '--resume'], folder)
+    said = run([*command, '--resume'], folder)
     epoch, step = (HALF, 2 * HALF) if recipe.task.unit == 'epoch' else (0, HALF)
     assert f'resumed epoch: {epoch}, iter: {step}' in said
     return Trip(recipe, folder, config, Path(pointer.read_text()))
