@@ -5,9 +5,10 @@
 
 The demo of classification is trained, shortened, with everything random that it has: the order of
 the data, the augmentations of two persistent workers, dropped paths. SIGKILL comes at random
-moments, every other time while a checkpoint is being written; now and then the newest checkpoint is
-cut in half as well. Each time ``--resume`` must go on from the newest checkpoint that is whole.
-When a run comes to its end before all kills are done, the next one begins in another folder.
+moments, every other time from the run itself when it has written half of a checkpoint or of
+``last_checkpoint``; now and then the newest checkpoint is cut in half as well. Each time
+``--resume`` must go on from the newest checkpoint that is whole. When a run comes to its end before
+all kills are done, the next one begins in another folder.
 
 The data have to be there: ``python demo/demo_data.py``.
 """
@@ -15,7 +16,6 @@ The data have to be there: ``python demo/demo_data.py``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +46,25 @@ OPTIONS = [
     'default_hooks.logger.interval=1',
 ]
 TOLERANCE = 1e-6
+# Runs a script that kills itself and its workers in the middle of the file of some number.
+KILLED_WHILE_WRITING = """
+import os, runpy, signal, sys
+from mmhrformer.engine import checkpoint_hook
+from mmhrformer.utils.files import whole_file
+_, number, *sys.argv = sys.argv
+
+def write_half(path, data, files=iter(range(int(number)))):
+    with whole_file(path) as file:
+        if next(files, None) is not None:
+            file.write(data)
+            return
+        file.write(data[:len(data) // 2])
+        file.flush()
+        os.killpg(0, signal.SIGKILL)
+
+checkpoint_hook.write_atomically = write_half
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
 
 
 @dataclass
@@ -64,31 +82,33 @@ class Tally:
     weights: float = 0.0
 
 
-def train(work: Path, stop: Callable[[float], bool] = lambda seconds: False) -> tuple[int, str]:
-    """Train, or go on with it, until it ends or ``stop`` wants it killed.
+def train(work: Path, seconds: float | None = None, files: int | None = None) -> tuple[int, str]:
+    """Train, or go on with it, until it ends or is killed.
 
     Args:
         work (Path): Working folder of the run.
-        stop (Callable): Gets the seconds since the start, returns whether to kill now.
+        seconds (float, optional): When to kill it. Defaults to None: never.
+        files (int, optional): Number of the file in the middle of which it kills itself, usually
+            0 for a checkpoint, 1 for the ``last_checkpoint`` after it, and so on. Defaults to
+            None: it does not.
 
     Returns:
         tuple: Exit status, and what was said.
     """
-    command = [sys.executable, 'tools/train.py', CONFIG, '--work-dir', str(work), '--resume']
+    start = [] if files is None else ['-c', KILLED_WHILE_WRITING, str(files)]
+    command = [*start, 'tools/train.py', CONFIG, '--work-dir', str(work), '--resume']
     log = work.with_suffix('.log')
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore')
     with log.open('w') as out:
         process = subprocess.Popen(
-            [*command, '--cfg-options', *OPTIONS],
+            [sys.executable, *command, '--cfg-options', *OPTIONS],
             cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
-        start = time.monotonic()
-        while process.poll() is None:
-            if stop(time.monotonic() - start):
-                os.killpg(process.pid, signal.SIGKILL)  # the workers, too
-                break
-            time.sleep(0.001)
-        process.wait()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the workers, too
+            process.wait()
     return process.returncode, log.read_text()
 
 
@@ -132,38 +152,6 @@ def compare(work: Path, reference: Path, tally: Tally) -> None:
     tally.weights = max(tally.weights, worst)
 
 
-def unfinished(work: Path, since: float) -> bool:
-    """Whether a checkpoint is being written, or was when the run was killed.
-
-    Args:
-        work (Path): Working folder of the run.
-        since (float): When this run was started: what an earlier one has left does not count.
-
-    Returns:
-        bool: The answer.
-    """
-    for path in work.glob('*.partial'):
-        with contextlib.suppress(FileNotFoundError):  # it has just been renamed
-            if path.stat().st_mtime > since:
-                return True
-    return False
-
-
-def moment(work: Path, rng: random.Random, duration: float, writing: bool) -> Callable:
-    """Decide when to kill: some time, or while a checkpoint is being written."""
-    if not writing:
-        at = rng.uniform(0, duration)
-        return lambda seconds: seconds > at
-    delay, seen, since = rng.uniform(0, 0.003), [], time.time()
-
-    def is_writing(seconds: float) -> bool:
-        if not seen and unfinished(work, since):
-            seen.append(seconds)
-        return bool(seen) and seconds >= seen[0] + delay
-
-    return is_writing
-
-
 def check_resumed(said: str, epoch: int, cut: list[Path], tally: Tally) -> None:
     """Check what a run has resumed from, if it came that far."""
     warned = [path for path in cut if f'{path} is damaged' in said]
@@ -193,6 +181,33 @@ def cut_newest(work: Path, tally: Tally) -> list[Path]:
     return [newest]
 
 
+def run_once(
+    work: Path, rng: random.Random, kills: int, duration: float, cut: list[Path], tally: Tally
+) -> bool:
+    """Train until the end or the next kill; return whether it was killed."""
+    epoch, damaged = newest_whole(work)
+    seconds, files = None, None
+    if tally.kills < kills and tally.kills % 2:
+        files = rng.randrange(4)
+    elif tally.kills < kills:
+        seconds = rng.uniform(0, duration)
+    status, said = train(work, seconds, files)
+    check_resumed(said, epoch, cut, tally)
+    if status not in (0, -signal.SIGKILL):
+        raise AssertionError(said)
+    if status:
+        tally.kills += 1
+        if files is not None and not any(work.glob('*.partial')):
+            raise AssertionError(f'{work}: no file was being written')
+        tally.while_writing += files is not None
+        if set(newest_whole(work)[1]) - set(damaged):
+            raise AssertionError(f'{work}: a kill has left a damaged checkpoint')
+        if tally.kills % 5 == 0:
+            cut += cut_newest(work, tally)
+    print(f'{work.name}: from epoch {epoch}, status {status}, {tally}', flush=True)
+    return status != 0
+
+
 def kill_and_resume(folder: Path, kills: int, seed: int) -> Tally:
     """Do it all.
 
@@ -217,24 +232,9 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> Tally:
     while tally.kills < kills:
         tally.rounds += 1
         work = folder / f'round_{tally.rounds}'
-        status, cut = None, []
-        while status != 0:
-            epoch, damaged = newest_whole(work)
-            more, writing = tally.kills < kills, tally.kills % 2 == 1
-            started = time.time()
-            stop = moment(work, rng, duration, writing) if more else lambda seconds: False
-            status, said = train(work, stop)
-            check_resumed(said, epoch, cut, tally)
-            if status not in (0, -signal.SIGKILL):
-                raise AssertionError(said)
-            if status:
-                tally.kills += 1
-                tally.while_writing += unfinished(work, started)
-                if set(newest_whole(work)[1]) - set(damaged):
-                    raise AssertionError(f'{work}: a kill has left a damaged checkpoint')
-                if tally.kills % 5 == 0:
-                    cut += cut_newest(work, tally)
-            print(f'{work.name}: from epoch {epoch}, status {status}, {tally}', flush=True)
+        cut: list[Path] = []
+        while run_once(work, rng, kills, duration, cut, tally):
+            pass
         if any(work.glob('*.partial')):
             raise AssertionError(f'{work}: unfinished files are left')
         compare(work, reference, tally)

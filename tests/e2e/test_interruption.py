@@ -13,5 +13,5 @@ def test_killed_runs_equal_one_that_was_left_alone(demo_data, tmp_path):
     """The second kill of three comes while a checkpoint is being written."""
     tally = kill_and_resume(tmp_path / 'runs', kills=3, seed=0)
     assert tally.kills == 3
-    assert tally.while_writing >= 1
+    assert tally.while_writing == 1
     assert max(tally.difference, tally.weights) <= TOLERANCE
