@@ -242,11 +242,12 @@ def test_inferencer(trip, metrics, tmp_path):
     for sample in trip.predictions('test'):
         images.setdefault(sample['path'], []).append(sample)
     people = trip.metric == 'coco/AP'
-    boxes = None
-    if people:
+    options = {}
+    if people:  # key points are drawn whatever their scores
         boxes = [[person['box'] for person in samples] for samples in images.values()]
+        options = dict(boxes=boxes, kpt_thr=0)
     inferencer = get_inferencer(trip.config, trip.checkpoint, device='cpu', show_progress=False)
-    result = inferencer(list(images), out_dir=tmp_path, boxes=boxes, return_datasamples=True)
+    result = inferencer(list(images), out_dir=tmp_path, return_datasamples=True, **options)
     found = zip(result['data_samples'], result['predictions'], images.items(), strict=True)
     for sample, got, (path, wanted) in found:
         if 'scores' in wanted[0]:
