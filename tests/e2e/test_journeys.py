@@ -207,7 +207,10 @@ SEGMENTATION = {name: recipe for name, recipe in RECIPES.items() if recipe.task.
 
 @pytest.mark.parametrize('trip', trips(SEGMENTATION), indirect=True)
 def test_several_scales(trip):
-    """The logits of three scales and their mirror images, summed at the original size."""
+    """The logits of three scales and their mirror images, summed at the original size.
+
+    Label maps would not do: those of hardly trained models have one label.
+    """
     trip.test('tta', 'tools/test.py CONFIG', trip.checkpoint, '--tta')
     found, single = trip.predictions('tta')[0], trip.predictions()[0]
     model, total = trip.model(), 0
@@ -226,7 +229,6 @@ def test_several_scales(trip):
     assert same(total, found['logits'])
     assert torch.equal(found['labels'], found['logits'].argmax(0))
     assert not same(found['logits'] / 6, single['logits'])
-    assert not torch.equal(found['labels'], single['labels'])
     written = np.array(Image.open(trip.folder / 'tta.labels' / f'{Path(found["path"]).stem}.png'))
     is_reduced = trip.recipe.data != 'cityscapes'  # its files have 0 for no class
     np.testing.assert_array_equal(written, found['labels'] + is_reduced)
@@ -247,9 +249,10 @@ def test_inferencer(trip, metrics, tmp_path):
         boxes = [[person['box'] for person in samples] for samples in images.values()]
         options = dict(boxes=boxes, kpt_thr=0)
     inferencer = get_inferencer(trip.config, trip.checkpoint, device='cpu', show_progress=False)
-    result = inferencer(list(images), out_dir=tmp_path, return_datasamples=True, **options)
-    found = zip(result['data_samples'], result['predictions'], images.items(), strict=True)
-    for sample, got, (path, wanted) in found:
+    options.update(out_dir=tmp_path, return_vis=True, return_datasamples=True)
+    result = inferencer(list(images), **options)
+    parts = (result[key] for key in ('predictions', 'data_samples', 'visualization'))
+    for got, sample, drawn, (path, wanted) in zip(*parts, images.items(), strict=True):
         if 'scores' in wanted[0]:
             np.testing.assert_allclose(got['pred_scores'], wanted[0]['scores'], atol=1e-7)
         elif people:
@@ -260,8 +263,12 @@ def test_inferencer(trip, metrics, tmp_path):
         else:
             assert same(sample.seg_logits.data, wanted[0]['logits'])
             np.testing.assert_array_equal(inferencer.label_map(got), wanted[0]['labels'])
-        drawn = cv2.imread(str(tmp_path / f'visualizations/{Path(path).stem}.jpg')).astype(int)
-        assert (abs(drawn - cv2.imread(path)) > 64).sum() > 10
+        image, written = (
+            cv2.imread(str(file))[..., ::-1].astype(int)
+            for file in (path, tmp_path / f'visualizations/{Path(path).stem}.jpg')
+        )
+        assert (abs(drawn - image) > 64).sum() > 10
+        assert abs(written - drawn).mean() < abs(written - image).mean()
     assert len(list((tmp_path / 'visualizations').iterdir())) == len(images)
 
 
