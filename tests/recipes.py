@@ -121,7 +121,7 @@ RETINANET = replace(
     model="""
 model = dict(
     backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
-    neck=dict(in_channels={channels}[1:], out_channels=16),
+    neck=dict(in_channels=[*{channels}[1:]], out_channels=16),
     bbox_head=dict(in_channels=16, feat_channels=16),
 )
 """,
@@ -131,7 +131,7 @@ MASK_RCNN = replace(
     model="""
 model = dict(
     backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
-    neck=dict(in_channels={channels}, out_channels=16),
+    neck=dict(in_channels=[*{channels}], out_channels=16),
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=16),
