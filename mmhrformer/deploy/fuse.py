@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .. import ops
 from ..models.attention import LocalWindowSelfAttention, split_heads
 from ..models.block import HRFormerBlock
-from ..models.ffn import DepthwiseConv2d, DWConvFFN
+from ..models.ffn import DepthwiseConv2d, DWConvFFN, has_shapes
 from ..models.hr_module import HRModule
 from ..models.hrformer import HRFormer
 from ..ops.recompute import is_plain
@@ -117,6 +117,12 @@ class FusedWindowAttention(InferenceOnly):
             and norm.weight.abs().min() > SMALLEST_SCALE
         )
 
+    def has_shapes(self) -> bool:
+        """Whether the projections have the numbers of channels that they were made with."""
+        inner, channels = self.num_heads * self.head_dim, self.qkv.in_features
+        shapes = (3 * inner, channels), (channels, inner)
+        return (self.qkv.weight.shape, self.proj.weight.shape) == shapes
+
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map (B, H, W, C), normalized without affine, to one of the same shape."""
         if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
@@ -213,6 +219,7 @@ class FusedBlock(InferenceOnly):
             is_plain(block, HRFormerBlock)
             and type(block.attn) is FusedWindowAttention
             and type(block.ffn) is FusedDWConvFFN
+            and has_shapes(block.ffn)
             and block.ffn.fc1.bias is not None
             and is_plain(block.norm2, nn.LayerNorm)
             and block.norm2.bias is not None
@@ -231,6 +238,9 @@ class FusedBlock(InferenceOnly):
             and is_plain(ffn.fc1, ConvGELU)
             and is_plain(ffn.dw3x3, ConvGELU)
             and is_plain(ffn.fc2, ConvGELU)
+            and attn.has_shapes()
+            and has_shapes(ffn)
+            and attn.qkv.in_features == ffn.fc1.in_channels == ffn.fc2.out_channels
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+        if (self.padding, self.dilation, self.padding_mode) != KEEPING[3][1:]:
+            return super()._conv_forward(x, weight, bias)  # changed to enlarge its field of view
         return ops.depthwise_conv(x, weight, bias, self.stride[0])
 
 
@@ -82,11 +84,24 @@ class DWConvFFN(BaseModule):
     def is_intact(self) -> bool:
         """Whether the convolutions are as they were made, not replaced, hooked or the like."""
         kinds = nn.Conv2d, DepthwiseConv2d, nn.Conv2d
-        convs = self.fc1, self.dw3x3, self.fc2
-        return all(
-            type(conv) is kind
-            and is_plain(conv, kind)
-            and conv.bias is not None
-            and (conv.kernel_size, conv.stride) == ((size, size), (1, 1))
-            for conv, kind, size in zip(convs, kinds, (1, 3, 1))
+        are_made = all(
+            type(conv) is kind and is_plain(conv, kind) and conv.bias is not None
+            for conv, kind in zip((self.fc1, self.dw3x3, self.fc2), kinds)
         )
+        return are_made and has_shapes(self)
+
+
+# Strides, padding, dilation and its mode of a convolution that keeps the size of the map.
+KEEPING = {size: ((1, 1), (size // 2,) * 2, (1, 1), 'zeros') for size in (1, 3)}
+
+
+def has_shapes(ffn: nn.Module) -> bool:
+    """Whether the convolutions of an FFN are 1x1, 3x3 depth-wise and 1x1, on equal channels."""
+    fc1, dw3x3, fc2 = ffn.fc1, ffn.dw3x3, ffn.fc2
+    hidden = fc1.out_channels
+    shapes = (hidden, fc1.in_channels, 1, 1), (hidden, 1, 3, 3), (fc2.out_channels, hidden, 1, 1)
+    return all(
+        conv.weight.shape == shape
+        and (conv.stride, conv.padding, conv.dilation, conv.padding_mode) == KEEPING[shape[-1]]
+        for conv, shape in zip((fc1, dw3x3, fc2), shapes)
+    )
