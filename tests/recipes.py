@@ -115,6 +115,7 @@ model = dict(
 """,
     size=(128, 256),
 )
+# Hardly trained detectors find nothing of a higher score than 0.05.
 RETINANET = replace(
     POSE,
     metric='coco/bbox_mAP',
@@ -123,6 +124,7 @@ model = dict(
     backbone=dict(arch={arch}, init_cfg=dict(checkpoint='mmhrformer://{weights}')),
     neck=dict(in_channels=[*{channels}[1:]], out_channels=16),
     bbox_head=dict(in_channels=16, feat_channels=16),
+    test_cfg=dict(score_thr=0),
 )
 """,
 )
@@ -139,6 +141,7 @@ model = dict(
         mask_roi_extractor=dict(out_channels=16),
         mask_head=dict(in_channels=16, conv_out_channels=16),
     ),
+    test_cfg=dict(rcnn=dict(score_thr=0)),
 )
 """,
 )
