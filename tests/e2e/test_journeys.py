@@ -205,6 +205,18 @@ def test_mim_gives_the_same(trip, metrics):
 SEGMENTATION = {name: recipe for name, recipe in RECIPES.items() if recipe.task.metric == 'mIoU'}
 
 
+def resize(model, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(logits, size, mode='bilinear', align_corners=model.align_corners)
+
+
+def segment(model, image: torch.Tensor) -> torch.Tensor:
+    """Logits at the size of an image, which is padded if the config says so (ADE20K)."""
+    height, width = image.shape[2:]
+    divisor = (model.data_preprocessor.test_cfg or {}).get('size_divisor', 1)
+    padded = F.pad(image, (0, -width % divisor, 0, -height % divisor))
+    return resize(model, compute(model, padded), padded.shape[2:])[..., :height, :width]
+
+
 @pytest.mark.parametrize('trip', trips(SEGMENTATION), indirect=True)
 def test_several_scales(trip):
     """The logits of all scales and their mirror images, summed at the original size.
@@ -215,7 +227,7 @@ def test_several_scales(trip):
     found, single = trip.predictions('tta')[0], trip.predictions()[0]
     model, total = trip.model(), 0
     image = cv2.imread(found['path'])
-    size = image.shape[:2]
+    original = image.shape[:2]
     _, *first, augment = read_config(trip.config).tta_pipeline
     for step in first:  # to a shorter side of 520
         image = mmcv.imrescale(image, step.scale, interpolation=step.interpolation)
@@ -224,10 +236,8 @@ def test_several_scales(trip):
         width, height = (int(side * ratio + 0.5) for side in image.shape[1::-1])
         scaled = normalize(mmcv.imrescale(image, (width, height)))
         for mirror in (lambda x: x, lambda x: x.flip(3)):
-            out = compute(model, mirror(scaled))
-            for shape in (scaled.shape[2:], size):
-                out = F.interpolate(out, shape, mode='bilinear', align_corners=model.align_corners)
-            total += mirror(out)[0]
+            out = segment(model, mirror(scaled))
+            total += resize(model, mirror(out), original)[0]
     assert same(total, found['logits'])
     assert torch.equal(found['labels'], found['logits'].argmax(0))
     assert not same(found['logits'] / (2 * len(ratios)), single['logits'])
@@ -445,7 +455,5 @@ def test_exported(trip, photograph, tmp_path, monkeypatch):
     if trip.metric == 'accuracy/top1':
         wanted = wanted.softmax(1)
     if trip.metric == 'mIoU':
-        wanted = F.interpolate(
-            wanted, photograph.shape[2:], mode='bilinear', align_corners=model.align_corners
-        )
+        wanted = resize(model, wanted, photograph.shape[2:])
     assert same(torch.from_numpy(out), wanted)
