@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 
 import pytest
@@ -120,3 +121,11 @@ def test_archives(tmp_path):
                  '.github/workflows/tests.yml'):  # fmt: skip
         assert name in names
     assert not any('demo_output' in name or '.venv' in name for name in names)
+
+
+def test_temporary_files_lie_below_the_folder_of_pytest(shared_folder):
+    """Also those of processes, which may be killed; ``--skips`` looks at the checkout itself."""
+    code = 'import tempfile; print(tempfile.gettempdir())'
+    folder = str(shared_folder / 't')
+    assert tempfile.gettempdir() == folder
+    assert run([sys.executable, '-c', code], ROOT) == f'{folder}\n'
