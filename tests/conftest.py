@@ -30,11 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def untracked() -> set[str]:
-    """Files and folders of the checkout that git does not track, without caches of Python."""
+    """Files and folders of the checkout that git does not track, without caches of tools."""
     command = ['git', 'status', '--porcelain', '--ignored']
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     names = {line[3:] for line in listed.splitlines() if line[:2] in ('??', '!!')}
-    return {name for name in names if not name.endswith(('__pycache__/', '.pytest_cache/'))}
+    return {name for name in names if not name.endswith(('__pycache__/', '_cache/'))}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
