@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def untracked() -> set[str]:
-    """Files and folders of the checkout that git does not track, without caches of tools."""
+    """What git does not track in the checkout, without environments and caches of tools."""
     command = ['git', 'status', '--porcelain', '--ignored']
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     names = {line[3:] for line in listed.splitlines() if line[:2] in ('??', '!!')}
-    return {name for name in names if not name.endswith(('__pycache__/', '_cache/'))}
+    return {name for name in names if not re.match(r'\.venv|.*cache(__)?/$', name)}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
