@@ -69,7 +69,7 @@ def refuse_second_derivatives(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f'{name} has no second derivatives, which create_graph=True requires: force the '
-            "reference form by ops.use('reference') or MMHRFORMER_OPS=reference"
+            "reference by ops.use('reference') or MMHRFORMER_OPS=reference"
         )
 
 
