@@ -47,6 +47,9 @@ STOCK = {
     ('pose', 'hrnet-w48'): f'{POSE}hrnet-w48_8xb32-210e_coco-256x192.py',
     ('pose', 'vit-s'): f'{POSE}ViTPose-small_8xb64-210e_coco-256x192.py',
     ('pose', 'vit-b'): f'{POSE}ViTPose-base_8xb64-210e_coco-256x192.py',
+    ('pose', 'swin-t'): f'{POSE}swin-t-p4-w7_8xb32-210e_coco-256x192.py',
+    ('pose', 'swin-b'): f'{POSE}swin-b-p4-w7_8xb32-210e_coco-256x192.py',
+    ('pose', 'rtmpose-m'): 'body_2d_keypoint/rtmpose/coco/rtmpose-m_8xb256-420e_coco-256x192.py',
     ('cls', 'hrnet-w32'): 'hrnet/hrnet-w32_4xb32_in1k.py',
     ('cls', 'hrnet-w48'): 'hrnet/hrnet-w48_4xb32_in1k.py',
     ('cls', 'vit-s'): 'deit/deit-small_4xb256_in1k.py',
@@ -55,7 +58,7 @@ STOCK = {
 }
 
 SAME_WEIGHTS = ('ours', 'mmpose')
-BASES = (*SAME_WEIGHTS, 'hrnet-w32', 'hrnet-w48', 'vit-s', 'vit-b')
+BASES = (*SAME_WEIGHTS, *dict.fromkeys(base for _, base in STOCK))
 SUFFIXES = {
     'fused': 'ours only: mmhrformer.apis.fuse_for_inference',
     'padded': 'fused only: zero channels for Triton kernels, see fuse_for_inference',
@@ -64,7 +67,9 @@ SUFFIXES = {
     'cudagraph': 'CUDA inference: one captured CUDA graph',
     'nchw': 'contiguous images and weights, despite --channels-last',
     'onnx': 'CPU inference, fp32: exported to an ONNX file, run by onnxruntime',
+    'openvino': 'the same file, run by OpenVINO',
 }
+RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino'}
 
 
 class BenchmarkError(ValueError):
@@ -81,6 +86,11 @@ class Spec(NamedTuple):
     def has(self, suffix: str) -> bool:
         """Whether the name has a suffix."""
         return suffix in self.suffixes
+
+    @property
+    def runtime(self) -> str:
+        """The suffix of the runtime of an exported file, or an empty string."""
+        return next(filter(self.has, RUNTIMES), '')
 
 
 def parse_spec(name: str) -> Spec:
@@ -112,14 +122,16 @@ def parse_spec(name: str) -> Spec:
             raise BenchmarkError(f'candidate {name!r}: only ours can be {suffix}')
     if spec.has('padded') and not spec.has('fused'):
         raise BenchmarkError(f'candidate {name!r}: only fused models can be padded')
-    if spec.has('onnx') and len(spec.suffixes) > 1:
-        raise BenchmarkError(f'candidate {name!r}: onnx cannot be combined with other suffixes')
+    if spec.runtime and len(spec.suffixes) > 1:
+        raise BenchmarkError(
+            f'candidate {name!r}: {spec.runtime} cannot be combined with other suffixes'
+        )
     return spec
 
 
 def why_unavailable(spec: Spec, mode: str, device: str, dtype: str = 'fp32') -> str:
     """The reason why a candidate cannot be measured, or an empty string if it can."""
-    if spec.has('onnx') and (mode, device, dtype) != ('infer', 'cpu', 'fp32'):
+    if spec.runtime and (mode, device, dtype) != ('infer', 'cpu', 'fp32'):
         return 'exported files are measured with --mode infer, --device cpu, --dtype fp32 only'
     if spec.has('fused') and mode == 'train':
         return 'fused models cannot be trained'
@@ -146,11 +158,16 @@ def check_models(task: str, arch: str, specs: list[Spec]) -> None:
             )
     if task == 'pose' and any(spec.base.startswith('vit') for spec in specs):
         needed['mmpretrain'] = 'ViTPose'
-    if any(spec.has('onnx') for spec in specs):
+    if any(spec.base.startswith('rtmpose') for spec in specs):
+        needed['mmdet'] = "RTMPose's backbone"
+    runtimes = {RUNTIMES[spec.runtime] for spec in specs if spec.runtime}
+    if runtimes:
         try:
-            require_packages()
+            require_packages(verify='onnxruntime' in runtimes)
         except ImportError as err:
             raise BenchmarkError(str(err)) from None
+    if 'openvino' in runtimes and importlib.util.find_spec('openvino') is None:
+        raise BenchmarkError('OpenVINO is not installed: pip install openvino')
     for scope, who in needed.items():
         if importlib.util.find_spec(scope) is None:
             raise BenchmarkError(

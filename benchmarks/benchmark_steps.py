@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmark_measure import saved_bytes
@@ -135,9 +136,9 @@ class Replay:
 
 
 class Exported:
-    """A network exported for images of one shape, as by :func:`export_onnx`."""
+    """A network exported for images of one shape, as by :func:`export_onnx`, in a runtime."""
 
-    def __init__(self, network: Network, images: Tensor) -> None:
+    def __init__(self, network: Network, images: Tensor, runtime: str) -> None:
         import onnx
         import onnxslim
 
@@ -147,11 +148,27 @@ class Exported:
             warnings.simplefilter('ignore')  # about constant sizes
             torch.onnx.export(network, (images,), content, **options)
         graph = onnxslim.slim(onnx.load_from_string(content.getvalue()))
-        self.session = open_session(graph.SerializeToString())
-        self.inputs = {INPUT: images.contiguous().numpy()}
+        inputs = {INPUT: images.contiguous().numpy()}
+        if runtime == 'openvino':
+            model = open_in_openvino(graph.SerializeToString())
+            self.run = lambda: [np.array(out) for out in model(inputs).values()]
+        else:
+            session = open_session(graph.SerializeToString())
+            self.run = lambda: session.run(None, inputs)
 
     def __call__(self) -> tuple[Tensor, ...]:
-        return tuple(map(torch.from_numpy, self.session.run(None, self.inputs)))
+        return tuple(map(torch.from_numpy, self.run()))
+
+
+def open_in_openvino(graph: bytes):
+    """Compile a graph in OpenVINO for the CPU, in float32, with as many threads as torch uses."""
+    import openvino
+
+    options = dict(
+        INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=str(torch.get_num_threads())
+    )
+    core = openvino.Core()
+    return core.compile_model(core.read_model(io.BytesIO(graph)), 'CPU', options)
 
 
 class InferenceStep:
@@ -161,9 +178,9 @@ class InferenceStep:
         self.entrant = entrant
         self.images = entrant.images(case)
         self.call = Replay(self.forward) if entrant.spec.has('cudagraph') else self.forward
-        if entrant.spec.has('onnx'):
+        if runtime := entrant.spec.runtime:
             if case not in entrant.exported:
-                entrant.exported[case] = Exported(entrant.network, self.images)
+                entrant.exported[case] = Exported(entrant.network, self.images, runtime)
             self.call = entrant.exported[case]
 
     def forward(self) -> tuple[Tensor, ...]:

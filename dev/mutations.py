@@ -361,7 +361,11 @@ ENGINE = (
         'mmhrformer/engine/dead_options.py', 'engine/test_config_check.py',
         ('folders of a variable are no copy',
          "or (value != '' and other.startswith(value.rstrip('/') + '/'))", ''),
-        ('variables of old options are dead', 'or not isinstance(values[key], (dict, list))', ''),
+        ('old options unnoticed', 'dead.keys() & REPLACED.keys()', '()'),
+        ('equal numbers are copies',
+         "(not is_plain or key.endswith(path.split('.')[-1])) and", ''),
+        ('other variables not followed', 'if via not in seen:', 'if via is None:'),
+        ('a variable uses itself', ' - {target}', ''),
     ),
     *of(
         'mmhrformer/engine/cpu_ddp.py', 'engine/test_cpu_ddp.py',

@@ -6,9 +6,11 @@ inheriting config or ``--cfg-options`` sets the variable again, that has no effe
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -48,16 +50,20 @@ def dead_options(cfg: Config) -> dict[str, str]:
 
     Returns:
         dict[str, str]: Option -> what to do instead, or an empty string. Variables whose value is
-        also elsewhere in the config, or was before it was changed there, count as used.
+        also elsewhere in the config, or was before it was changed there, count as used; numbers
+        only if a file computes options from them, or if an option with a similar name is equal.
     """
-    values, late = _values(cfg), late_variables(cfg)
+    values, late, files = _values(cfg), late_variables(cfg), _files(cfg)
     places = _places(values)
+    uses = {name: _uses(name) for name in files}
     dead = {
         key: ''
         for key in _variables(values)
-        if not any(_is_copy(values[key], value) for value in places.values())
+        if not any(_may_be_copy(key, values[key], path, value) for path, value in places.items())
+        and not any(
+            file.get(key) == values[key] and key in uses[name] for name, file in files.items()
+        )
     }
-    files = _files(cfg) if dead else {}
     for key in list(dead):
         if key in late:
             dead[key] = (
@@ -68,11 +74,8 @@ def dead_options(cfg: Config) -> dict[str, str]:
             file.get(key) == values[key] for name, file in files.items() if name != cfg.filename
         ):
             del dead[key]
-    for key in REPLACED.keys() & values.keys():
-        # A variable may also have this name, as in mmsegmentation's schedules.
-        if key in dead or not isinstance(values[key], (dict, list)):
-            dead[key] = f'use {REPLACED[key]}'
-    return dead
+    # A variable that is used may also have such a name, as in mmsegmentation's schedules.
+    return dead | {key: f'use {REPLACED[key]}' for key in dead.keys() & REPLACED.keys()}
 
 
 def late_variables(cfg: Config) -> dict[str, list[str]]:
@@ -88,13 +91,13 @@ def late_variables(cfg: Config) -> dict[str, list[str]]:
     values = _values(cfg)
     places = _places(values)
     late = {key: {} for key in _variables(values)}  # dicts as ordered sets
-    for file in _files(cfg).values() if late else ():
-        before = _places(file)
+    for name, file in _files(cfg).items() if late else ():
+        before, uses = _places(file), _uses(name)
         for key in late.keys() & file.keys():
             if file[key] != values[key]:
                 late[key].update(
                     (path, None)
-                    for path in _copies(key, file[key], values[key], before)
+                    for path in _copies(key, file[key], values[key], before, uses.get(key, ()))
                     if path in places and places[path] == before[path] != values[key]
                 )
     return {key: list(paths) for key, paths in late.items() if paths}
@@ -164,6 +167,57 @@ def _files(cfg: Config) -> dict[str, dict[str, Any]]:
     }
 
 
+def _uses(file: str) -> dict[str, list[str]]:
+    """The names that a file reads -> the options that it computes from each, by dotted name."""
+    direct = {}
+    for statement in ast.parse(Path(file).read_text('utf-8')).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else ()
+        target = next((target.id for target in targets if isinstance(target, ast.Name)), '')
+        for path, node in _leaves(target, statement):
+            for name in _names_read(node) - {target}:
+                direct.setdefault(name, []).append(path)
+    return {name: list(_reached(name, direct, {name})) for name in direct}
+
+
+def _reached(name: str, direct: Mapping[str, list[str]], seen: set[str]) -> Iterator[str]:
+    """The options computed from a variable, also through other variables."""
+    for path in direct.get(name, ()):
+        yield path
+        via, dot, rest = path.partition('.')
+        if via not in seen:
+            for further in _reached(via, direct, seen | {via}):
+                yield further + dot + rest
+
+
+def _leaves(path: str, node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The expressions in nested dicts and lists, with the dotted name of each."""
+    if isinstance(node, ast.Assign):
+        node = node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        items = [(keyword.arg, keyword.value) for keyword in node.keywords]
+    elif isinstance(node, ast.Dict):
+        items = [(getattr(key, 'value', None), value) for key, value in zip(node.keys, node.values)]
+    else:
+        items = list(enumerate(node.elts)) if isinstance(node, (ast.List, ast.Tuple)) else []
+    for key, value in items:
+        yield from _leaves(path if key is None else f'{path}.{key}', value)
+    if not items:
+        yield path, node
+
+
+def _names_read(node: ast.AST) -> set[str]:
+    """Variables in an expression, also those of a base file."""
+    reads = [n for n in ast.walk(node) if isinstance(getattr(n, 'ctx', None), ast.Load)]
+    names = {n.id for n in reads if isinstance(n, ast.Name)}
+    return names | {n.attr for n in reads if isinstance(n, ast.Attribute)}
+
+
+def _may_be_copy(key: str, value: Any, path: str, other: Any) -> bool:
+    """Whether an option may be a copy of a variable; equal numbers are often unrelated."""
+    is_plain = not isinstance(value, (str, list, tuple, dict))
+    return (not is_plain or key.endswith(path.split('.')[-1])) and _is_copy(value, other)
+
+
 def _is_copy(value: Any, other: Any) -> bool:
     if isinstance(value, str) and isinstance(other, str):
         return other == value or (value != '' and other.startswith(value.rstrip('/') + '/'))
@@ -178,11 +232,10 @@ def _are_dicts(steps: Any) -> bool:
     return isinstance(steps, list) and steps != [] and all(isinstance(s, dict) for s in steps)
 
 
-def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[str]:
-    """Options to which a variable, or a changed part of it, was copied.
-
-    Numbers count only under a similar name, since equal numbers often have unrelated meanings.
-    """
+def _copies(
+    key: str, value: Any, now: Any, places: Mapping[str, Any], computed: Iterable[str] = ()
+) -> list[str]:
+    """Options to which a variable, or a changed part of it, was copied, or computed from it."""
     parts = {key: value}
     if isinstance(value, dict) and isinstance(now, dict):
         parts.update((name, part) for name, part in value.items() if part != now.get(name))
@@ -191,11 +244,11 @@ def _copies(key: str, value: Any, now: Any, places: Mapping[str, Any]) -> list[s
         if any(path.startswith(f'{above}.') for above in found):
             continue
         for name, part in parts.items():
-            is_plain = name != key or not isinstance(part, (str, list, tuple, dict))
-            if (not is_plain or name.endswith(path.split('.')[-1])) and _is_copy(part, other):
+            similar = name == key or name.endswith(path.split('.')[-1])
+            if similar and _may_be_copy(name, part, path, other):
                 found.append(path)
                 break
-    return found
+    return found + [path for path in computed if path in places and path not in found]
 
 
 def _was_copied(key: str, value: Any, file: Mapping) -> bool:

@@ -218,6 +218,8 @@ def test_names_of_candidates(tool):
         ('--candidates ours-onnx --mode train', 'ours-onnx: exported files are measured with'),
         ('--candidates ours-onnx --dtype bf16', 'ours-onnx: exported files are measured with'),
         ('--candidates ours-fused-onnx', 'onnx cannot be combined with other suffixes'),
+        ('--candidates ours-openvino-nchw', 'openvino cannot be combined with other suffixes'),
+        ('--candidates ours-openvino --mode train', 'exported files are measured with'),
         ('--candidates ours-fused --mode train', 'ours-fused: fused models cannot be trained'),
         ('--candidates ours --baseline mmpose', '--baseline mmpose is not measured'),
         ('--candidates ours vit-s --task seg', 'no such model for task seg; choose from hrnet-w48'),
