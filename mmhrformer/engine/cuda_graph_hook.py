@@ -13,11 +13,11 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.recompute import is_plain
 from ..ops.state import autocast_dtype, is_compiling
+from ..ops.triton_support import refuse_second_derivatives
 from ..registry import HOOKS
 
 WARM_UP = 3  # passes before the capture, in which libraries and Triton select their kernels
@@ -75,8 +75,8 @@ class Replay(torch.autograd.Function):
         return graphed.replay_forward(ctx.ticket, images)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives('graph_backbone', REMEDY)
         ctx.saved_tensors  # noqa: B018  (raises if it was modified in the meantime)
         return None, None, *ctx.graphed.replay_backward(ctx.ticket, grads)
 
@@ -109,6 +109,8 @@ class GraphedForward:
         # Do not replay if that would overwrite what a pending backward pass needs.
         if not getattr(self.last(), 'done', True) or self.key != self._key(images):
             return self.ordinary(images)
+        if not self._restore_buffers():
+            return self.ordinary(images)
         self.replays += 1
         return Replay.apply(self, images, *self.parameters)
 
@@ -119,6 +121,22 @@ class GraphedForward:
         modes = autocast_dtype(images.device.type), [m.training for m in self.modules]
         return images.shape, images.stride(), images.dtype, images.device, modes, weights
 
+    def _restore_buffers(self) -> bool:
+        """Put the buffers of the graphs back where others were assigned; return whether they fit.
+
+        mmpretrain's PreciseBNHook assigns new running statistics, whose values are copied.
+        """
+        for held, name, buffer in self.buffers:
+            now = held.get(name)
+            if now is buffer:
+                continue
+            kinds = [(b.shape, b.dtype, b.device) for b in (buffer, now) if b is not None]
+            if kinds != kinds[:1] * 2:
+                return False
+            buffer.copy_(now)
+            held[name] = buffer
+        return True
+
     def capture(self, images: Tensor) -> None:
         """Capture both passes for images like these in the current modes."""
         key = self._key(images)
@@ -126,7 +144,11 @@ class GraphedForward:
         learned = [p for p in self.module.parameters() if p.requires_grad]
         self.halved = weights_of_products(self.module) if autocast_dtype(images.device.type) else []
         self.parameters = sorted(learned, key=lambda p: (str(p.dtype), p in set(self.halved)))
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        places = [m._buffers for m in self.modules]
+        self.buffers = [
+            (held, *pair) for held in places for pair in held.items() if pair[1] is not None
+        ]
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:  # the warm-up must not change random states and statistics
             random = torch.random.fork_rng([images.device] if images.is_cuda else [])
             with random:
@@ -142,8 +164,8 @@ class GraphedForward:
                 f'{err}; {REMEDY}'
             ) from err
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, values in before:
+                buffer.copy_(values)
         self.key = key
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
@@ -9,8 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from . import cuda, reference, triton_support
@@ -40,15 +43,20 @@ def try_kernel(device: torch.device) -> str:
     from . import triton_launch
     from .triton_layer_norm import layer_norm
 
-    x = torch.linspace(0, 1, 32, device=device).view(1, 32)
-    try:
-        expected = layer_norm(x, None, None, 1e-6)
-    except Exception as err:
-        return f'Triton fails on {device}, {type(err).__name__}: {err}'
-    try:
-        is_equal = torch.equal(layer_norm(x, None, None, 1e-6), expected)
-    except Exception:
-        is_equal = False
+    with _disable_current_modes():  # a FakeTensorMode would compute nothing
+        x = torch.linspace(0, 1, 32, dtype=torch.float32, device=device).view(1, 32)
+        try:
+            expected = layer_norm(x, None, None, 1e-6)
+        except torch.cuda.OutOfMemoryError:  # would disable the kernels for the rest of the process
+            raise
+        except Exception as err:
+            reason = f'Triton fails on {device}, {type(err).__name__}: {err}'
+            print_log(f'The kernels are not used: {reason}', 'current', logging.WARNING)
+            return reason
+        try:
+            is_equal = torch.equal(layer_norm(x, None, None, 1e-6), expected)
+        except Exception:
+            is_equal = False
     if not is_equal:
         triton_launch.use_own_launch_only()
     return ''
@@ -215,7 +223,7 @@ def has_folded_block(x: Tensor, block: nn.Module) -> bool:
         x.dtype == weight.dtype
         and autocast_dtype(x.device.type) is None
         and not needs_grad(x, weight)
-        and x.shape[-1] <= MAX_CHANNELS
+        and x.shape[-1] == attn.qkv.in_features <= MAX_CHANNELS
         and attn.window_size <= MAX_WINDOW
         and attn.head_dim <= MAX_HEAD_DIM
     )
@@ -282,7 +290,10 @@ def has_conv_ffn(x: Tensor, ffn: nn.Module) -> bool:
         and len(x) > 0
         and needs_grad(x, *ffn.parameters())
         and ffn.is_intact()
-        and all(fits_norm(norm) for norm in (ffn.norm1, ffn.norm2, ffn.norm3))
+        and x.shape[-1] == ffn.fc1.in_channels
+        and fits_norm(ffn.norm1, ffn.fc1.out_channels)
+        and fits_norm(ffn.norm2, ffn.dw3x3.out_channels)
+        and fits_norm(ffn.norm3, ffn.fc2.out_channels)
     )
 
 
@@ -315,9 +326,10 @@ def conv_ffn(x: Tensor, ffn: nn.Module) -> Tensor:
     return to_rows(ConvFFN.apply(measure, to_map(x.to(dtype).contiguous()), *parameters))
 
 
-def fits_norm(norm: nn.Module) -> bool:
-    """Whether the kernels know a normalization."""
-    return is_plain(norm, _BatchNorm, nn.SyncBatchNorm) and norm.affine
+def fits_norm(norm: nn.Module, channels: int) -> bool:
+    """Whether the kernels know a normalization of maps with this number of channels."""
+    is_known = is_plain(norm, _BatchNorm, nn.SyncBatchNorm) and norm.affine
+    return is_known and norm.num_features == channels
 
 
 def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> Tensor:
@@ -326,7 +338,9 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     As in :mod:`.recompute`, but normalization and GELU are one kernel that keeps only its input,
     and the statistics are not recomputed.
     """
-    if not (fits_norm(norm) and x.dtype in DTYPES and len(x)):
+    fits = fits_norm(norm, x.shape[1]) and x.dtype in DTYPES
+    # A process without images still takes part in the communication of the others' kernels.
+    if not fits or not (len(x) or sync_group(norm)):
         return cuda.norm_gelu_conv(x, norm, conv)
     normalize = prepare_norm_gelu(x, norm)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -86,7 +86,7 @@ class ConvFFN(torch.autograd.Function):
         refuse_second_derivatives('conv_ffn')
         x, *kept = ctx.saved_tensors
         parameters, maps = kept[:12], kept[12:]
-        grad, grads, later = grad.contiguous(memory_format=torch.channels_last), [], None
+        grads, later = [], None
         for i in (2, 1, 0):
             weight, bias, *affine = parameters[4 * i : 4 * i + 4]
             group, eps, training, gelu = ctx.norms[i]

@@ -26,7 +26,7 @@ def _normal_tail(x):
 
 @triton.jit
 def gelu(x):
-    """GELU of a tile in float32, x Phi(x)."""
+    """GELU of a tile in float32, x Phi(x); NaN for an infinite x."""
     tail, _ = _normal_tail(x)
     return tl.maximum(x, 0.0) - tl.abs(x) * tail
 

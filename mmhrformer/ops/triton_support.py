@@ -60,7 +60,10 @@ def available(device: torch.device | None = None) -> bool:
     return not why_not(device)
 
 
-def refuse_second_derivatives(name: str) -> None:
+USE_REFERENCE = "force the reference by ops.use('reference') or MMHRFORMER_OPS=reference"
+
+
+def refuse_second_derivatives(name: str, remedy: str = USE_REFERENCE) -> None:
     """Raise an error in a backward pass with ``create_graph=True``.
 
     Gradients are enabled in such a pass. ``once_differentiable`` would silently treat the result as
@@ -68,8 +71,7 @@ def refuse_second_derivatives(name: str) -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f'{name} has no second derivatives, which create_graph=True requires: force the '
-            "reference by ops.use('reference') or MMHRFORMER_OPS=reference"
+            f'{name} has no second derivatives, which create_graph=True requires: {remedy}'
         )
 
 

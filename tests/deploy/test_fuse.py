@@ -163,6 +163,26 @@ def test_convolutions_with_another_padding_are_kept(options):
     torch.testing.assert_close(fuse_for_inference(block)(x), block(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('dw3x3', dict(kernel_size=3, padding=2, dilation=2, groups=32)),
+        ('dw3x3', dict(kernel_size=5, padding=2, groups=32)),
+        ('dw3x3', dict(kernel_size=3, padding=1)),
+        ('fc1', dict(kernel_size=3, padding=1)),
+        ('fc2', dict(kernel_size=1, groups=2)),
+    ],
+    ids=str,
+)
+def test_convolutions_of_other_shapes_are_kept(name, options):
+    block, x = make_block(), torch.randn(2, 5, 4, 8)
+    old = getattr(block.ffn, name)
+    setattr(block.ffn, name, nn.Conv2d(old.in_channels, old.out_channels, **options))
+    folded = fuse_for_inference(block)
+    assert type(folded) is HRFormerBlock
+    torch.testing.assert_close(folded(x), block(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('part', ['norm1', 'attn', 'attn.proj', 'norm2', 'ffn', 'ffn.dw3x3'])
 def test_what_is_done_to_a_folded_block_is_noticed(part):
     block, folded = make_block(), fuse_for_inference(make_block())

@@ -287,6 +287,30 @@ def test_wrong_gradients_are_refused():
 
 
 @pytest.mark.usefixtures('_on_cpu')
+def test_second_derivatives_are_refused():
+    _, model, _ = pair()
+    loss = model(images())['loss']
+    with pytest.raises(RuntimeError, match=r'second derivatives.* do not use CUDAGraphHook'):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+@pytest.mark.usefixtures('_on_cpu')
+def test_buffers_that_are_assigned_are_kept_up_to_date():
+    """As PreciseBNHook assigns running statistics, whose old memory graphs would still write."""
+    plain, model, graph = pair()
+    for m in (plain, model):
+        m.backbone.bn1.running_mean = torch.full_like(m.backbone.bn1.running_mean, 3.0)
+    assert train(model, 2) == train(plain, 2)
+    assert graph.replays == 2
+    assert_same(model, plain)
+    for m in (plain, model):
+        m.backbone.bn1.num_batches_tracked = m.backbone.bn1.num_batches_tracked.int()
+    assert torch.equal(*(m(images())['loss'] for m in (model, plain)))
+    assert graph.replays == 2
+    assert_same(model, plain)
+
+
+@pytest.mark.usefixtures('_on_cpu')
 def test_copies_and_pickles_are_ordinary_models():
     plain, model, graph = pair()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -110,6 +110,13 @@ def test_depthwise_convolution_is_the_plain_one_in_every_layout(stride, bias, gr
     assert conv.weight.shape == (6, 1, 3, 3)
 
 
+def test_depthwise_convolution_may_be_dilated_later():
+    conv, x = DepthwiseConv2d(6), torch.randn(2, 6, 7, 5)
+    conv.dilation = conv.padding = (2, 2)
+    expected = F.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2, groups=6)
+    torch.testing.assert_close(conv(x), expected)
+
+
 @pytest.mark.parametrize('kind', ['DWConvFFN', 'FFN'])
 @pytest.mark.parametrize('norm_cfg', [None, dict(type='LN'), dict(type='GN', num_groups=4)])
 def test_normalizations_that_do_not_fit_are_refused(kind, norm_cfg):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton_on_cpu import make_tiles_small
 
 from mmhrformer import HRFormerBlock, fuse_for_inference, ops
-from mmhrformer.deploy.fuse import FusedBlock, pad_layers
+from mmhrformer.deploy.fuse import ConvGELU, FusedBlock, pad_layers
 from mmhrformer.models.attention import LocalWindowSelfAttention
 from mmhrformer.models.ffn import DepthwiseConv2d, DWConvFFN
 from mmhrformer.ops import kernels
@@ -273,6 +273,20 @@ def test_the_input_alone_is_kept(norm, conv):
     assert out.requires_grad
 
 
+def test_a_process_without_images_communicates_as_the_others(calls, monkeypatch, tmp_path):
+    dist.init_process_group('gloo', f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        with ops.use('kernels'):
+            x = make(0, 6, 3, 4)
+            ops.norm_gelu_conv(x, nn.BatchNorm2d(6), None)
+            assert calls == []
+            monkeypatch.setattr(kernels, 'sync_group', lambda norm: dist.group.WORLD)
+            ops.norm_gelu_conv(x, nn.BatchNorm2d(6), None).sum().backward()
+        assert calls == ['batch_statistics', 'normalize_gelu']
+    finally:
+        dist.destroy_process_group()
+
+
 def test_normalization_that_no_kernel_computes(calls):
     double = nn.ModuleList([nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)])
     check(two_steps, make(2, 6, 4, 3, dtype=torch.float64), fill(double, torch.float64))
@@ -300,6 +314,12 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.part(x)
+
+
+def dilate(conv: nn.Conv2d) -> nn.Conv2d:
+    """Change a convolution as code that enlarges fields of view does."""
+    conv.dilation = conv.padding = (2, 2)
+    return conv
 
 
 def make_ffn(kind: str = 'training') -> DWConvFFN:
@@ -359,6 +379,25 @@ def test_ffn_of_several_processes(monkeypatch, linear_kernel, tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize('part', ['norm', 'norm and conv', 'ffn'])
+def test_maps_that_hooks_restore_in_another_format(linear_kernel, part):
+    """As save_on_cpu and activation offloading do."""
+    ffn, x = make_ffn(), make(2, 6, 5, 4)
+    conv = None if part == 'norm' else DepthwiseConv2d(6)
+    module = ffn if part == 'ffn' else nn.ModuleList([ffn.norm3, *filter(None, [conv])])
+    results = []
+    for unpack in (lambda tensor: tensor, lambda tensor: tensor.clone(memory_format=FORMATS[0])):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            y = x.to(memory_format=torch.channels_last)
+            with ops.use('kernels'):
+                if part == 'ffn':
+                    out = ffn(y.permute(0, 2, 3, 1))
+                else:
+                    out = ops.norm_gelu_conv(y, *module)
+            results.append(differentiate(out, [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
+
+
 def test_ffn_keeps_the_inputs_of_convolutions_and_normalizations(linear_kernel):
     kept, (B, H, W), ffn = [], (2, 16, 16), make_ffn()
     x = make(B, H, W, 6)
@@ -391,8 +430,13 @@ def test_ffn_that_is_none_for_the_kernels(linear_kernel, monkeypatch):
                 assert not ops.has_conv_ffn(x, ffn)
         for name, other in (
             ('fc1', nn.Conv2d(6, 10, 3, padding=1)),
+            ('fc1', nn.Conv2d(6, 10, 1, padding=1)),
+            ('fc1', nn.Conv2d(5, 10, 1)),
             ('fc2', nn.Conv2d(10, 6, 1, bias=False)),
+            ('fc2', nn.Conv2d(10, 6, 1, groups=2)),
             ('dw3x3', nn.Conv2d(10, 10, 3, padding=1, groups=10)),
+            ('dw3x3', dilate(DepthwiseConv2d(10))),
+            ('norm1', nn.BatchNorm2d(9)),
             ('norm2', nn.GroupNorm(2, 10)),
             ('norm3', nn.BatchNorm2d(6, affine=False)),
         ):
@@ -559,6 +603,29 @@ def test_parts_that_are_more_than_that_are_called(calls, linear_kernel, name):
                 outs.append(block(x))
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(outs[0], untouched, atol=1e-3)
+    assert 'folded_block' not in calls
+
+
+def test_folded_blocks_of_other_shapes(calls, linear_kernel):
+    """Kernels would read weights of other shapes wrongly, and beyond their ends."""
+    x = make(1, 5, 4, 32, grad=False)
+    for name, conv in (
+        ('dw3x3', nn.Conv2d(64, 64, 3, padding=2, dilation=2, groups=64)),
+        ('dw3x3', nn.Conv2d(64, 64, 3, padding=1)),
+        ('fc2', nn.Conv2d(64, 32, 1, groups=2)),
+    ):
+        block = fold(32, 1)
+        setattr(block.ffn, name, ConvGELU(fill(conv).requires_grad_(False)))
+        outs = []
+        for form in ('kernels', 'reference'):
+            with ops.use(form), torch.no_grad():
+                outs.append(block(x))
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+    block = fold(32, 1)
+    block.attn.proj = nn.Linear(40, 32)
+    for broken, of in ((block, x), (fold(32, 1), F.pad(x, (0, 8)))):
+        with ops.use('kernels'), torch.no_grad(), pytest.raises(RuntimeError, match='shape'):
+            broken(of)
     assert 'folded_block' not in calls
 
 

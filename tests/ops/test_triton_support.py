@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmhrformer import ops
 from mmhrformer.ops import kernels, triton_support
@@ -69,7 +70,11 @@ def test_other_gpus(everything, monkeypatch):
 def stand_in_for_kernel(monkeypatch) -> SimpleNamespace:
     """Record the trials, and how often Triton's own launch was chosen."""
     linspace = torch.linspace
-    monkeypatch.setattr(torch, 'linspace', lambda *args, device: linspace(*args))
+
+    def on_cpu(*args, device, **options) -> torch.Tensor:
+        return linspace(*args, **options)
+
+    monkeypatch.setattr(torch, 'linspace', on_cpu)
     launch = SimpleNamespace(given_up=0)
     launch.use_own_launch_only = lambda: vars(launch).update(given_up=launch.given_up + 1)
     kernel = SimpleNamespace(layer_norm=lambda x, *args: x, launch=launch)
@@ -86,9 +91,37 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
     kernel = stand_in_for_kernel(monkeypatch)
     assert kernels.why_not.__wrapped__(CUDA) == ''
-    kernel.layer_norm = fail
+    kernel.layer_norm, said = fail, []
+    monkeypatch.setattr(kernels, 'print_log', lambda text, *_: said.append(text))
     reason = kernels.why_not.__wrapped__(CUDA)
     assert reason.startswith('Triton fails on cuda, RuntimeError: Failed to find C compiler')
+    assert said == [f'The kernels are not used: {reason}']
+
+
+@pytest.fixture
+def _no_defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures('_no_defaults')
+def test_what_comes_by_chance_does_not_disable_the_kernels(monkeypatch):
+    """A default data type, a mode of torch, or full memory at the first call."""
+    monkeypatch.setattr(triton_support, 'why_not', lambda device: '')
+    kernel, tried = stand_in_for_kernel(monkeypatch), []
+    kernel.layer_norm = lambda x, *args: tried.append(x) or x
+    torch.set_default_dtype(torch.float64)
+    with FakeTensorMode():
+        assert kernels.why_not.__wrapped__(CUDA) == ''
+    assert [(type(x), x.dtype) for x in tried] == [(torch.Tensor, torch.float32)] * 2
+    assert kernel.launch.given_up == 0
+
+    def fail(*args):
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+
+    kernel.layer_norm = fail
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        kernels.why_not.__wrapped__(CUDA)
 
 
 @pytest.mark.parametrize('second', ['equal', 'other numbers', 'an error'])
