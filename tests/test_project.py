@@ -119,3 +119,9 @@ def test_archives(tmp_path):
                  '.github/workflows/tests.yml'):  # fmt: skip
         assert name in names
     assert not any('demo_output' in name or '.venv' in name for name in names)
+    shown = zipfile.ZipFile(wheel).read(f'{stem}.dist-info/METADATA').decode()
+    links = re.findall(r'\]\(([^)]+)\)', shown)
+    assert all(link.startswith(('https://', '#')) for link in links)
+    ours = [re.sub(r'.*/(blob|raw)/main/|#.*', '', link) for link in links if '/main/' in link]
+    assert {'docs/images/demo.jpg', 'docs/install.md', 'README_zh-CN.md'} <= set(ours)
+    assert all((ROOT / name).exists() for name in ours)
