@@ -562,8 +562,8 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/recompute.py', 'ops/test_recompute.py models/test_block.py',
-        ('other paths dropped the second time', 'in_same_form(run), *args, use',
-         'in_same_form(run), *args, preserve_rng_state=False, use'),
+        ('other paths dropped the second time', 'in_same_backend(run), *args, use',
+         'in_same_backend(run), *args, preserve_rng_state=False, use'),
         ('running statistics updated twice', '= 0.0, None', '= norm.momentum, None'),
         ('hooks not noticed', '        or module._forward_pre_hooks\n', ''),
         ('momentum not put back',
@@ -571,8 +571,8 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/dispatch.py', 'ops/test_backends.py',
-        ('fast forms under torch.func', 'is_tracing() or is_transformed()', 'is_tracing()'),
-        ('forced form does not end', 'forced.reset(token)', 'pass'),
+        ('fast backends under torch.func', 'is_tracing() or is_transformed()', 'is_tracing()'),
+        ('forced backend does not end', 'forced.reset(token)', 'pass'),
     ),
 )
 
