@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  # cannot be imported once pip has been looked for
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -448,7 +449,6 @@ def check_call(call: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
         targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.M)
         assert {word for word in args if '=' not in word} <= set(targets)
     elif program == 'pip':
-        import_module('setuptools')  # which cannot be imported after pip
         parser = import_module('pip._internal.commands').create_command(args[0])
         options, packages = parser.parse_args(args[1:])
         assert all('/' in name or Requirement(name) for name in packages)
