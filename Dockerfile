@@ -1,4 +1,4 @@
-# All three tasks with the proven versions. Torch can use GPUs (docker run --gpus all); the
+# All three tasks with the tested versions. Torch can use GPUs (docker run --gpus all); the
 # operators of mmcv are compiled for the CPU.
 #   docker build -t mmhrformer . && docker run --rm mmhrformer env
 #   docker run --rm -v "$PWD:/runs" -w /runs mmhrformer train my_config.py

@@ -206,9 +206,9 @@ class Network(nn.Module):
 
 
 @contextmanager
-def use(form: str) -> Iterator[None]:
-    """Force a form of the operators, even ``'kernels'`` where Triton cannot run."""
-    with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(form):
+def use(backend: str) -> Iterator[None]:
+    """Force a backend of the operators, even ``'kernels'`` where Triton cannot run."""
+    with mock.patch.object(ops.dispatch, 'why_not', return_value=''), ops.use(backend):
         yield
 
 

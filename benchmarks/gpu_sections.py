@@ -76,7 +76,7 @@ class Candidate(NamedTuple):
 
     base: str  # as in tools/benchmark.py
     arch: str = ''  # architecture of HRFormer
-    backend: str = ''  # form of mmhrformer.ops, for our models
+    backend: str = ''  # of mmhrformer.ops, for our models
     # 'graph': in a CUDA graph, in training all but the optimizer; 'compiled': also compiled;
     # 'hook': as with CUDAGraphHook, the backbone in two graphs
     how: str = 'eager'
@@ -157,29 +157,29 @@ def make_step(table: Table, candidate: Candidate, settings: Settings, pool: obje
         else:
             entrant.call = torch.compile(net, dynamic=False, **options)
     step = bs.make_step(entrant, bs.Case(table.size, table.batch))
-    form = candidate.backend
-    if form == 'kernels' and settings.dry:
-        form = 'cpu'  # Triton kernels would take minutes on the CPU
+    backend = candidate.backend
+    if backend == 'kernels' and settings.dry:
+        backend = 'cpu'  # Triton kernels would take minutes on the CPU
     if candidate.how == 'hook' and not settings.dry:
-        within(form, partial(graph_backbone, net, step.images, torch.bfloat16))()
+        within(backend, partial(graph_backbone, net, step.images, torch.bfloat16))()
     if candidate.how in ('eager', 'hook'):
-        return within(form, step)
+        return within(backend, step)
     if trains:
-        return captured_training(step, form, pool, settings.device)
-    return capture(within(form, step), pool, settings.device)
+        return captured_training(step, backend, pool, settings.device)
+    return capture(within(backend, step), pool, settings.device)
 
 
-def within(form: str, step: Callable) -> Callable:
-    """Bind a step to a form of our operators."""
+def within(backend: str, step: Callable) -> Callable:
+    """Bind a step to a backend of our operators."""
 
     def run() -> object:
-        with ops.use(form):
+        with ops.use(backend):
             return step()
 
-    return run if form else step
+    return run if backend else step
 
 
-def captured_training(step: bs.TrainingStep, form: str, pool: object, device: str) -> Callable:
+def captured_training(step: bs.TrainingStep, backend: str, pool: object, device: str) -> Callable:
     """A training step with forward pass, loss and backward pass in one CUDA graph."""
     entrant = step.entrant
     entrant.make_optimizer()
@@ -189,7 +189,7 @@ def captured_training(step: bs.TrainingStep, form: str, pool: object, device: st
         entrant.network.zero_grad(set_to_none=True)
         step.backward()
 
-    replay = capture(within(form, run), pool, device)
+    replay = capture(within(backend, run), pool, device)
 
     def train() -> None:
         replay()
@@ -380,12 +380,12 @@ def make_tables(settings: Settings) -> Iterator[tuple[str, Table]]:
     for section, number in (('infer', batch), ('latency', 1)):
         yield section, Table(f'infer batch {number}', 'pose', 'infer', size, number, models)
     name, arch = 'seg', 'small' if dry else 'base'
-    models = [Candidate('ours-fused', arch, form) for form in ('cuda', 'kernels')]
+    models = [Candidate('ours-fused', arch, backend) for backend in ('cuda', 'kernels')]
     models += [Candidate('ours-fused-padded', arch, 'kernels'), Candidate('hrnet-w48')]
     models = ways(models[:few], 'eager', 'graph')
     wide = ((64, 64), 1) if dry else ((512, 1024), 4)
     yield 'seg', Table(name, 'seg', 'infer', *wide, models)
-    ours = [one._replace(backend=form) for form in ('cuda', 'kernels') for one in plain]
+    ours = [one._replace(backend=name) for name in ('cuda', 'kernels') for one in plain]
     models = [*ways([*mmpose, *peers[:2]], 'eager', 'graph'), *ways(ours, 'eager', 'graph', 'hook')]
     models += ways([one._replace(backend='reference') for one in plain], 'graph')
     yield 'train', Table('train', 'pose', 'train', size, 2 if dry else 32, models)

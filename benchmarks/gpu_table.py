@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 NAMES = {'hrnet-w32': 'HRNet-W32', 'hrnet-w48': 'HRNet-W48', 'vit-s': 'ViT-S', 'vit-b': 'ViT-B'}
-FORMS = {'cuda': 'torch', 'kernels': 'Triton'}
+BACKENDS = {'cuda': 'torch', 'kernels': 'Triton'}
 HOWS = {
     'eager': 'eager',
     'graph': 'CUDA graph',
@@ -30,9 +30,9 @@ def title(row: dict) -> str:
     model = f'HRFormer-{row["arch"][0].upper()}'
     if row['base'].startswith('mmpose'):
         return f'{model}, mmpose' + ', channels-last' * (row['base'] == 'mmpose')
-    form = FORMS.get(row['backend'], row['backend'])
+    backend = BACKENDS.get(row['backend'], row['backend'])
     folded, padded = 'fused' in row['base'], 'padded' in row['base']
-    return f'{model}, {form}' + ', folded' * folded + ', padded' * padded
+    return f'{model}, {backend}' + ', folded' * folded + ', padded' * padded
 
 
 def markdown(head: list[str], lines: Iterable[list]) -> str:
@@ -124,7 +124,7 @@ def has_failed(row: dict) -> bool:
 
 def render(data: dict) -> str:
     """All tables of a results file of gpu_check.py."""
-    forms = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
+    renderers = dict(kernels=sweep_table, profile=profile_tables, env=facts_list, parity=facts_list)
     tables: dict[str, list[dict]] = {}
     for row in data['rows']:
         if row['section'] != 'run':
@@ -134,7 +134,7 @@ def render(data: dict) -> str:
     remarks = ('method', 'code', 'incomplete')  # in files of published runs, by hand
     parts += [f'{name.capitalize()}: {data[name]}' for name in remarks if name in data]
     for name, rows in tables.items():
-        parts.append(f'## {name}\n\n{forms.get(rows[0]["section"], times_table)(rows)}')
+        parts.append(f'## {name}\n\n{renderers.get(rows[0]["section"], times_table)(rows)}')
     failed = [row for row in data['rows'] if row.get('code') or has_failed(row)]
     parts += [f'## Failed\n\n{facts_list(failed)}'] if failed else []
     return '\n\n'.join(parts)

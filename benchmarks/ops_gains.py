@@ -1,9 +1,9 @@
-"""Gain of each optimized form of the operators: whole models with and without it, interleaved.
+"""Gain of each optimization of the operators: whole models with and without it, interleaved.
 
   OMP_NUM_THREADS=1 python benchmarks/ops_gains.py [--cases 'S, 256x192, batch 1, folded']
 
-Prints a table of CPU time (least affected by a busy machine) without a form, relative to that with
-all forms: the median, the smallest and the largest ratio over the rounds.
+Prints a table of CPU time (least affected by a busy machine) without an optimization, relative to
+that with all: the median, the smallest and the largest ratio over the rounds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from mmhrformer import HRFormer, fuse_for_inference, ops
 from mmhrformer.ops import compiled, cpu, recompute, reference
 
-# A name in mmhrformer.ops.cpu, and its value without the form.
-FORMS = {
+# A name in mmhrformer.ops.cpu, and its value without the optimization.
+OPTIMIZATIONS = {
     'SDPA in inference': ('HAS_MASKED_SDPA', False),
     'softmax written out': ('window_attention', compiled.window_attention),
     'zeros appended to heads': ('head_padding', reference.head_padding),
@@ -47,8 +47,8 @@ CASES = {  # arch, height, width, batch, how
 }
 
 
-def forms_of(arch: str, how: str) -> list[str]:
-    """The forms that this torch has and that are relevant to a case."""
+def optimizations_of(arch: str, how: str) -> list[str]:
+    """The optimizations that this torch has and that are relevant to a case."""
     if arch == 'base':
         return ['zeros appended to heads']
     if how == 'training':
@@ -61,45 +61,45 @@ def forms_of(arch: str, how: str) -> list[str]:
 
 
 @contextmanager
-def without(form: str | None):
-    """Use the forms for CPUs, except one of them."""
+def without(name: str | None):
+    """Use the backend for CPUs, without one of its optimizations."""
     with ExitStack() as stack:
         stack.enter_context(ops.use('cpu'))
-        if form is not None:
-            stack.enter_context(mock.patch.object(cpu, *FORMS[form]))
+        if name is not None:
+            stack.enter_context(mock.patch.object(cpu, *OPTIMIZATIONS[name]))
         yield
 
 
 def measure(case: tuple, rounds: int) -> dict[str, list[float]]:
-    """CPU time without each form, relative to that with all, by round."""
+    """CPU time without each optimization, relative to that with all, by round."""
     arch, height, width, batch, how = case
-    forms = forms_of(arch, how)
+    names = optimizations_of(arch, how)
     torch.manual_seed(0)
     model = HRFormer(arch, upsample='bilinear', out_indices=(0,))
     model = model.train(how == 'training').to(memory_format=torch.channels_last)
     x = torch.rand(batch, 3, height, width).to(memory_format=torch.channels_last)
-    models = dict.fromkeys([None, *forms], model)
+    models = dict.fromkeys([None, *names], model)
     if how == 'folded':
-        for form in models:
-            with without(form):  # the form determines the head padding
+        for name in models:
+            with without(name):  # head padding is done by folding
                 fused = fuse_for_inference(model)
-            models[form] = fused.to(memory_format=torch.channels_last)
+            models[name] = fused.to(memory_format=torch.channels_last)
 
-    def run(form: str | None) -> float:
+    def run(name: str | None) -> float:
         start = time.process_time()
-        with without(form), torch.set_grad_enabled(how == 'training'):
-            out = models[form](x)[0]
+        with without(name), torch.set_grad_enabled(how == 'training'):
+            out = models[name](x)[0]
             if how == 'training':
                 out.square().mean().backward()
         return time.process_time() - start
 
-    ratios = {form: [] for form in forms}
+    ratios = {name: [] for name in names}
     for index in range(rounds + 1):  # the first one warms up
         model.zero_grad()
         order = list(models) if index % 2 else list(models)[::-1]
-        times = {form: run(form) for form in order}
-        for form in forms if index else ():
-            ratios[form].append(times[form] / times[None])
+        times = {name: run(name) for name in order}
+        for name in names if index else ():
+            ratios[name].append(times[name] / times[None])
     return ratios
 
 
@@ -112,10 +112,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f'| torch {torch.__version__} | without | time | smallest | largest |', flush=True)
     print('| :-- | :-- | --: | --: | --: |')
-    for name in args.cases:
-        for form, ratios in measure(CASES[name], args.rounds).items():
+    for case in args.cases:
+        for name, ratios in measure(CASES[case], args.rounds).items():
             figures = [f'{f(ratios):.2f}' for f in (statistics.median, min, max)]
-            print('|', ' | '.join([name, form, *figures]), '|', flush=True)
+            print('|', ' | '.join([case, name, *figures]), '|', flush=True)
 
 
 if __name__ == '__main__':

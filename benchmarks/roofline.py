@@ -128,7 +128,7 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
 
 
 def count(
-    network: nn.Module, size: tuple[int, ...], mode: str = 'infer', form: str = 'cuda'
+    network: nn.Module, size: tuple[int, ...], mode: str = 'infer', backend: str = 'cuda'
 ) -> Count:
     """Count a pass of a network over images, or a training step.
 
@@ -136,8 +136,7 @@ def count(
         network (nn.Module): Network from images to one or more tensors; moved to the meta device.
         size (tuple[int, ...]): Shape (B, 3, H, W) of the images.
         mode (str): ``'infer'`` or ``'train'``. Defaults to ``'infer'``.
-        form (str): The form of the operators, a key of :data:`mmhrformer.ops.dispatch.BACKENDS`.
-            Defaults to ``'cuda'``.
+        backend (str): A key of :data:`mmhrformer.ops.dispatch.BACKENDS`. Defaults to ``'cuda'``.
 
     Returns:
         Count: The counts.
@@ -152,7 +151,7 @@ def count(
     images = torch.empty(size, dtype=torch.bfloat16, device='meta')
     images = images.to(memory_format=torch.channels_last)
     # On the meta device, Triton kernels are not really launched.
-    with peers.use(form), FusedAttention(), Count() as counted:
+    with peers.use(backend), FusedAttention(), Count() as counted:
         with torch.set_grad_enabled(mode == 'train'):
             outs = network(images)
         if mode == 'train':
@@ -190,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--arch', nargs='+', default=['small', 'base'], help='architectures of ours and mmpose')
     add('--models', nargs='+', default=MODELS, help='models, as in tools/benchmark.py')
     add('--mode', nargs='+', choices=BATCH_SIZES, default=list(BATCH_SIZES))
-    add('--forms', nargs='+', choices=BACKENDS, default=['cuda'], help='forms of our operators')
+    add('--backends', nargs='+', choices=BACKENDS, default=['cuda'], help='of our operators')
     add('--size', nargs=2, type=int, default=[256, 192], help='height and width')
     add('--batch-size', type=int, help='(64, and 32 in training)')
     add('--bandwidth', type=float, default=3.0, help='memory bandwidth, TB/s')
@@ -201,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
-    """Build a model for each mode and form, and print its costs."""
+    """Build a model for each mode and backend, and print its costs."""
     if spec.suffixes - COUNTED:
         raise peers.BenchmarkError(f'only the suffixes {sorted(COUNTED)} affect the counts')
     peers.check_models(args.task, arch, [spec])
@@ -210,12 +209,12 @@ def print_rows(spec: peers.Spec, arch: str, args: argparse.Namespace) -> None:
         if peers.why_unavailable(spec, mode, 'cpu'):
             continue
         batch = args.batch_size or BATCH_SIZES[mode]
-        for form in args.forms if ours else args.forms[:1]:
-            with peers.use(form):  # the form determines the head padding of folded models
+        for backend in args.backends if ours else args.backends[:1]:
+            with peers.use(backend):  # determines the head padding of folded models
                 network = peers.build_network(spec, args.task, arch, args.size)
             name = f'{spec.name} {arch}' if spec.base in peers.SAME_WEIGHTS else spec.name
-            name += f' {form}' if len(args.forms) > 1 and ours else ''
-            counted = count(network, (batch, 3, *args.size), mode, form)
+            name += f' {backend}' if len(args.backends) > 1 and ours else ''
+            counted = count(network, (batch, 3, *args.size), mode, backend)
             print_row(f'{name}, {mode} {batch}', counted, batch, args)
 
 

@@ -4,6 +4,7 @@
     python dev/mutate.py --only losses         # those whose name contains the word
     python dev/mutate.py --ids                 # print their names
     python dev/mutate.py --check               # check that each still applies; runs no tests
+    .venv-modern/bin/python dev/mutate.py --modern  # those of Triton kernels and current torch
 
 The mutations are in mutations.py. Each is applied to a temporary copy of the checkout, where its
 tests run until one fails. The exit status is 0 if at least 95 % are caught.
@@ -29,7 +30,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from mutations import MUTATIONS, Mutation
+from mutations import MODERN, MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CAUGHT = 0.95  # required share of caught mutations
@@ -195,10 +196,12 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument('--only', metavar='PATTERN', default='', help='regular expression of names')
     parser.add_argument('--ids', action='store_true', help='print the names')
     parser.add_argument('--check', action='store_true', help='only check that all mutations apply')
+    parser.add_argument('--modern', action='store_true', help='those that need current torch')
     parser.add_argument('--jobs', type=int, default=2, help='mutations in parallel (%(default)s)')
     parser.add_argument('--limit', type=float, default=600, help='seconds per run (%(default)s)')
     options = parser.parse_args(args)
-    chosen = [mutation for mutation in MUTATIONS if re.search(options.only, mutation.name)]
+    mutations = MODERN if options.modern else MUTATIONS
+    chosen = [mutation for mutation in mutations if re.search(options.only, mutation.name)]
     if not chosen:
         parser.error(f'--only {options.only!r}: no mutation matches, see --ids')
     problems = [] if options.ids else check(chosen, ROOT)
@@ -206,7 +209,7 @@ def main(args: Sequence[str] | None = None) -> int:
         lines = [mutation.name for mutation in chosen] if options.ids else problems
         print('\n'.join(lines) or f'{len(chosen)} mutations apply')
         return int(bool(problems))
-    os.environ['OMP_NUM_THREADS'] = '1'
+    os.environ.update(OMP_NUM_THREADS='1', TRITON_INTERPRET='1')  # before anything is imported
     SERVER.set_forkserver_preload(PRELOADED)
     outcomes = run(chosen, options.jobs, options.limit)
     left = [outcome for outcome in outcomes if outcome.word != CAUGHT]

@@ -342,6 +342,13 @@ ENGINE = (
         ('number of schedules not compared', 'len(built) != len(saved)', 'len(built) < len(saved)'),
     ),
     *of(
+        'mmhrformer/engine/safe_globals.py', 'engine/test_safe_globals.py',
+        ('every method of a known type', 'or name not in METHODS.get(owner, ())',
+         'or owner not in METHODS'),
+        ('no method of log histories', "HistoryBuffer: ('min', 'max', 'current', 'mean')",
+         'HistoryBuffer: ()'),
+    ),
+    *of(
         'mmhrformer/engine/config_check.py', 'engine/test_config_check.py',
         ('accumulated steps not counted', 'gpus * batch * steps == base', 'gpus * batch == base'),
         ('scaled rates warned of', "not batch or scale.get('enable') or", 'not batch or'),
@@ -373,6 +380,15 @@ ENGINE = (
         ('synchronized normalization kept', 'revert_sync_batchnorm(module)', 'module'),
         ('models on GPUs accepted',
          "if devices - {'cpu'}:", "if devices - {'cpu', 'meta', 'cuda'}:"),
+    ),
+)
+
+CONFIGS = (
+    *of(
+        'configs/_base_/schedules/coco_210e.py', 'configs/test_recipes.py',
+        ('last milestone too early', 'milestones=[170, 200]', 'milestones=[170, 190]'),
+        ('warm-up twice as long', 'end=501', 'end=1001'),
+        ('bias tables decay', "no_decay=['bias_tables']", 'no_decay=[]'),
     ),
 )
 
@@ -443,6 +459,29 @@ INFERENCERS = (
         'mmhrformer/inferencers/writer.py', 'inferencers/test_writer.py inferencers/test_base.py',
         ('images of equal stems overwritten', '        self._stems.add(unused)\n', ''),
         ('red and blue exchanged', 'result.drawn[..., ::-1]', 'result.drawn'),
+    ),
+    *of(
+        'mmhrformer/inferencers/image_loading.py', 'inferencers/test_image_loading.py',
+        ('frames stay in color', 'picture.is_frame and self.channels == 1',
+         'picture.is_frame and not self.channels'),
+        ('any floats taken', 'bool(self.step.to_float32 and whole.all())',
+         'bool(self.step.to_float32)'),
+        ('last three channels drawn', 'image[..., :3] if', 'image[..., -3:] if'),
+    ),
+    *of(
+        'mmhrformer/inferencers/media.py',
+        'inferencers/test_media.py inferencers/test_image_loading.py',
+        ('downloads left', 'weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)',
+         'pass'),
+        ('first camera for all', 'int(camera[1] or 0)', '0'),
+        ('truncated files accepted', 'decode: bool = True', 'decode: bool = False'),
+    ),
+    *of(
+        'mmhrformer/analysis/complexity.py', 'analysis/test_complexity.py',
+        ('FLOPs for multiply-accumulates', 'get_total_flops() // 2', 'get_total_flops()'),
+        ('padding not counted', 'window_count(H, side) * window_count(W, side) * side**2',
+         'H * W'),
+        ('second residual sum forgotten', '2 * out.numel(),', 'out.numel(),'),
     ),
     *of(
         'mmhrformer/hub.py', 'test_hub.py',
@@ -523,8 +562,8 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/recompute.py', 'ops/test_recompute.py models/test_block.py',
-        ('other paths dropped the second time', 'in_same_form(run), *args, use',
-         'in_same_form(run), *args, preserve_rng_state=False, use'),
+        ('other paths dropped the second time', 'in_same_backend(run), *args, use',
+         'in_same_backend(run), *args, preserve_rng_state=False, use'),
         ('running statistics updated twice', '= 0.0, None', '= norm.momentum, None'),
         ('hooks not noticed', '        or module._forward_pre_hooks\n', ''),
         ('momentum not put back',
@@ -532,8 +571,8 @@ OPS = (
     ),
     *of(
         'mmhrformer/ops/dispatch.py', 'ops/test_backends.py',
-        ('fast forms under torch.func', 'is_tracing() or is_transformed()', 'is_tracing()'),
-        ('forced form does not end', 'forced.reset(token)', 'pass'),
+        ('fast backends under torch.func', 'is_tracing() or is_transformed()', 'is_tracing()'),
+        ('forced backend does not end', 'forced.reset(token)', 'pass'),
     ),
 )
 
@@ -581,9 +620,42 @@ DEPLOY = (
         ('tolerance of the numbers, not of the range', 'TOLERANCE * self.range', '1.0'),
     ),
 )
+# What torch 2.1 lacks: run by `--modern`.
+MODERN = (
+    *of(
+        'mmhrformer/engine/safe_globals.py', 'engine/test_safe_globals.py',
+        ('names of NumPy 2 refused', "for core in ('core', '_core')", "for core in ('core',)"),
+        ('frozen sets refused', 'ConfigDict, frozenset,', 'ConfigDict,'),
+    ),
+    *of(
+        'mmhrformer/ops/triton_conv.py', 'ops/test_triton_conv.py::test_depthwise',
+        ('weight gradient: row of the next tile counted, too', '(i + 1 < ROWS) & ', ''),
+        ('weight gradient: rows exchanged', 'above, here = here, below',
+         'above, here = below, here'),
+        ('input gradient with taps not flipped', '-1 if FLIP else 1', '1'),
+    ),
+    *of(
+        'mmhrformer/ops/triton_attention.py',
+        'ops/test_triton_attention.py::test_outputs_and_gradients_are_those_of_the_formula',
+        ('position bias of keys and queries exchanged', 'dy = q // WIN - k // WIN',
+         'dy = k // WIN - q // WIN'),
+    ),
+    *of(
+        'mmhrformer/ops/triton_exchange.py',
+        'ops/test_triton_exchange.py::test_as_torch_in_float64',
+        ('weights of neighbors exchanged', 'a * (1.0 - weight) + b * weight',
+         'a * weight + b * (1.0 - weight)'),
+    ),
+    *of(
+        'mmhrformer/ops/triton_layer_norm.py',
+        'ops/test_triton_layer_norm.py::test_small_variances',
+        ('epsilon outside the root', 'tl.rsqrt(_mean_of_products(v, v, C, BLOCKS) + eps)\n'
+         '    w =', '1 / (tl.sqrt(_mean_of_products(v, v, C, BLOCKS)) + eps)\n    w ='),
+    ),
+)
 # fmt: on
 
 MUTATIONS = (
-    *(*MODELS, *CHECKPOINTS, *ENGINE, *DATA, *INFERENCERS, *COMMANDS),
+    *(*MODELS, *CHECKPOINTS, *ENGINE, *CONFIGS, *DATA, *INFERENCERS, *COMMANDS),
     *(*OPS, *DEPLOY),  # last
 )

@@ -1,6 +1,7 @@
 """HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks.
 
-Importing the package registers its classes with mmengine and has no other side effects.
+Importing the package registers its classes with mmengine, and allows ``torch.load`` to read the
+contents of mmengine's checkpoints (:mod:`mmhrformer.engine.safe_globals`). It has no other effects.
 """
 
 from __future__ import annotations

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from mmengine.registry import DefaultScope
 from mmengine.utils import ManagerMixin
 from mmengine.visualization import Visualizer
 from needs import needed_by
+from places import ENV, ROOT
 
 import mmhrformer
 
@@ -25,15 +30,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--skips', type=int, help='fail unless so many tests are skipped')
 
 
+def untracked() -> set[str]:
+    """What git does not track in the checkout, without environments and caches of tools."""
+    command = ['git', 'status', '--porcelain', '--ignored']
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    names = {line[3:] for line in listed.splitlines() if line[:2] in ('??', '!!')}
+    return {name for name in names if not re.match(r'\.venv|.*cache(__)?/$', name)}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """With ``--skips``, as in the Makefile, remember which files the checkout has."""
+    if session.config.option.skips is not None:
+        session.untracked = untracked()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Compare the number of skips; a process that xdist started knows only its own."""
+    """With ``--skips``, compare the number and the files; processes of xdist do not know them."""
     expected = session.config.option.skips
     if expected is None or hasattr(session.config, 'workerinput'):
         return
     reporter = session.config.pluginmanager.get_plugin('terminalreporter')
     skipped = len(reporter.stats.get('skipped', []))
+    faults = [f'{name} is new in the checkout' for name in untracked() - session.untracked]
     if skipped != expected:
-        reporter.write_line(f'\n{skipped} tests were skipped, --skips says {expected}', red=True)
+        faults.append(f'{skipped} tests were skipped, --skips says {expected}')
+    for fault in faults:
+        reporter.write_line(f'\n{fault}', red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -85,16 +107,49 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def configs_are_not_laid_out() -> Iterator[None]:
     """Runners format their config, which takes seconds; here only those of end-to-end tests do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmengine.config.config.FormatCode', lambda text, **style: (text, True))
+        # Not in the maintained forks.
+        layout = 'mmengine.config.config.FormatCode'
+        patch.setattr(layout, lambda text, **style: (text, True), raising=False)
         yield
+
+
+@pytest.fixture(scope='session')
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the temporary files of this run, which the processes of xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+
+
+@pytest.fixture(autouse=True, scope='session')
+def temporary_files(shared_folder: Path) -> Iterator[None]:
+    """Killed processes leave files: pytest removes them with its own, three runs later."""
+    folder = shared_folder / 't'  # short, since paths of sockets have at most 108 characters
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, 'tempdir', str(folder))
+        patch.setenv('TMPDIR', str(folder))
+        patch.setitem(ENV, 'TMPDIR', str(folder))
+        yield
+
+
+def seed() -> None:
+    """Let tests and fixtures draw the same numbers in each run, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def equal_random_numbers() -> None:
-    """Each test draws the same numbers in each run, whatever ran before it."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    """See :func:`seed`."""
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Fixtures of modules and sessions are set up before the one above."""
+    if fixturedef.scope != 'function':
+        seed()
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Every command and Python block of the pages is run, or listed with the reason.
 
-Python blocks are executed. The shell runs the commands with programs that only write down
-what they are called with; each call is then run in this process up to the point where it would
-train, test or take its time: arguments are parsed by the tool itself, configs are read and merged.
+Python blocks are executed. The shell runs the commands, those within sentences and tables too, with
+programs that only write down what they are called with; each call is then run in this process up to
+the point where it would train, test or take its time: arguments are parsed by the tool itself,
+configs are read and merged.
 ``>>>`` examples and complete configs are run in test_docs.py and test_own_data.py.
 """
 
@@ -18,15 +19,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  # cannot be imported once pip has been looked for
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from needs import needs
+from packaging.requirements import Requirement
 from pages import DOCS, FENCE, OWN_DATA, PAGES, blocks, name_of, write_clone
 from photographs import CLASSES, crop, save
 from PIL import Image
@@ -43,14 +48,13 @@ from mmhrformer.models import ARCHS
 
 pytestmark = needs('mmpretrain', 'mmpose', 'mmseg', 'mmdet')
 
-TEXTS = [*PAGES, ROOT / 'README.md', ROOT / 'CONTRIBUTING.md',
-         *sorted(ROOT.glob('configs/*/README.md'))]  # fmt: skip
+TEXTS = [*PAGES, *sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('configs/*/README.md'))]
 # Kinds of blocks that have nothing to run: output, folders, a citation, directives of Sphinx.
 NOT_CODE = re.compile(r'|text|bibtex|\{.*')
 # Beginnings of Python blocks that are not run -> reason.
 NOT_RUN = {
     'fused = fuse_for_inference(model.cuda()': 'needs a GPU; tests/gpu captures such graphs',
-    'program = torch.export.export(': 'needs torch 2.5; tests/deploy/test_onnx.py exports likewise',
+    'program = torch.export.export(': 'needs torch 2.2; tests/deploy/test_onnx.py exports likewise',
     'import openvino': 'OpenVINO is not installed; its outputs and times are those of the page',
     'from peft import': 'peft is not installed; tried with peft 0.21 and torch 2.13',
 }
@@ -70,12 +74,31 @@ OTHERS = {
     'ln': 'a folder with real data',
     'trtexec': "NVIDIA's",
 }
+# Commands within sentences and tables.
+INLINE = re.compile(r'`((?:python|pip|mim|torchrun|make|mmhrformer) [^`]+)`')
+# Those that are not run -> reason.
+NOT_CALLED = {
+    'mim download': 'any model',
+    'mim train mmhrformer': 'any config',
+    'pip install': 'any package',
+    'python -m mmhrformer': 'any command',
+    'python -m mmhrformer NAME': 'any command',
+    'python -m mmhrformer onnx_pose': 'any model',
+    'python -m mmhrformer print_config': 'any config',
+    'python -m mmhrformer train': 'any config',
+    'python benchmarks/triton_resources.py --capability 90': 'needs a newer Triton',
+    'python -m torch.distributed.launch main.py --cfg configs/hrt/hrt_small.yaml': 'official code',
+    'python tools/NAME.py': 'any tool',
+}
 # Placeholders in capitals -> values.
 STANDS_FOR = {
     'CONFIG': 'td-hm_hrformer-tiny_8xb32-210e_coco-256x192',
     'CONFIG_PATH': 'configs/hrformer_pose/td-hm_hrformer-tiny_8xb32-210e_coco-256x192.py',
     'CHECKPOINT': 'weights.pth',
 }
+STANDS_FOR['NAME'] = STANDS_FOR['CONFIG']
+STANDS_FOR['PATH'] = STANDS_FOR['CONFIG_PATH']
+STANDS_FOR['CONFIG.py'] = STANDS_FOR['NAME.py'] = f'{STANDS_FOR["CONFIG"]}.py'
 FOR_TTA = dict(STANDS_FOR, CONFIG='ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024')
 
 
@@ -105,6 +128,7 @@ def test_nothing_else_is_shown():
     assert not [text for text in (*NOT_RUN, *SMALLER) if text not in code]
     called = set(re.findall(r'\b[a-z]+\b', code))
     assert called >= set(OTHERS)
+    assert {command for page in TEXTS for command in inline(page)} >= set(NOT_CALLED)
 
 
 # ---------------------------------------------------------------- Python
@@ -146,8 +170,7 @@ def for_readme(folder: Path) -> dict:
 
 def for_checkpoints(folder: Path) -> dict:
     model = HRFormer('tiny')
-    for name in ('any_dialect', 'any_format'):
-        write_weights(folder / f'{name}.pth', model)
+    write_weights(folder / 'any_format.pth', model)
     write_weights(folder / 'trained.pth', model, state_dict_ema=model.state_dict())
     torch.save(model, folder / 'model.pth')
     return dict(model=model, torch=torch, FILE=folder / 'model.pth', NEW_FILE=folder / 'new.pth')
@@ -248,6 +271,12 @@ def shell_of(page: Path) -> str:
     return ''.join(code for kind in ('bash', 'shell') for _, code in blocks(page, kind))
 
 
+def inline(page: Path) -> list[str]:
+    """Commands within sentences and tables, without the dots that stand for more arguments."""
+    spans = INLINE.findall(FENCE.sub('', page.read_text()))
+    return [' '.join(span.split()).removesuffix(' ...') for span in spans]
+
+
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory) -> Path:
     """A clone with a user's own configs and the logs of some runs."""
@@ -282,6 +311,7 @@ def calls_of(page: Path, shims: Path, folder: Path) -> list[list[str]]:
     written.touch()
     env = dict(PATH=str(shims), CALLS=str(written))
     script = re.sub(r' \[arguments.*?\]', '', shell_of(page)).replace('...', 'randomness.seed=0')
+    script = '\n'.join([*(word for word in inline(page) if word not in NOT_CALLED), script])
     done = subprocess.run(
         [shutil.which('bash'), '-eu'], input=script, cwd=folder, env=env, text=True,
         capture_output=True,
@@ -339,7 +369,7 @@ def check_words(words: list[str]) -> None:
 def run_module(name: str, args: list[str]) -> None:
     """Run ``python -m``; for pytest and sphinx, only check the options."""
     if name == 'mmhrformer':
-        assert args[0] in COMMANDS
+        assert args[0] in (*COMMANDS, '--help')
         main(args)
     elif name == 'pytest':
         file, option, word = args
@@ -371,6 +401,10 @@ def run_python(args: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
         runpy.run_path(str(script), run_name='__main__')
     except Parsed:
         pass
+    except SystemExit as end:
+        if '--help' not in args or end.code:
+            raise
+        return
     assert len(stops) > reached, args
 
 
@@ -383,6 +417,8 @@ def find_script(name: str) -> Path:
 
 def check_call(call: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *args = call
+    if program in ('mim', 'pip') and not find_spec(program):
+        return  # in the environment of `make env` they are installed
     if program == 'python':
         run_python(args, stops, monkeypatch)
     elif program == 'torchrun':
@@ -390,22 +426,32 @@ def check_call(call: list[str], stops: list, monkeypatch: pytest.MonkeyPatch) ->
 
         parsed, _ = get_args_parser().parse_known_args(args)
         script, rest = parsed.training_script, parsed.training_script_args
+        if parsed.module:
+            script, rest = '-m', [script, *rest]
         if script == 'env':
             assert rest[:3] == ['LOCAL_RANK=-1', 'python', 'STOCK/train.py']
             script, rest = 'tools/train.py', rest[3:]  # which runs that of the framework
         run_python([script, *rest], stops, monkeypatch)
     elif program == 'mim':
-        command, package, config, *rest = args
-        assert command in ('train', 'test')
-        assert rest[0] == '--gpus'
-        rest = [word for word in rest if word not in ('--gpus', '8')]  # mim's own
-        run_python([f'tools/{command}.py', config, *rest], stops, monkeypatch)
-        scope = stops[-1].default_scope
-        assert package in ('mmhrformer', {'mmseg': 'mmsegmentation'}.get(scope, scope))
+        parser = import_module(f'mim.commands.{args[0]}').cli
+        options = SimpleNamespace(**parser.make_context('mim', args[1:]).params)
+        check_words(args)
+        if args[0] in ('train', 'test'):
+            assert options.config.endswith('.py')  # what mim searches for
+            launcher = ['--launcher', options.launcher] if options.launcher != 'none' else []
+            rest = [*filter(None, [getattr(options, 'checkpoint', '')]), *launcher]
+            rest += options.other_args
+            run_python([f'tools/{args[0]}.py', options.config, *rest], stops, monkeypatch)
+            scope = stops[-1].default_scope
+            names = ('mmhrformer', {'mmseg': 'mmsegmentation'}.get(scope, scope))
+            assert options.package in names
     elif program == 'make' and '-C' not in args:
         targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.M)
         assert {word for word in args if '=' not in word} <= set(targets)
     elif program == 'pip':
+        parser = import_module('pip._internal.commands').create_command(args[0])
+        options, packages = parser.parse_args(args[1:])
+        assert all('/' in name or Requirement(name) for name in packages)
         extras = re.findall(r'\[(.*?)\]', ' '.join(args))
         known = (ROOT / 'pyproject.toml').read_text()
         assert all(f'\n{name} = [' in known for extra in extras for name in extra.split(','))
@@ -423,7 +469,7 @@ def test_script_that_checks_a_data_set(clone, tmp_path, monkeypatch, capsys):
     assert '(3, 256, 192)' in capsys.readouterr().out
 
 
-WITH_COMMANDS = [page for page in TEXTS if shell_of(page)]
+WITH_COMMANDS = [page for page in TEXTS if shell_of(page) or inline(page)]
 
 
 @pytest.mark.parametrize('page', WITH_COMMANDS, ids=name_of)
@@ -438,5 +484,6 @@ def test_commands_are_found(shims, tmp_path):
     for page in pages:
         (tmp_path / page.stem).mkdir()
     training, readme = (calls_of(page, shims, tmp_path / page.stem) for page in pages)
-    assert len(training) >= 9
+    assert len(training) >= 18
     assert ['make', 'demo'] in readme
+    assert sum(len(inline(page)) for page in TEXTS) > 80

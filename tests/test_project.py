@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 
 import pytest
@@ -64,11 +65,10 @@ def test_the_citation_is_that_of_this_version():
     citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
     assert citation['version'] == mmhrformer.__version__
     assert {'cff-version', 'message', 'title', 'authors'} <= set(citation)
-    (paper,) = citation['references']
-    names = [f'{one["family-names"]}, {one["given-names"]}' for one in paper['authors']]
-    readme = (ROOT / 'README.md').read_text()
-    assert ' and '.join(names) in readme
-    assert paper['title'] in readme
+    paper = citation['preferred-citation']
+    assert paper['title'] == 'HRFormer: High-Resolution Transformer for Dense Prediction'
+    assert paper['authors'][0] == {'family-names': 'Yuan', 'given-names': 'Yuhui'}
+    assert '](CITATION.cff)' in (ROOT / 'README.md').read_text()
 
 
 def load(name: str, **kwargs) -> torch.nn.Module:
@@ -120,3 +120,17 @@ def test_archives(tmp_path):
                  '.github/workflows/tests.yml'):  # fmt: skip
         assert name in names
     assert not any('demo_output' in name or '.venv' in name for name in names)
+    shown = zipfile.ZipFile(wheel).read(f'{stem}.dist-info/METADATA').decode()
+    links = re.findall(r'\]\(([^)]+)\)', shown)
+    assert all(link.startswith(('https://', '#')) for link in links)
+    ours = [re.sub(r'.*/(blob|raw)/main/|#.*', '', link) for link in links if '/main/' in link]
+    assert {'docs/images/demo.jpg', 'docs/install.md', 'README_zh-CN.md'} <= set(ours)
+    assert all((ROOT / name).exists() for name in ours)
+
+
+def test_temporary_files_lie_below_the_folder_of_pytest(shared_folder):
+    """Also those of processes, which may be killed; ``--skips`` looks at the checkout itself."""
+    code = 'import tempfile; print(tempfile.gettempdir())'
+    folder = str(shared_folder / 't')
+    assert tempfile.gettempdir() == folder
+    assert run([sys.executable, '-c', code], ROOT) == f'{folder}\n'

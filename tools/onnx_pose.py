@@ -28,7 +28,7 @@ class PoseModel:
     Args:
         file (str): The ONNX file, with a fixed input size.
         flip (bool): Whether to average with the mirror image, which takes twice as long, if the
-            names of the keypoints tell which ones swap sides. Defaults to True.
+            names of the keypoints say which ones swap sides. Defaults to True.
     """
 
     def __init__(self, file: str, flip: bool = True) -> None:

@@ -32,7 +32,7 @@ TOOLS = {
     'print_config': 'print a config with everything that it inherits',
     'convert_checkpoint': 'convert a checkpoint to another format',
     'export_onnx': 'export a model to ONNX',
-    'onnx_pose': 'estimate poses with an exported model, without torch',
+    'onnx_pose': 'estimate poses with an exported model, by onnxruntime',
     'benchmark': 'measure speed and memory',
 }
 

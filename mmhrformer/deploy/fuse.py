@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .. import ops
 from ..models.attention import LocalWindowSelfAttention, split_heads
 from ..models.block import HRFormerBlock
-from ..models.ffn import DepthwiseConv2d, DWConvFFN, has_shapes
+from ..models.ffn import DepthwiseConv2d, DWConvFFN, have_shapes
 from ..models.hr_module import HRModule
 from ..models.hrformer import HRFormer
 from ..ops.recompute import is_plain
@@ -117,12 +117,6 @@ class FusedWindowAttention(InferenceOnly):
             and norm.weight.abs().min() > SMALLEST_SCALE
         )
 
-    def has_shapes(self) -> bool:
-        """Whether the projections have the numbers of channels that they were made with."""
-        inner, channels = self.num_heads * self.head_dim, self.qkv.in_features
-        shapes = (3 * inner, channels), (channels, inner)
-        return (self.qkv.weight.shape, self.proj.weight.shape) == shapes
-
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map (B, H, W, C), normalized without affine, to one of the same shape."""
         if ops.attends_on_map(x, self.qkv, self.num_heads, self.window_size):
@@ -219,7 +213,7 @@ class FusedBlock(InferenceOnly):
             is_plain(block, HRFormerBlock)
             and type(block.attn) is FusedWindowAttention
             and type(block.ffn) is FusedDWConvFFN
-            and has_shapes(block.ffn)
+            and have_shapes(block.ffn.fc1, block.ffn.dw3x3, block.ffn.fc2)
             and block.ffn.fc1.bias is not None
             and is_plain(block.norm2, nn.LayerNorm)
             and block.norm2.bias is not None
@@ -228,19 +222,22 @@ class FusedBlock(InferenceOnly):
     def is_intact(self) -> bool:
         """Whether the parts are still those that were folded: not replaced, hooked or compiled."""
         attn, ffn = self.attn, self.ffn
-        return (
-            is_plain(attn, FusedWindowAttention)
-            and is_plain(ffn, FusedDWConvFFN)
-            and is_plain(attn.qkv, nn.Linear)
-            and is_plain(attn.proj, nn.Linear)
+        if not (is_plain(attn, FusedWindowAttention) and is_plain(ffn, FusedDWConvFFN)):
+            return False
+        qkv, proj, convs = attn.qkv, attn.proj, (ffn.fc1, ffn.dw3x3, ffn.fc2)
+        are_plain = (
+            is_plain(qkv, nn.Linear)
+            and is_plain(proj, nn.Linear)
+            and all(is_plain(conv, ConvGELU) for conv in convs)
             and is_plain(self.norm1, nn.LayerNorm, PaddedLayerNorm)
             and is_plain(self.norm2, nn.LayerNorm, PaddedLayerNorm)
-            and is_plain(ffn.fc1, ConvGELU)
-            and is_plain(ffn.dw3x3, ConvGELU)
-            and is_plain(ffn.fc2, ConvGELU)
-            and attn.has_shapes()
-            and has_shapes(ffn)
-            and attn.qkv.in_features == ffn.fc1.in_channels == ffn.fc2.out_channels
+        )
+        inner = attn.num_heads * attn.head_dim
+        return (
+            are_plain
+            and have_shapes(*convs)
+            and (qkv.out_features, proj.in_features) == (3 * inner, inner)
+            and qkv.in_features == proj.out_features == ffn.fc1.in_channels == ffn.fc2.out_channels
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def merge_padding(bias: Tensor | None, tokens: np.ndarray, order: np.ndarray, he
 
 
 def use_map_attention(model: nn.Module, fixed_size: bool = False) -> nn.Module:
-    """Replace the attentions of a model by their forms for export where these fit, in place."""
+    """Replace the attentions of a model by modules for export where these fit, in place."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if SingleHeadAttention.fits(child):

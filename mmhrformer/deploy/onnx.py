@@ -288,7 +288,7 @@ def _make_graph(model: nn.Module, options: ExportOptions):
 
 @torch.no_grad()
 def prepare_for_export(model: nn.Module, fixed_size: bool = False) -> nn.Module:
-    """Fold batch normalization, and replace attention, FFN and exchange by forms for export.
+    """Fold batch normalization, and replace attention, FFN and exchange by modules for export.
 
     Args:
         model (nn.Module): A model in evaluation mode. It is not changed.

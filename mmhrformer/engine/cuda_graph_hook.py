@@ -297,8 +297,8 @@ def graph_backbone(
     The ordinary forward function is still used for images of another shape, data type or memory
     format, for other modes or parameters than those of the capture, for a forward pass before the
     previous backward pass, and for copies of the model. The graphs launch the Triton kernels if
-    these can run and no form of the operators was requested. Other changes in the backbone, such as
-    of rates or hooks, are not detected.
+    these can run and no operator backend was requested. Other changes in the backbone, such as of
+    rates or hooks, are not detected.
 
     Args:
         model (nn.Module): A model with a ``backbone``, or a bare one, in training mode on a GPU;

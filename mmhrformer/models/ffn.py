@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if (self.padding, self.dilation, self.padding_mode) != KEEPING[3][1:]:
+        if (self.padding, self.dilation, self.padding_mode) != KEEPING[3][2:]:
             return super()._conv_forward(x, weight, bias)  # changed to enlarge its field of view
         return ops.depthwise_conv(x, weight, bias, self.stride[0])
 
@@ -83,25 +85,28 @@ class DWConvFFN(BaseModule):
 
     def is_intact(self) -> bool:
         """Whether the convolutions are as they were made, not replaced, hooked or the like."""
-        kinds = nn.Conv2d, DepthwiseConv2d, nn.Conv2d
+        kinds, convs = (nn.Conv2d, DepthwiseConv2d, nn.Conv2d), (self.fc1, self.dw3x3, self.fc2)
         are_made = all(
             type(conv) is kind and is_plain(conv, kind) and conv.bias is not None
-            for conv, kind in zip((self.fc1, self.dw3x3, self.fc2), kinds)
+            for conv, kind in zip(convs, kinds)
         )
-        return are_made and has_shapes(self)
+        return are_made and have_shapes(*convs)
 
 
-# Strides, padding, dilation and its mode of a convolution that keeps the size of the map.
-KEEPING = {size: ((1, 1), (size // 2,) * 2, (1, 1), 'zeros') for size in (1, 3)}
+geometry = attrgetter('kernel_size', 'stride', 'padding', 'dilation', 'padding_mode')
+# The geometry of convolutions that keep the size of a map, by kernel size.
+KEEPING = {n: ((n, n), (1, 1), (n // 2, n // 2), (1, 1), 'zeros') for n in (1, 3)}
 
 
-def has_shapes(ffn: nn.Module) -> bool:
-    """Whether the convolutions of an FFN are 1x1, 3x3 depth-wise and 1x1, on equal channels."""
-    fc1, dw3x3, fc2 = ffn.fc1, ffn.dw3x3, ffn.fc2
-    hidden = fc1.out_channels
-    shapes = (hidden, fc1.in_channels, 1, 1), (hidden, 1, 3, 3), (fc2.out_channels, hidden, 1, 1)
-    return all(
-        conv.weight.shape == shape
-        and (conv.stride, conv.padding, conv.dilation, conv.padding_mode) == KEEPING[shape[-1]]
-        for conv, shape in zip((fc1, dw3x3, fc2), shapes)
+def have_shapes(fc1: nn.Conv2d, dw3x3: nn.Conv2d, fc2: nn.Conv2d) -> bool:
+    """Whether convolutions are 1x1, 3x3 depth-wise and 1x1, as the kernels assume.
+
+    Attributes of layers are compared, since their weights take much longer to look up.
+    """
+    return (
+        fc1.out_channels == dw3x3.in_channels == dw3x3.out_channels == fc2.in_channels
+        and dw3x3.groups == fc1.out_channels
+        and fc1.groups == fc2.groups == 1
+        and geometry(fc1) == geometry(fc2) == KEEPING[1]
+        and geometry(dw3x3) == KEEPING[3]
     )

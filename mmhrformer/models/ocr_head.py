@@ -246,6 +246,14 @@ class StepLosses(dict):
 _LOSSES: WeakKeyDictionary[nn.Module, ref[StepLosses]] = WeakKeyDictionary()
 
 
+@torch.compiler.disable
+def take_logits(head: nn.Module, inputs: Sequence[Tensor]) -> Tensor | None:
+    """Logits of the last losses of a head, once, if they are alive and those of these inputs."""
+    losses = _LOSSES.pop(head, lambda: None)()
+    is_same = losses is not None and losses.origin[0] == origin_of(head, inputs)[0]
+    return losses.logits if is_same else None
+
+
 @MODELS.register_module()
 class OCRAuxHead(BaseDecodeHead):
     """The auxiliary head before :class:`OCRHead`: convolution and classifier.
@@ -293,11 +301,12 @@ class OCRAuxHead(BaseDecodeHead):
         Returns:
             Tensor: Logits of shape (B, classes, H, W).
         """
-        losses = _LOSSES.pop(self, lambda: None)() if self.training else None
-        if losses is not None and losses.origin[0] == origin_of(self, inputs)[0]:
-            return losses.logits
+        logits = take_logits(self, inputs) if self.training else None
+        if logits is not None:
+            return logits
         return self.cls_seg(self.conv(select_inputs(self, inputs)))
 
+    @torch.compiler.disable  # compiled code does not keep what is compared
     def loss(self, inputs: Sequence[Tensor], batch_data_samples: list, train_cfg: dict) -> dict:
         """Compute the losses, see mmseg's ``BaseDecodeHead``; the result carries the logits."""
         _LOSSES.pop(self, None)

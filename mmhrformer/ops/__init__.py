@@ -1,10 +1,10 @@
-"""Operators of the model that have a reference form and faster ones.
+"""Operators of the model that have a reference implementation and faster ones.
 
-The model says what is computed, this package decides how: :func:`backend` picks the form of an
-operator by device, data type, and whether the computation is traced or transformed. Nothing else
-in the package makes such decisions.
+The model says what is computed, this package decides how: :func:`backend` picks the implementation
+by device, data type, and whether the computation is traced or transformed. Nothing else in the
+package makes such decisions.
 
-``ops.use('reference')`` forces the reference forms, and so does the environment variable
+``ops.use('reference')`` forces the reference, and so does the environment variable
 ``MMHRFORMER_OPS=reference``.
 """
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def dispatched(function: Callable) -> Callable:
-    """Wrap an operator so that it runs in the form that :func:`backend` picks for its input."""
+    """Wrap an operator so that it runs on the backend that :func:`backend` picks for its input."""
 
     @wraps(function)
     def run(x: Tensor, *args, **kwargs):
@@ -65,7 +65,7 @@ fork_layer_norm = dispatched(reference.fork_layer_norm)
 norm_gelu_conv = dispatched(reference.norm_gelu_conv)
 pointwise_conv = dispatched(reference.pointwise_conv)
 window_attention = dispatched(reference.window_attention)
-# The attends_* and has_* operators tell whether the kernels without a reference form apply.
+# attends_* and has_* return whether the kernels without a reference implementation apply.
 attends_on_map = dispatched(reference.attends_on_map)
 attend_on_map = dispatched(kernels.attend_on_map)
 map_attention = dispatched(kernels.map_attention)

@@ -1,4 +1,4 @@
-"""Forms for compilers: the reference forms, which they fuse, and attention by SDPA."""
+"""Backend for compilers: the reference, which they fuse, and attention by SDPA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms for CPUs. The comments give the gain of each; see also docs/benchmarks.md."""
+"""Backend for CPUs. The comments give the gains; see also docs/benchmarks.md."""
 
 from __future__ import annotations
 

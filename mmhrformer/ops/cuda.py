@@ -1,4 +1,4 @@
-"""Forms for GPUs, built from torch's operators."""
+"""Backend for GPUs, built from torch's operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of an operator's form: the only place that looks at device, gradients and tracing."""
+"""Choice of the operator backend: the only place that looks at device, gradients and tracing."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ BACKENDS = {
     'kernels': kernels,
 }
 VARIABLE = 'MMHRFORMER_OPS'
-# A form inherits what it does not define from a plainer one.
-for form, plainer in ((compiled, reference), (cpu, reference), (cuda, reference), (kernels, cuda)):
+# A backend inherits what it does not define from its base.
+for module, base in ((compiled, reference), (cpu, reference), (cuda, reference), (kernels, cuda)):
     for name in reference.__all__:
-        vars(form).setdefault(name, getattr(plainer, name))
+        vars(module).setdefault(name, getattr(base, name))
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Pick the module with the forms of the operators that suit a tensor.
+    """Pick the backend, a module with all operators, that suits a tensor.
 
     Args:
         x (Tensor): First input of the operator.
 
     Returns:
-        ModuleType: ``compiled`` under a compiler; the requested form, if any; ``reference`` in
+        ModuleType: ``compiled`` under a compiler; the requested backend, if any; ``reference`` in
         tracing, export and transforms of ``torch.func``; otherwise by device: ``cpu``; ``kernels``
         on a GPU where Triton can run, else ``cuda``; ``reference`` on other devices.
 
     Raises:
-        ValueError: If the requested form is unknown or cannot run.
+        ValueError: If the requested backend is unknown or cannot run.
     """
     if is_compiling():
         return compiled
@@ -57,13 +57,13 @@ def backend(x: Tensor) -> ModuleType:
 
 
 def describe() -> str:
-    """Describe which forms of the operators run here, and why.
+    """Describe which operator backend runs here, and why.
 
     Returns:
         str: Such as ``'kernels (Triton 3.6.0)'``, ``'cpu'`` or ``'reference: MMHRFORMER_OPS'``.
 
     Raises:
-        ValueError: If the requested form is unknown or cannot run.
+        ValueError: If the requested backend is unknown or cannot run.
     """
     x = torch.empty(0, device='cuda' if torch.cuda.is_available() else 'cpu')
     text = backend(x).__name__.rpartition('.')[2]
@@ -77,13 +77,13 @@ def describe() -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one form of all operators in this thread; compiled code keeps its own.
+    """Force a backend for all operators in this thread; compiled code keeps its own.
 
     Args:
         name (str): A key of :data:`BACKENDS`, such as ``'reference'``.
 
     Raises:
-        ValueError: If there is no such form.
+        ValueError: If there is no such backend.
 
     Examples:
         >>> import torch
@@ -102,7 +102,7 @@ def use(name: str) -> Iterator[None]:
 def _check(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(
-            f"{name!r} is not a form of mmhrformer's operators ({VARIABLE}, ops.use): choose one "
-            f'of {list(BACKENDS)}'
+            f"{name!r} is not a backend of mmhrformer's operators ({VARIABLE}, ops.use): choose "
+            f'one of {list(BACKENDS)}'
         )
     return name

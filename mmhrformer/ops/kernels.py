@@ -1,4 +1,4 @@
-"""Triton kernels for GPUs where they apply; the forms of :mod:`.cuda` otherwise."""
+"""Backend for GPUs with Triton: kernels where they apply, :mod:`.cuda` otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import cuda, reference, triton_support
 from .cuda import head_padding
 from .recompute import is_plain, is_recomputed
-from .state import autocast_dtype, in_same_form, needs_grad
+from .state import autocast_dtype, in_same_backend, needs_grad
 from .triton_support import DTYPES, direct
 
 MAX_HEAD_DIM = 64
@@ -348,7 +348,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
         return normalize(x)
     plain = is_plain(conv, nn.Conv2d) and not is_recomputed()
     if plain and needs_grad(x, conv.weight):
-        again = in_same_form(lambda x: conv(normalize(x)))
+        again = in_same_backend(lambda x: conv(normalize(x)))
         return checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
     return conv(normalize(x))
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .state import in_same_form, is_compiling, needs_grad
+from .state import in_same_backend, is_compiling, needs_grad
 
 # Whether the code runs inside a recomputed call.
 _inside: ContextVar[bool] = ContextVar('mmhrformer_recompute', default=False)
@@ -67,7 +67,7 @@ def recompute(module: nn.Module, function: Callable[..., Tensor], *args) -> Tens
         finally:
             _inside.reset(token)
 
-    return checkpoint(in_same_form(run), *args, use_reentrant=False)
+    return checkpoint(in_same_backend(run), *args, use_reentrant=False)
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
@@ -112,9 +112,8 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     Of the three equally large maps that the backward pass needs, only the input of the
     normalization is kept. If that is not a plain batch normalization (a synchronized one would
     communicate again), its output is kept as well; if the convolution is not plain, all three are.
-    Each module is called once, and gradients are bit-identical to the reference form. HRFormer-S
-    keeps 0.6 times the memory of the reference form; a training step takes 0.99 to 1.03 times as
-    long.
+    Each module is called once, and gradients are bit-identical to the reference. HRFormer-S keeps
+    0.6 times the memory of the reference; a training step takes 0.99 to 1.03 times as long.
     """
     modules = [norm] if conv is None else [norm, conv]
     learned = needs_grad(x, *(p for module in modules for p in module.parameters()))

@@ -1,4 +1,4 @@
-"""The reference forms: the formulas of the paper in ordinary operators, for any device."""
+"""The reference: the formulas of the paper in ordinary operators, for any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .state import is_transformed
 
-# The operators that every form has; the reference is the fallback.
+# The operators that every backend has; the reference is the fallback.
 __all__ = [
     'add_path',
     'attends_on_map',

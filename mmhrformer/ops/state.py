@@ -1,4 +1,4 @@
-"""The context of a computation: forced form, compiler, transforms, gradients, autocast."""
+"""The context of a computation: forced backend, compiler, transforms, gradients, autocast."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Name of the form of all operators that ops.use forces, see dispatch.py.
+# Name of the operator backend that ops.use forces, see dispatch.py.
 forced: ContextVar[str | None] = ContextVar('mmhrformer_ops', default=None)
 
 # Whether torch.compile (or torch.export) is tracing the code; public since torch 2.3.
 is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
 
 
-def in_same_form(function: Callable) -> Callable:
-    """Bind a function to the form of operators that is forced now, whatever thread calls it.
+def in_same_backend(function: Callable) -> Callable:
+    """Bind a function to the backend that is forced now, whatever thread calls it.
 
     For recomputation: on a GPU, autograd runs the backward pass in a separate thread.
     """
-    form = forced.get()
+    name = forced.get()
 
     @wraps(function)
     def run(*args):
-        token = forced.set(form)
+        token = forced.set(name)
         try:
             return function(*args)
         finally:

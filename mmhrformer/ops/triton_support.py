@@ -60,7 +60,7 @@ def available(device: torch.device | None = None) -> bool:
     return not why_not(device)
 
 
-USE_REFERENCE = "force the reference form by ops.use('reference') or MMHRFORMER_OPS=reference"
+USE_REFERENCE = "force the reference by ops.use('reference') or MMHRFORMER_OPS=reference"
 
 
 def refuse_second_derivatives(name: str, remedy: str = USE_REFERENCE) -> None:

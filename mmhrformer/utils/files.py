@@ -29,7 +29,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
     Examples:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / 'file'
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name) / 'file'
         >>> with whole_file(path) as file:
         ...     _ = file.write(b'content')
         >>> path.read_bytes()

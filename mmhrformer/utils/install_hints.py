@@ -92,13 +92,13 @@ INSTALL_FORKS = {
 }
 
 # Import name -> distributions. The frameworks import most of them without declaring all.
-SAME_NAME = (
+SAME_IMPORT_NAME = (
     'addict', 'einops', 'importlib_metadata', 'json_tricks', 'matplotlib', 'modelindex', 'munkres',
     'numpy', 'packaging', 'prettytable', 'pycocotools', 'rich', 'safetensors', 'scipy', 'seaborn',
     'shapely', 'termcolor', 'terminaltables', 'tqdm', 'xtcocotools', 'yapf',
 )  # fmt: skip
 DISTRIBUTIONS = {
-    **dict(zip(SAME_NAME, SAME_NAME)),
+    **dict(zip(SAME_IMPORT_NAME, SAME_IMPORT_NAME)),
     'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'pyyaml', 'torch': 'torch torchvision',
     **dict.fromkeys(['ftfy', 'regex'], 'ftfy regex'),
     **dict.fromkeys(['onnx', 'onnxruntime', 'onnxslim'], 'onnx onnxruntime onnxslim'),

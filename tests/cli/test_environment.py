@@ -138,7 +138,7 @@ def test_forms_of_the_operators_are_reported(monkeypatch):
     (result,) = environment.try_features({'operators': environment.FEATURES['operators']})
     assert (result['works'], result['says']) == (True, 'reference: MMHRFORMER_OPS')
     monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
-    with pytest.raises(ValueError, match=r"'fast' is not a form .* choose one of"):
+    with pytest.raises(ValueError, match=r"'fast' is not a backend .* choose one of"):
         dispatch.describe()
 
 

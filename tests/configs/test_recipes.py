@@ -80,6 +80,8 @@ def test_learning_rate_along_the_run(name):
         samples = recipe['lr']['samples_update_lr']
     else:
         samples = recipe.get('lr_samples') or recipe['lr']['samples_iteration_lr']
+    if data_of(name) == 'coco':  # the last iteration before the step at epoch 200
+        samples = [*samples, (200 * iterations_per_epoch(name) - 1, 5e-5)]
     options = cfg.param_scheduler
     schedule = json.dumps(options if isinstance(options, list) else [options])
     lr, epoch = cfg.optim_wrapper.optimizer.lr, iterations_per_epoch(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,11 @@ def models() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope='session')
-def exported(models, tmp_path_factory) -> dict[str, Path]:
+def exported(models, shared_folder) -> dict[str, Path]:
     """Each task exported once, whichever process needs it first; one simplified, which is slow."""
-    folder = tmp_path_factory.getbasetemp()
-    if 'PYTEST_XDIST_WORKER' in os.environ:
-        folder = folder.parent
 
     def make(task: str) -> Path:
-        file = folder / f'{task}.onnx'
+        file = shared_folder / f'{task}.onnx'
         with FileLock(f'{file}.lock'):
             if not file.exists():
                 names = names_of_outputs(read_config(find_config(CONFIGS[task])))

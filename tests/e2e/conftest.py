@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
+import shutil
 import sys
 import sysconfig
-import tempfile
 import venv
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from places import ROOT, Place, run
 
 
 @pytest.fixture(scope='session')
-def demo_data() -> Path:
+def demo_data(shared_folder) -> Path:
     # Tests run in two processes; the second finds what the first has written.
-    with (Path(tempfile.gettempdir()) / 'mmhrformer-demo-data.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run([sys.executable, 'demo/demo_data.py'], ROOT)
-    return ROOT / 'data'
+    data = shared_folder / 'data'
+    with FileLock(shared_folder / 'data.lock'):
+        run([sys.executable, 'demo/demo_data.py', '--out', str(data / 'demo')], ROOT)
+    return data
+
+
+@pytest.fixture(scope='session')
+def copy(demo_data, tmp_path_factory) -> Path:
+    """A copy of the checkout with the demo data, for what writes into the checkout it is run in."""
+    folder = tmp_path_factory.mktemp('copy')
+    for name in ('configs', 'demo', 'mmhrformer', 'tools'):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / 'data').symlink_to(demo_data)
+    return folder
 
 
 @pytest.fixture(scope='session')

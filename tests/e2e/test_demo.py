@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import cv2
 import pytest
-from places import ROOT, run
+from places import ROOT
 
 pytestmark = pytest.mark.e2e
 
@@ -16,8 +15,8 @@ AT_LEAST = {'top-1 accuracy': 97.0, 'AP': 95.0, 'mIoU': 70.0}
 
 
 @pytest.mark.slow
-def test_demo_learns_all_three_tasks(demo_data, tmp_path):
-    out = run([sys.executable, 'demo/run_demo.py', '--out', str(tmp_path)], ROOT)
+def test_demo_learns_all_three_tasks(clone, tmp_path):
+    out = clone.run(str(ROOT / 'demo/run_demo.py'), '--out', str(tmp_path))
     print(out)
     for metric, least in AT_LEAST.items():
         value = float(re.search(rf'  {metric} +([\d.]+)%', out).group(1))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from pages import OWN_DATA, commands_of, configs_of
+from photographs import make_flowers
+from places import Place
 
 from mmhrformer.cli.main import TOOLS
 
@@ -93,6 +97,23 @@ def test_the_wheel_has_what_users_run_and_no_more(wheel, found):
     assert all(file.stem.startswith('benchmark') for file in folder.glob('benchmarks/*.*'))
     assert found['page'].startswith('https://')  # the wheel has no docs
     assert '--candidates' in wheel.run('-m', 'mmhrformer', 'benchmark', '--help')
+
+
+def test_own_photographs_without_a_clone(wheel, tmp_path):
+    """The commands of docs/own_data.md, for the smallest base and one epoch."""
+    place, name = Place(wheel.python, tmp_path), 'my_flowers'
+    make_flowers(tmp_path / 'data/flowers')
+    commands = commands_of(OWN_DATA)
+    write, train = (words for words in commands if words[1:3] == ['-m', 'mmhrformer'])
+    (on_cpu,) = (words[3:] for words in commands if words[-1] == 'load_from=None')
+    write = [word.replace('small', 'tiny') for word in write]
+    place.run(*write[1:])
+    text = configs_of(OWN_DATA)[f'configs/my/{name}.py']
+    text = re.sub(r'^_base_ = .*', f'_base_ = [{write[-1]!r}]', text, flags=re.M)
+    (tmp_path / f'{name}.py').write_text(text)
+    place.run(*train[1:], *on_cpu, 'train_cfg.max_epochs=1')
+    weights = f'work_dirs/{name}/epoch_1.pth'
+    assert METRICS['mmpretrain'] in place.run('-m', 'mmhrformer', 'test', train[-1], weights)
 
 
 def test_mim_search_from_a_wheel(wheel):

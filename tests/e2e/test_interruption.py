@@ -9,8 +9,9 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.slow
-def test_killed_runs_equal_one_that_was_left_alone(demo_data, tmp_path):
+def test_killed_runs_equal_one_that_was_left_alone(copy, tmp_path, monkeypatch):
     """The second kill of three comes while a checkpoint is being written."""
+    monkeypatch.setattr('kill_and_resume.ROOT', copy)
     tally = kill_and_resume(tmp_path / 'runs', kills=3, seed=0)
     assert tally.kills == 3
     assert tally.while_writing == 1

@@ -23,12 +23,12 @@ def kinds_of_outputs(notebook: nbformat.NotebookNode) -> list[set]:
     return [{out.output_type for out in cell.get('outputs', [])} for cell in notebook.cells]
 
 
-def test_tutorial_runs(demo_data, monkeypatch, tmp_path):
+def test_tutorial_runs(copy, monkeypatch, tmp_path):
     notebook = nbformat.read(TUTORIAL, as_version=4)
     stored = kinds_of_outputs(notebook)
     assert TUTORIAL.stat().st_size < 300_000
     assert str(ROOT) not in TUTORIAL.read_text()
-    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.setenv('PYTHONPATH', str(copy))
     for name in ('OMP_NUM_THREADS', 'PYTHONWARNINGS'):
         monkeypatch.setenv(name, ENV[name])
     resources = dict(metadata=dict(path=str(tmp_path)))

@@ -250,9 +250,7 @@ def test_a_process_is_killed(pair):
 def test_a_process_does_not_answer(pair):
     """The other one waits as long as ``env_cfg.dist_cfg.timeout`` says."""
     pair[1].process.send_signal(signal.SIGSTOP)
-    since = time.monotonic()
     assert_ends(pair[0], rf'RuntimeError: .*Timed out waiting {TIMEOUT}000ms')
-    assert time.monotonic() - since > TIMEOUT / 2
 
 
 # ---------------------------------------------------------------- a long run

@@ -1,4 +1,4 @@
-"""On a GPU, results equal those of the reference forms on a CPU in float64."""
+"""On a GPU, results equal those of the reference on a CPU in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every form of every operator gives the results of the reference form, including gradients."""
+"""Every backend gives the results of the reference for every operator, including gradients."""
 
 from __future__ import annotations
 
@@ -221,9 +221,9 @@ def test_forms_can_be_forced(monkeypatch):
     with ops.use('cuda'):
         assert ops.backend(x) is cuda
     monkeypatch.setenv('MMHRFORMER_OPS', 'fast')
-    with pytest.raises(ValueError, match=r"'fast' is not a form .*MMHRFORMER_OPS.* choose one of"):
+    with pytest.raises(ValueError, match=r"'fast' is not a backend .*MMHRFORMER_OPS.* one of"):
         ops.backend(x)
-    with pytest.raises(ValueError, match="'fast' is not a form"), ops.use('fast'):
+    with pytest.raises(ValueError, match="'fast' is not a backend"), ops.use('fast'):
         pass
 
 

@@ -333,7 +333,7 @@ def make_ffn(kind: str = 'training') -> DWConvFFN:
 
 
 def differences(x: Tensor, ffn: DWConvFFN, function=call) -> list[float]:
-    """Relative errors of result, gradients and buffers, against the plain form in float64."""
+    """Relative errors of result, gradients and buffers, against the reference in float64."""
     exact = revert_sync_batchnorm(copy.deepcopy(ffn)).double()
     exact = run('reference', call, x.detach().double().requires_grad_(), exact)
     pairs = ((a.double(), b.double()) for a, b in zip(run('kernels', function, x, ffn), exact))

@@ -49,7 +49,7 @@ def triton_attention(monkeypatch):
 
 
 def plain(qkv, pad, table, heads: int, window: int, scale: float, pad_mask: bool) -> Tensor:
-    """The formula, by the plain forms of what the model is made of."""
+    """The formula, by the reference implementations of the parts of the model."""
     _, H, W, C3 = qkv.shape
     attn = LocalWindowSelfAttention(C3 // 3, heads, window, with_rpe=False, pad_mask=pad_mask)
     attn.relative_position_bias_table = None if table is None else table

@@ -119,6 +119,12 @@ def test_large_means():
         assert ours[name] < 2 * theirs[name] + 1e-5, (name, ours, theirs)
 
 
+def test_small_variances():
+    """Epsilon, which is added to them, is as large as they are."""
+    x, *others = make(6, 78)
+    check([x * EPS**0.5, *others], BOUNDS[torch.float32])
+
+
 def test_constant_rows():
     x, weight, bias, grad = make(6, 78)
     out, grad_x, *_ = run(fused, torch.full_like(x, 0.1), weight, bias, grad)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import golden
 import numpy as np
+import onnxruntime
 import places
 import pytest
 from inference_samples import CONFIGS
@@ -21,21 +23,35 @@ from mmhrformer.deploy.onnx import export_onnx
 TOOL = places.ROOT / 'tools/onnx_pose.py'
 BOX = [60, 20, 480, 590]
 pytestmark = may_need('mmpose')
-# Runs a script where nothing of torch, OpenMMLab and this package can be imported.
+# Runs a script where nothing of torch, OpenMMLab and this package can be found.
 ALONE = """
 import runpy, sys
-class Blocked:
-    def find_spec(name, path=None, target=None):
-        if name.split('.')[0].startswith(('torch', 'mm', 'onnxslim')):
-            raise ImportError(f'{name} is blocked')
-sys.meta_path.insert(0, Blocked)
-sys.argv = sys.argv[1:]
+from importlib.util import find_spec
+sys.path.append(sys.argv[1])
+assert not any(map(find_spec, ('torch', 'mmengine', 'mmcv', 'mmpose', 'mmhrformer')))
+sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-def run_alone(*args, cwd: Path) -> str:
-    return places.run([sys.executable, '-I', '-c', ALONE, *map(str, args)], cwd)
+@pytest.fixture(scope='module')
+def packages(tmp_path_factory) -> Path:
+    """A folder with the packages that the script names."""
+    folder = tmp_path_factory.mktemp('packages')
+    for package in (np, cv2, onnxruntime):
+        source = Path(package.__file__).parent
+        for path in (source, *source.parent.glob('*.libs')):
+            link = folder / path.name
+            if not link.exists():
+                link.symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def run_alone(packages, tmp_path) -> Callable[..., str]:
+    """A function that runs the script by a Python that finds only these packages."""
+    command = [sys._base_executable, '-I', '-S', '-c', ALONE, str(packages), str(TOOL)]
+    return lambda *args: places.run([*command, *map(str, args)], tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -59,13 +75,13 @@ def photo(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize('flip', [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
+def test_equals_the_inferencer(flip, infer, photo, run_alone, tmp_path, monkeypatch):
     options = dict(simplify=False, verify=False, with_normalization=flip)
     names = names_of_outputs(infer.cfg)
     export_onnx(infer.model, tmp_path / 'pose.onnx', (128, 96), names=names, **options)
     box = ['--box', *BOX] if flip else []  # else the whole image
     args = [*box, '--threshold', '-9', *([] if flip else ['--no-flip'])]
-    shown = run_alone(TOOL, 'pose.onnx', photo.name, *args, cwd=tmp_path)
+    shown = run_alone('pose.onnx', photo.name, *args)
     monkeypatch.setitem(infer.model.test_cfg, 'flip_test', flip)
     (found,) = infer(str(photo), boxes=[BOX] if flip else None)['predictions']
     (person,) = found['instances']
@@ -82,7 +98,7 @@ def test_equals_the_inferencer(flip, infer, photo, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mistakes_are_explained(infer, photo, tmp_path):
+def test_mistakes_are_explained(infer, photo, run_alone, tmp_path):
     options = dict(size=(128, 96), simplify=False, verify=False)
     export_onnx(infer.model, tmp_path / 'open.onnx', dynamic_size=True, **options)
     (tmp_path / 'bad.onnx').write_text('none')
@@ -98,4 +114,4 @@ def test_mistakes_are_explained(infer, photo, tmp_path):
         (['open.onnx', 'none.jpg'], 'OpenCV cannot read none.jpg'),
     ):
         with pytest.raises(AssertionError, match=message):
-            run_alone(TOOL, *args, cwd=tmp_path)
+            run_alone(*args)
