@@ -22,9 +22,9 @@ SKIPS = --skips 73
 ONLY_SKIPS = --skips 93
 MODERN_SKIPS = --skips 103
 E2E_SKIPS = --skips 7
-ALL_SKIPS = --skips 0
+ALL_SKIPS = --skips 103
 ALL_MODERN_SKIPS = --skips 0
-ALL_E2E_SKIPS = --skips 0
+ALL_E2E_SKIPS = --skips 7
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 # What depends on torch and is therefore run on current torch, too.
