@@ -168,7 +168,7 @@ def cell(result: dict | None) -> str:
     if result is None:
         return 'not run'
     if 'absent' in result:
-        return f'{result["absent"]} is not there'
+        return f'{result["absent"]} not installed'
     if 'error' in result:
         return f'fails: `{result["error"]}`'
     if 'metric' in result:

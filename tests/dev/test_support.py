@@ -44,7 +44,7 @@ def test_rows_are_those_of_the_records():
     table = module.make_table([newer, dict(versions=VERSIONS, parts=parts)]).splitlines()
     assert table[2] == (
         '| 3.12.1 | 2.13.0 | 2.4.6 | mmengine 0.10.7, mmcv-lite 2.2.0 | 5 passed, 2 skipped | '
-        'top-1 accuracy 98.5 % | mmpose is not there | fails: `KeyError: 1` |'
+        'top-1 accuracy 98.5 % | mmpose not installed | fails: `KeyError: 1` |'
     )
     assert table[3].startswith('| 3.9.1 | 2.14.0 |')
     assert table[3].count('not run') == 4
