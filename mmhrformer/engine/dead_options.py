@@ -170,7 +170,11 @@ def _files(cfg: Config) -> dict[str, dict[str, Any]]:
 def _uses(file: str) -> dict[str, list[str]]:
     """The names that a file reads -> the options that it computes from each, by dotted name."""
     direct = {}
-    for statement in ast.parse(Path(file).read_text('utf-8')).body:
+    try:
+        statements = ast.parse(Path(file).read_text('utf-8')).body
+    except SyntaxError:  # YAML, which has no variables, or a template of mmengine outside quotes
+        return {}
+    for statement in statements:
         targets = statement.targets if isinstance(statement, ast.Assign) else ()
         target = next((target.id for target in targets if isinstance(target, ast.Name)), '')
         for path, node in _leaves(target, statement):

@@ -396,6 +396,15 @@ def test_what_is_computed_from_a_variable_is_followed(folder):
         assert dead_options(Config.fromfile(file)) == {}
 
 
+@pytest.mark.parametrize('suffix', ['yml', 'json'])
+def test_configs_that_are_no_python(suffix, folder):
+    cfg = Config(dict(train_cfg=dict(max_epochs=3), max_epochs=3, rate=0.5))
+    cfg.dump(folder / f'config.{suffix}')
+    cfg = Config.fromfile(folder / f'config.{suffix}')
+    assert dead_options(cfg) == dict(rate='')
+    assert late_variables(cfg) == {}
+
+
 def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     file = folder / 'child.py'
     text = f'_base_ = [{str(find_config(COCO))!r}]\n{CODEC}model = dict(head=dict(decoder=codec))'
