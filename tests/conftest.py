@@ -24,6 +24,9 @@ from places import ENV, ROOT
 
 import mmhrformer
 
+# Hypothesis writes the constants of the code when tests are collected, by default into .hypothesis.
+os.environ['HYPOTHESIS_STORAGE_DIRECTORY'] = str(ROOT / '.pytest_cache' / 'hypothesis')
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a command say how many skips belong to its environment."""
@@ -44,8 +47,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.untracked = untracked()
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With ``--skips``, compare the number and the files; processes of xdist do not know them."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """With ``--skips``, compare the number and the files, and say it after all else is printed.
+
+    Processes of xdist do not know them.
+    """
+    yield
     expected = session.config.option.skips
     if expected is None or hasattr(session.config, 'workerinput'):
         return
@@ -55,7 +63,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if skipped != expected:
         faults.append(f'{skipped} tests were skipped, --skips says {expected}')
     for fault in faults:
-        reporter.write_line(f'\n{fault}', red=True)
+        reporter.write_line(fault, red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
@@ -24,12 +23,6 @@ from mmhrformer.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.once
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _constants_lie_elsewhere(tmp_path_factory) -> None:
-    """Otherwise Hypothesis writes those that it finds in the code into the current folder."""
-    set_hypothesis_home_dir(tmp_path_factory.mktemp('hypothesis'))
 
 
 def examples(number: int) -> settings:
