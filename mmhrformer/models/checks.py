@@ -149,18 +149,21 @@ def check_backbone(
         )
 
 
-def check_images(x: Tensor, in_channels: int, dtype: torch.dtype) -> None:
-    """Refuse an input that is not a batch of images, or does not match the weights' data type."""
+def check_images(x: Tensor, in_channels: int, weights: Iterable[Tensor]) -> None:
+    """Refuse an input that is not a batch of images, or does not match the first weight's type."""
     expected = f'(B, {in_channels}, H, W)'
     if not isinstance(x, Tensor):
         raise TypeError(
             f'HRFormer got {type(x).__name__} as input: expected a tensor of images, {expected}'
         )
-    if x.dtype != dtype and not converts(x):
-        raise TypeError(
-            f'HRFormer got an input of {x.dtype}, but its weights are {dtype}: normalize the '
-            f'images, as the data_preprocessor of a model does, and call .to({dtype})'
-        )
+    for weight in weights:  # replicas of DataParallel have no parameters
+        dtype = weight.dtype
+        if x.dtype != dtype and not converts(x):
+            raise TypeError(
+                f'HRFormer got an input of {x.dtype}, but its weights are {dtype}: normalize the '
+                f'images, as the data_preprocessor of a model does, and call .to({dtype})'
+            )
+        break
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(
             f'HRFormer got an input of shape {tuple(x.shape)}: expected images of shape '

@@ -222,7 +222,7 @@ class HRFormer(BaseModule):
             TypeError: If the input is not a tensor or does not match the data type of the weights.
             ValueError: If the input has the wrong shape or is too small.
         """
-        checks.check_images(x, self.in_channels, next(self.parameters()).dtype)
+        checks.check_images(x, self.in_channels, self.parameters())
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.layer1(x)  # (B, 256, H / 4, W / 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import pickle
 from functools import cache
@@ -19,7 +20,13 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmhrformer import MODELS, HRFormer, HRFormerBlock, LocalWindowSelfAttention
+from mmhrformer import (
+    MODELS,
+    HRFormer,
+    HRFormerBlock,
+    LocalWindowSelfAttention,
+    fuse_for_inference,
+)
 from mmhrformer.checkpoints import convert
 from mmhrformer.models.hr_module import HRModule
 
@@ -294,6 +301,19 @@ def test_copies_and_pickles_compute_the_same(out_indices):
     expected = run(model, image())
     assert_same(run(copy.deepcopy(model), image()), expected)
     assert_same(run(pickle.loads(pickle.dumps(model)), image()), expected)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+def test_replicas_of_data_parallel_compute_the_same(fold, monkeypatch):
+    def broadcast(tensors, devices, detach=False):  # torch's works on GPUs only
+        return [[tensor * 1 for tensor in tensors] for _ in devices]
+
+    module = importlib.import_module('torch.nn.parallel.replicate')
+    monkeypatch.setattr(module, '_broadcast_coalesced_reshape', broadcast)
+    model, x = make_model().eval(), image()
+    model = fuse_for_inference(model) if fold else model
+    for replica in module.replicate(model, [0, 1]):
+        assert_same(replica(x), model(x))
 
 
 def test_arguments_are_not_changed():
