@@ -172,7 +172,7 @@ def batch_norm(stage: str, name: str, B: int, H: int, W: int, C: int) -> Sweep:
         sums = (torch.randn(2, C),) if stage == 'input_gradient' else ()
         inputs = (x,) if stage == 'normalize' else (grad, x)
         again = (False,) if stage == 'gradient_sums' else ()
-        options = (*statistics, weight, bias, *sums, 1e-5, True, True, *again)
+        options = (*statistics, weight, bias, *sums, 1e-5, True, *again)
     run = lambda: getattr(norm, stage)(*inputs, *options)  # noqa: E731
     moved = NORM_PASSES[stage] * x.numel()
     return Sweep(f'norm {stage}', name, moved, NORM_LAUNCHES, apply, run)

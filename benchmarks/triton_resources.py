@@ -92,7 +92,7 @@ def norm_kernels(dtype: torch.dtype) -> Iterator[tuple]:
             yield f'layer norm {stage} {H} x {W} x {C}', launch, types
     for H, W, C in HIDDEN:
         for stage in batch_norm.LAUNCH:
-            options = () if stage == 'moments' else (1e-5, True, True)
+            options = () if stage == 'moments' else (1e-5, True)
             launch = batch_norm._plan(stage, 64 * H * W, C, dtype.itemsize, *options)
             yield f'batch norm {stage} {H} x {W} x {C}', launch, types
     names = 'out', 'running_mean', 'running_var', 'first', 'last', 'total'

@@ -357,20 +357,20 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
     """Compute the statistics of a map; return a function that normalizes it and applies GELU."""
     from .triton_norm import normalize_gelu
 
-    statistics, group, eps, training, _ = measure_map(x, norm)
+    statistics, group, eps, training = measure_map(x, norm)
     return partial(normalize_gelu, weight=norm.weight, bias=norm.bias, statistics=statistics,
                    eps=eps, training=training, process_group=group)  # fmt: skip
 
 
 def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
-    """Statistics of a map, group that shares them, eps, whether computed from the map, GELU.
+    """Statistics of a map, group that shares them, eps, whether computed from the map.
 
     Running statistics are updated.
     """
     from .triton_norm import batch_statistics
 
     if not (norm.training or norm.running_mean is None):
-        return (norm.running_mean, norm.running_mean, norm.running_var), None, norm.eps, False, True
+        return (norm.running_mean, norm.running_mean, norm.running_var), None, norm.eps, False
     group, momentum, tracked = sync_group(norm), norm.momentum, norm.num_batches_tracked
     running = norm.running_mean, norm.running_var
     if not (norm.training and norm.track_running_stats):
@@ -381,7 +381,7 @@ def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
     x = x.detach().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         statistics = batch_statistics(x, *running, momentum or 0.0, group, tracked)
-    return statistics, group, norm.eps, True, True
+    return statistics, group, norm.eps, True
 
 
 def add_path(x: Tensor, path: Tensor, drop: nn.Module) -> Tensor:

@@ -89,13 +89,13 @@ class ConvFFN(torch.autograd.Function):
         grads, later = [], None
         for i in (2, 1, 0):
             weight, bias, *affine = parameters[4 * i : 4 * i + 4]
-            group, eps, training, gelu = ctx.norms[i]
+            group, eps, training = ctx.norms[i]
             saved = *maps[4 * i : 4 * i + 4], *affine
-            total, of_affine, zeros, z = gradient_sums(grad, *saved, eps, training, gelu, i < 2)
+            total, of_affine, zeros, z = gradient_sums(grad, *saved, eps, training, i < 2)
             if later:
                 grads[:0] = convolution_weight_grad(later[0], z, *later[1:])
             total = share(total, group) if training else None
-            grad = input_gradient(grad, *saved, total, eps, training, gelu)
+            grad = input_gradient(grad, *saved, total, eps, training)
             # The statistics of a map take away what a bias adds to it.
             later = grad, weight, bias, zeros if training and group is None else None
             grads[:0] = of_affine[1], of_affine[0]

@@ -174,8 +174,7 @@ def _combine(
 @triton.jit(do_not_specialize=['R'])
 def _normalize(
     x, count, mean, spread, weight, bias, out, eps, R, C: tl.constexpr, COLS: tl.constexpr,
-    TRAINING: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    TRAINING: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """gelu((x - mean) / sqrt(var + eps) * weight + bias)."""
     at, row, col, left = _place(R, COLS, BLOCK_R, BLOCK_C, TILES)
@@ -185,16 +184,14 @@ def _normalize(
         mask = (row + i * BLOCK_R < left)[:, None] & in_c[None, :]
         here = at + i * BLOCK_R * COLS
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
-        v = (v - m[None, :]) * w[None, :] + b[None, :]
-        if GELU:
-            v = _gelu(v)[0]
+        v = _gelu((v - m[None, :]) * w[None, :] + b[None, :])[0]
         tl.store(out + here, v.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['R'])
 def _gradient_sums(
     grad, x, count, mean, spread, weight, bias, parts, out, eps, R,
-    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
+    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program's share of the gradients of bias and weight, to ``parts`` (parts, 2, C), and the
@@ -211,10 +208,8 @@ def _gradient_sums(
         g = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         v -= m[None, :]
-        y = v * w[None, :] + b[None, :]
-        if GELU:
-            y, slope = _gelu(y)
-            g *= slope
+        y, slope = _gelu(v * w[None, :] + b[None, :])
+        g *= slope
         if out is not None:
             tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
         sum_b += g
@@ -228,7 +223,7 @@ def _gradient_sums(
 @triton.jit(do_not_specialize=['R'])
 def _input_gradient(
     grad, x, count, mean, spread, weight, bias, sums, out, eps, R,
-    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr, GELU: tl.constexpr,
+    C: tl.constexpr, COLS: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the map; ``sums`` (2, C) are those of bias and weight over all rows."""
@@ -248,8 +243,7 @@ def _input_gradient(
         g = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         v -= m[None, :]
-        if GELU:
-            g *= _gelu(v * w[None, :] + b[None, :])[1]
+        g *= _gelu(v * w[None, :] + b[None, :])[1]
         g = g * w[None, :] - (mean_b[None, :] + v * mean_w[None, :])
         tl.store(out + here, g.to(out.dtype.element_ty), mask=mask)
 
@@ -280,12 +274,12 @@ def _plan(name: str, rows: int, C: int, size: int, *options) -> Launch:
     grid, rows, constants = _tiling(name, rows, C, size)
     if not options:
         return Launch(_moments, grid, rows, **constants)
-    eps, training, gelu = options
-    return Launch(KERNELS[name], grid, eps, rows, TRAINING=training, GELU=gelu, **constants)
+    eps, training = options
+    return Launch(KERNELS[name], grid, eps, rows, TRAINING=training, **constants)
 
 
 def _launch(name: str, x: Tensor, *options) -> Launch:
-    """The launch of a kernel over a map; the options are eps, training and gelu."""
+    """The launch of a kernel over a map; the options are eps and training."""
     return planned(_plan, name, x.numel() // x.shape[1], x.shape[1], x.element_size(), *options)
 
 
@@ -360,7 +354,7 @@ def moments(x: Tensor, *running) -> Tensor:
 
 # Count, mean, and sum of squared deviations (in evaluation, the variance); weight and bias.
 STATISTICS = 'Tensor count, Tensor mean, Tensor spread, Tensor weight, Tensor bias'
-OPTIONS = 'float eps, bool training, bool gelu'
+OPTIONS = 'float eps, bool training'
 
 
 @thin_operator(
@@ -369,10 +363,10 @@ OPTIONS = 'float eps, bool training, bool gelu'
 )
 def normalize(x: Tensor, *args) -> Tensor:
     """The normalized map, with GELU."""
-    *statistics, eps, training, gelu = args
+    *statistics, eps, training = args
     x = _channels_last(x)
     out = torch.empty_like(x)
-    _launch('normalize', x, eps, training, gelu)(x, *statistics, out)
+    _launch('normalize', x, eps, training)(x, *statistics, out)
     return out
 
 
@@ -386,9 +380,9 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
 
     With ``again`` also what :func:`normalize` returned, else nothing in its place.
     """
-    *tensors, eps, training, gelu, again = args
+    *tensors, eps, training, again = args
     grad, x = _channels_last(grad), _channels_last(x)
-    launch = _launch('gradient_sums', x, eps, training, gelu)
+    launch = _launch('gradient_sums', x, eps, training)
     parts = _empty_parts(launch, x, 2)
     total, grads, zeros, out = _empty_sums(x, tensors[-2], again)
     launch(grad, x, *tensors, parts, out if again else None)
@@ -403,15 +397,15 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
 )
 def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
     """Gradient of the map; the sums are those of :func:`gradient_sums` over all processes."""
-    *statistics, sums, eps, training, gelu = args
+    *statistics, sums, eps, training = args
     grad, x = _channels_last(grad), _channels_last(x)
     out = torch.empty_like(x)
-    _launch('input_gradient', x, eps, training, gelu)(grad, x, *statistics, sums, out)
+    _launch('input_gradient', x, eps, training)(grad, x, *statistics, sums, out)
     return out
 
 
 class BatchNormGELU(torch.autograd.Function):
-    """See :func:`normalize_gelu`; the options are eps, training and gelu."""
+    """See :func:`normalize_gelu`; the options are eps and training."""
 
     @staticmethod
     def forward(
@@ -435,7 +429,7 @@ class BatchNormGELU(torch.autograd.Function):
         if of_input:
             total = share(total, ctx.group) if training else None
             grad_x = input_gradient(grad, *saved, total, *ctx.options)
-        return grad_x, grads[1], grads[0], *[None] * 5
+        return grad_x, grads[1], grads[0], *[None] * 4
 
 
 def share(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -496,7 +490,6 @@ def normalize_gelu(
     eps: float,
     training: bool,
     process_group: dist.ProcessGroup | None = None,
-    gelu: bool = True,
 ) -> Tensor:
     """GELU of a normalized map, keeping only ``x`` for the backward pass.
 
@@ -513,7 +506,6 @@ def normalize_gelu(
         eps (float): Added to the variance.
         training (bool): Whether the statistics are those of the map.
         process_group (ProcessGroup, optional): Processes that share them. Defaults to None: none.
-        gelu (bool): Whether to compute GELU. Defaults to True.
 
     Returns:
         Tensor: Map of shape (B, C, H, W), channels-last.
@@ -526,4 +518,4 @@ def normalize_gelu(
         >>> normalize_gelu(x, ones, zeros, statistics, 1e-5, True).shape  # doctest: +SKIP
         torch.Size([2, 32, 8, 6])
     """
-    return BatchNormGELU.apply(x, weight, bias, statistics, process_group, eps, training, gelu)
+    return BatchNormGELU.apply(x, weight, bias, statistics, process_group, eps, training)

@@ -58,20 +58,18 @@ def run(function, tensors: dict[str, Tensor], dtype=None, **options) -> list[Ten
     return [out.detach(), *running, *torch.autograd.grad(out, leaves, tensors['grad'])]
 
 
-def plain(x, weight, bias, mean, var, momentum=0.1, eps=1e-5, training=True, gelu=True) -> Tensor:
-    x = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    return F.gelu(x) if gelu else x
+def plain(x, weight, bias, mean, var, momentum=0.1, eps=1e-5, training=True) -> Tensor:
+    return F.gelu(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps))
 
 
 def fused(
-    x, weight, bias, mean, var, momentum=0.1, eps=1e-5, training=True, process_group=None, gelu=True
+    x, weight, bias, mean, var, momentum=0.1, eps=1e-5, training=True, process_group=None
 ) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     statistics = (mean, mean, var)
     if training:
         statistics = triton_norm.batch_statistics(x.detach(), mean, var, momentum, process_group)
-    options = (eps, training, process_group, gelu)
-    return triton_norm.normalize_gelu(x, weight, bias, statistics, *options)
+    return triton_norm.normalize_gelu(x, weight, bias, statistics, eps, training, process_group)
 
 
 def errors(ours: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
@@ -94,7 +92,7 @@ def test_as_torch_in_float64(size, dtype):
     check(make(size, dtype), DTYPES[dtype])
 
 
-@pytest.mark.parametrize('options', [dict(gelu=False), dict(training=False), dict(momentum=0.7)])
+@pytest.mark.parametrize('options', [dict(training=False), dict(momentum=0.7)])
 def test_options(options):
     check(make((2, 24, 5, 3)), 1e-5, **options)
 
@@ -210,7 +208,7 @@ def test_operators_know_shapes_and_what_they_change():
     grad = grad.contiguous(memory_format=torch.channels_last)
     moments = triton_norm.moments(x, None, None, None, 0.1)
     statistics = (*moments.unbind(), weight, bias)
-    options = (1e-5, True, True)
+    options = (1e-5, True)
     tracked = torch.zeros((), dtype=torch.int64, device=DEVICE)
     sums, *_ = triton_norm.gradient_sums(grad, x, *statistics, *options, False)
     ops = torch.ops.mmhrformer
