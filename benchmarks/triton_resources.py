@@ -63,12 +63,12 @@ def window_kernels(dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
-    """Depth-wise convolutions with GELU and their gradients, linear layers of folded blocks."""
+    """Depth-wise convolutions with GELU, weight gradients, linear layers of folded blocks."""
     x = TYPES[dtype]
-    types = dict(x=x, weight=x, bias=x, grad=x, extra=x, out=x, eps='fp32')
+    types = dict(x=x, weight=x, bias=x, grad=x, residual=x, out=x, eps='fp32')
     for H, W, C in HIDDEN:
         shape, name = (64, C, H, W), f'{H} x {W} x {C}'
-        launch = conv._plan_depthwise(shape, (9, 9, 3, 1), 1, False, True, False, True)
+        launch = conv._plan_depthwise(shape, (9, 9, 3, 1), 1, False, True, True)
         yield f'depthwise {name}', launch, types
         launch = conv._plan_depthwise_weight(shape)
         yield f'depthwise weight {name}', launch, types | dict(out='*fp32')
@@ -77,7 +77,7 @@ def convolution_kernels(dtype: torch.dtype) -> Iterator[tuple]:
             options = 1e-6, CHANNELS.get(K, K), True, True
             launch = linear._plan_norm_linear(64 * 3072, N, K, dtype, *options)
         else:
-            launch = linear._plan_linear(64 * 3072, N, K, dtype, True, True, True, False)
+            launch = linear._plan_linear(64 * 3072, N, K, dtype, True, True, True)
         yield f'linear {K} to {N}', launch, types
 
 

@@ -175,13 +175,13 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
     """See :func:`mmhrformer.ops.depthwise_conv`."""
-    from .triton_conv import depthwise_gelu
+    from .triton_conv import depthwise_conv as kernel
 
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
     if x.dtype not in DTYPES or stride > 2:
         return reference.depthwise_conv(x, weight, bias, stride)
     is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
-    out = depthwise_gelu(x, weight, bias, stride, gelu=False)
+    out = kernel(x, weight, bias, stride)
     return out if is_last else out.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Triton kernel of 3x3 depth-wise convolutions fused with GELU, and of their gradients.
+"""Triton kernels of 3x3 depth-wise convolutions, optionally fused with GELU, and of gradients.
 
 Import this only where Triton can run: it registers the operator ``mmhrformer::depthwise_gelu``.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .state import needs_grad
-from .triton_gelu import gelu, gelu_slope
+from .triton_gelu import gelu
 from .triton_launch import Launch, planned
 from .triton_sums import add_parts
 from .triton_support import check_tensors, refuse_second_derivatives, thin_operator
@@ -86,13 +86,13 @@ def _advance(next0, next1, next2, x, y, end, col, c, in_c, W, C: tl.constexpr, A
 
 @triton.jit(do_not_specialize=['H', 'W', 'OH', 'OW'])
 def _depthwise_kernel(
-    x, weight, bias, grad, out, H, W, OH, OW,
+    x, weight, bias, out, H, W, OH, OW,
     C: tl.constexpr, W_C: tl.constexpr, W_TAP: tl.constexpr, STRIDE: tl.constexpr,
-    FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD: tl.constexpr, GELU: tl.constexpr,
+    FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """gelu(conv3x3(x) + bias) of a map (B, H, W, C), or grad * gelu'(conv3x3(x) + bias).
+    """conv3x3(x) + bias of a map (B, H, W, C), and its GELU.
 
     A program goes down ROWS rows of the output. Each input row is read once and added to all
     output rows that depend on it.
@@ -107,7 +107,6 @@ def _depthwise_kernel(
     b = (tile // (across * down)).to(tl.int64)
     x += b * H * W * C
     out += b * OH * OW * C
-    grad += b * OH * OW * C
     in_c = c < C
     # With flipped taps, the convolution computes the input gradient.
     STEP: tl.constexpr = -1 if FLIP else 1
@@ -147,9 +146,7 @@ def _depthwise_kernel(
             two = _add(start, x0, x1, x2, a0, a1, a2)
         at = (row * OW + col)[:, None] * C + c[None, :]
         mask = ((row < OH) & (col < OW))[:, None] & in_c[None, :]
-        if HAS_GRAD:
-            result = gelu_slope(result) * tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        elif GELU:
+        if GELU:
             result = gelu(result)
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
@@ -218,7 +215,7 @@ def _tiling(B: int, H: int, W: int, C: int) -> tuple[DepthwiseTile, int, int, in
 
 def _plan_depthwise(
     shape: tuple[int, ...], strides: tuple[int, ...], stride: int, flip: bool,
-    has_bias: bool, has_grad: bool, gelu: bool,
+    has_bias: bool, gelu: bool,
 ) -> Launch:  # fmt: skip
     """The launch for a map (B, C, H, W) and a weight of given strides."""
     B, C, H, W = shape
@@ -227,7 +224,7 @@ def _plan_depthwise(
     return Launch(
         _depthwise_kernel, (tiles * blocks,), H, W, OH, OW,
         C=C, W_C=strides[0], W_TAP=strides[3], STRIDE=stride, FLIP=flip,
-        HAS_BIAS=has_bias, HAS_GRAD=has_grad, GELU=gelu,
+        HAS_BIAS=has_bias, GELU=gelu,
         ROWS=tile.rows, COLS=tile.cols, BLOCK_C=block, AHEAD=tile.ahead,
         STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -258,7 +255,6 @@ def _depthwise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    grad: Tensor | None = None,
     stride: int = 1,
     gelu: bool = False,
     flip: bool = False,
@@ -270,10 +266,8 @@ def _depthwise(
     if strides[2] != 3 * strides[3]:
         weight = weight.contiguous()
         strides = weight.stride()
-    flags = flip, bias is not None, grad is not None, gelu
-    planned(_plan_depthwise, x.shape, strides, stride, *flags)(
-        x, weight, x if bias is None else bias, x if grad is None else _channels_last(grad), out
-    )
+    launch = planned(_plan_depthwise, x.shape, strides, stride, flip, bias is not None, gelu)
+    launch(x, weight, x if bias is None else bias, out)
     return out
 
 
@@ -287,19 +281,8 @@ def _depthwise(
 def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
 ) -> Tensor:
-    """:func:`depthwise_gelu` without gradients and checks."""
-    return _depthwise(x, weight, bias, stride=stride, gelu=gelu)
-
-
-@thin_operator(
-    'depthwise_gelu_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int stride) -> Tensor',
-    lambda grad, x, weight, bias, stride: _empty_map(x, stride),
-)
-def _depthwise_gelu_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
-) -> Tensor:
-    """Gradient of the input of the GELU, which is recomputed."""
-    return _depthwise(x, weight, bias, grad, stride=stride)
+    """A convolution, optionally with GELU, without gradients and checks."""
+    return _depthwise(x, weight, bias, stride, gelu)
 
 
 @thin_operator(
@@ -307,7 +290,7 @@ def _depthwise_gelu_grad(
     lambda grad, weight: _empty_map(grad, 1),
 )
 def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the input of a convolution of stride 1 without GELU, a map (B, C, H, W)."""
+    """Gradient of the input of a convolution of stride 1, a map (B, C, H, W)."""
     return _depthwise(grad, weight, flip=True)
 
 
@@ -341,49 +324,47 @@ def depthwise_weight_grad(
 # ---------------------------------------------------------------------------- gradients
 
 
-class DepthwiseGELU(torch.autograd.Function):
-    """See :func:`depthwise_gelu`."""
+class DepthwiseConv(torch.autograd.Function):
+    """See :func:`depthwise_conv`."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
-    ) -> Tensor:
-        """Compute the convolution, keeping only the inputs."""
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        """Compute the convolution, keeping only the map and the parameters."""
         ctx.save_for_backward(x, weight, bias)
-        ctx.stride, ctx.gelu = stride, gelu
-        return depthwise_forward(x, weight, bias, stride, gelu)
+        ctx.stride = stride
+        return depthwise_forward(x, weight, bias, stride, False)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors."""
         x, weight, bias = ctx.saved_tensors
-        if ctx.gelu or ctx.stride == 1:
-            refuse_second_derivatives('depthwise_gelu')
-        if ctx.gelu:
-            grad = _depthwise_gelu_grad(grad, x, weight, bias, ctx.stride)
         wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
         if ctx.stride == 2:  # only in exchanges between streams
             C, weight = len(weight), weight.to(x.dtype)
             options = ([2, 2], [1, 1], [1, 1], False, [0, 0], C)
             grads = torch.ops.aten.convolution_backward(grad, x, weight, [C], *options, wanted)
-            return *grads, None, None
+            return *grads, None
+        refuse_second_derivatives('depthwise_conv')
         grad_x = grad_weight = grad_bias = None
         if wanted[0]:
             grad_x = depthwise_input_grad(grad, weight)
         if wanted[1] or wanted[2]:
             grad_weight, grad_bias = depthwise_weight_grad(grad, x, weight, bias)
-        return grad_x, grad_weight, grad_bias if wanted[2] else None, None, None
+        return grad_x, grad_weight, grad_bias if wanted[2] else None, None
 
 
 # ---------------------------------------------------------------------------- functions
 
 
-def depthwise_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, gelu: bool = True
-) -> Tensor:
-    """Exact GELU of a 3x3 depth-wise convolution, padded with one zero on each side.
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    C = x.shape[1]
+    check_tensors(x, weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
 
-    Sums are in float32. There are no second derivatives.
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """3x3 depth-wise convolution, padded with one zero on each side.
+
+    Sums are in float32. There are no second derivatives for stride 1.
 
     Args:
         x (Tensor): Map of shape (B, C, H, W), of float32, float16 or bfloat16. It is copied
@@ -392,7 +373,6 @@ def depthwise_gelu(
             fastest.
         bias (Tensor, optional): Bias of shape (C,).
         stride (int): Stride, 1 or 2. Defaults to 1.
-        gelu (bool): Whether GELU follows. Defaults to True.
 
     Returns:
         Tensor: Map of shape (B, C, ceil(H / stride), ceil(W / stride)), channels-last in memory,
@@ -401,9 +381,15 @@ def depthwise_gelu(
     Raises:
         ValueError: If the stride, a data type or a shape is not supported.
     """
-    C = x.shape[1]
-    check_tensors(x, weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
+    _check(x, weight, bias)
     if stride not in (1, 2):
         raise ValueError(f'stride is {stride}: the kernel supports 1 and 2')
-    run = DepthwiseGELU.apply if needs_grad(x, weight, bias) else depthwise_forward
-    return run(x, weight, bias, stride, gelu)
+    if needs_grad(x, weight, bias):
+        return DepthwiseConv.apply(x, weight, bias, stride)
+    return depthwise_forward(x, weight, bias, stride, False)
+
+
+def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Exact GELU of a convolution of stride 1, see :func:`depthwise_conv`; without gradients."""
+    _check(x, weight, bias)
+    return depthwise_forward(x, weight, bias, 1, True)

@@ -7,11 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _normal_tail(x):
-    """1 - Phi(|x|) for the distribution function Phi, and exp(-x^2 / 2).
+def gelu(x):
+    """GELU of a tile in float32, x Phi(x) for the distribution function Phi; NaN for an infinite x.
 
-    A polynomial with an error of at most 7e-8, the rounding error of 1 + erf(x) in float32, in half
-    the instructions of CUDA's erf, which would make the kernel slower than the memory.
+    A polynomial for 1 - Phi(|x|) with an error of at most 7e-8, the rounding error of 1 + erf(x) in
+    float32, in half the instructions of CUDA's erf, which would make the kernel slower than the
+    memory.
     """
     # The square of a reciprocal square root takes 2 instructions, a division 9.
     root = tl.rsqrt(1.0 + 0.33 * tl.abs(x))
@@ -21,18 +22,5 @@ def _normal_tail(x):
     tail = -0.09625532 + tail * t
     tail = 0.20623905 + tail * t
     tail = 0.1213969 + tail * t
-    return tail * t * bell, bell
-
-
-@triton.jit
-def gelu(x):
-    """GELU of a tile in float32, x Phi(x); NaN for an infinite x."""
-    tail, _ = _normal_tail(x)
+    tail = tail * t * bell
     return tl.maximum(x, 0.0) - tl.abs(x) * tail
-
-
-@triton.jit
-def gelu_slope(x):
-    """Derivative of GELU of a tile in float32, Phi(x) + x phi(x)."""
-    tail, bell = _normal_tail(x)
-    return tl.where(x > 0.0, 1.0 - tail, tail) + x * bell * 0.3989422804014327

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .state import needs_grad
-from .triton_gelu import gelu, gelu_slope
+from .triton_gelu import gelu
 from .triton_launch import Launch, planned
-from .triton_support import check_tensors, refuse_second_derivatives, thin_operator
+from .triton_support import check_tensors, thin_operator
 
 
 class LinearTile(NamedTuple):
@@ -82,12 +81,12 @@ def linear_tile(N: int, K: int) -> LinearTile:
 
 @triton.jit(do_not_specialize=['M'])
 def _linear_kernel(
-    x, weight, bias, extra, out, M, N: tl.constexpr, K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GRAD: tl.constexpr,
-    GELU: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, residual, out, M, N: tl.constexpr, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """gelu(x W^T + bias) + extra, or extra * gelu'(x W^T + bias); x (M, K), weight (N, K)."""
+    """gelu(x W^T + bias) + residual for x (M, K), weight (N, K) and residual (M, N)."""
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * BLOCKS) * GROUP
     size = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -97,7 +96,7 @@ def _linear_kernel(
     m = tl.arange(0, BLOCK_M)
     x += start.to(tl.int64) * K
     out += start.to(tl.int64) * N
-    extra += start.to(tl.int64) * N
+    residual += start.to(tl.int64) * N
     in_m, in_n = m < M - start, n < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, K, BLOCK_K):
@@ -113,12 +112,10 @@ def _linear_kernel(
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     at = m[:, None] * N + n[None, :]
     mask = in_m[:, None] & in_n[None, :]
-    if HAS_GRAD:
-        acc = gelu_slope(acc) * tl.load(extra + at, mask=mask, other=0.0).to(tl.float32)
-    elif GELU:
+    if GELU:
         acc = gelu(acc)
     if HAS_RESIDUAL:
-        acc += tl.load(extra + at, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -167,16 +164,15 @@ def _norm_linear_kernel(
 
 
 def _plan_linear(
-    M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, has_bias: bool, has_residual: bool,
-    has_grad: bool,
-) -> Launch:  # fmt: skip
+    M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, has_bias: bool, has_residual: bool
+) -> Launch:
     """The launch for M rows of K numbers and a weight (N, K)."""
     tile = linear_tile(N, K)
     block_n, block_k = (max(16, triton.next_power_of_2(n)) for n in (N, K))
     block_n = min(tile.n, block_n)
     return Launch(
         _linear_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, block_n),), M, N=N, K=K,
-        HAS_BIAS=has_bias, HAS_RESIDUAL=has_residual, HAS_GRAD=has_grad, GELU=gelu,
+        HAS_BIAS=has_bias, HAS_RESIDUAL=has_residual, GELU=gelu,
         PRECISION='tf32x3' if dtype == torch.float32 else 'tf32',
         BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=min(tile.k * 2 // dtype.itemsize, block_k),
         GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
@@ -202,23 +198,17 @@ def _plan_norm_linear(
 
 
 def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gelu: bool,
-    residual: Tensor | None = None,
-    grad: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
 ) -> Tensor:
-    """Launch the linear kernel; x (..., K), weight (N, K, ...), residual and grad (..., N)."""
+    """Launch the linear kernel; x (..., K), weight (N, K, ...), residual (..., N)."""
     x, weight = x.contiguous(), weight.contiguous()
     N = weight.shape[0]
     *rows, K = x.shape
     out = x.new_empty((*rows, N))
-    extra = grad if residual is None else residual
-    flags = gelu, bias is not None, residual is not None, grad is not None
-    planned(_plan_linear, x.numel() // K, N, K, x.dtype, *flags)(
-        x, weight, x if bias is None else bias, x if extra is None else extra.contiguous(), out
-    )
+    flags = gelu, bias is not None, residual is not None
+    residual = x if residual is None else residual.contiguous()
+    launch = planned(_plan_linear, x.numel() // K, N, K, x.dtype, *flags)
+    launch(x, weight, x if bias is None else bias, residual, out)
     return out
 
 
@@ -254,7 +244,7 @@ def linear_forward(
     eps: float | None,
     channels: int | None = None,
 ) -> Tensor:
-    """:func:`linear_gelu` without gradients and checks, and with optional layer normalization.
+    """A linear layer without checks, with optional GELU, residual and layer normalization.
 
     With ``eps``, rows are normalized first; scale and shift of the normalization are folded into
     the weight, which may be that of a 1x1 convolution. There must be no residual then, and no more
@@ -266,67 +256,18 @@ def linear_forward(
     return _norm_linear(x, weight, bias, gelu, eps, channels or x.shape[-1])
 
 
-@thin_operator(
-    'linear_gelu_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> Tensor',
-    lambda grad, x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
-)
-def _linear_gelu_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Gradient of the input of the GELU, which is recomputed."""
-    return _linear(x, weight, bias, gelu=True, grad=grad)
-
-
-# ---------------------------------------------------------------------------- gradients
-
-
-class LinearGELU(torch.autograd.Function):
-    """See :func:`linear_gelu`."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
-    ) -> Tensor:
-        """Compute the layer, keeping only the rows and the parameters."""
-        ctx.save_for_backward(x, weight, bias)
-        ctx.gelu = gelu
-        return linear_forward(x, weight, bias, gelu, residual, None)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors."""
-        x, weight, bias = ctx.saved_tensors
-        if ctx.gelu:
-            refuse_second_derivatives('linear_gelu')
-        inner = _linear_gelu_grad(grad, x, weight, bias) if ctx.gelu else grad
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = inner @ weight
-        if ctx.needs_input_grad[1]:
-            grad_weight = inner.reshape(-1, len(weight)).T @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = inner.reshape(-1, len(weight)).sum(0)
-        return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
-
-
 # ---------------------------------------------------------------------------- functions
 
 
-def linear_gelu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gelu: bool = True,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Exact GELU of a linear layer, plus an optional residual.
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Exact GELU of a linear layer.
 
-    Sums are in float32. There are no second derivatives.
+    Sums are in float32. There are no gradients.
 
     Args:
         x (Tensor): Rows of shape (..., K), of float32, float16 or bfloat16.
         weight (Tensor): Weight of shape (N, K), of the data type of the input.
         bias (Tensor, optional): Bias of shape (N,).
-        gelu (bool): Whether GELU follows. Defaults to True.
-        residual (Tensor, optional): Residual of shape (..., N), added after the GELU.
 
     Returns:
         Tensor: Rows of shape (..., N), in the data type of the input.
@@ -334,12 +275,7 @@ def linear_gelu(
     Raises:
         ValueError: If a data type or a shape is not supported.
     """
-    N, rows = len(weight), x.shape[:-1]
-    check_tensors(
-        x, weight=(weight, (N, x.shape[-1])), bias=(bias, (N,)), residual=(residual, (*rows, N))
-    )
+    check_tensors(x, weight=(weight, (len(weight), x.shape[-1])), bias=(bias, (len(weight),)))
     if weight.dtype != x.dtype:
         raise ValueError(f'weight has data type {weight.dtype}: convert it to {x.dtype} as x')
-    if needs_grad(x, weight, bias, residual):
-        return LinearGELU.apply(x, weight, bias, gelu, residual)
-    return linear_forward(x, weight, bias, gelu, residual, None)
+    return linear_forward(x, weight, bias, True, None, None)
