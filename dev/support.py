@@ -11,7 +11,6 @@ environment, and from all files to the page. Failures are recorded as well.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from importlib import metadata
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'demo'))
@@ -28,7 +26,7 @@ import demo_data
 from mmengine.runner import find_latest_checkpoint
 from run_demo import DATA, TASKS, DemoError, read_metric, run_tool
 
-from mmhrformer.utils.install_hints import OWNERS
+from mmhrformer.utils.install_hints import OWNERS, installed
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / 'docs/support'
@@ -50,11 +48,8 @@ HALF = {
 
 def find_versions() -> dict[str, str]:
     """The versions of Python and of relevant distributions, without local version labels."""
-    found = {'python': platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name).split('+')[0]
-    return found
+    versions = {'python': platform.python_version(), **installed(PACKAGES)}
+    return {name: version.split('+')[0] for name, version in versions.items()}
 
 
 def name_of_record(versions: dict[str, str]) -> str:
