@@ -20,7 +20,7 @@ from ..inferencers.base import Inferencer
 from ..inferencers.image_loading import displayable
 from ..inferencers.media import Picture
 from ..models.attention import LocalWindowSelfAttention
-from ..ops import window_padding, window_partition
+from ..ops import window_count, window_padding, window_partition
 from ..utils.suggest import did_you_mean
 
 DPI = 110
@@ -266,8 +266,7 @@ def _one_query(
     side = attention.window_size
     top, left = window_padding(height, side)[0], window_padding(width, side)[0]
     row, column = int(query[1] * height) + top, int(query[0] * width) + left
-    windows_in_row = -(-width // side)
-    number = row // side * windows_in_row + column // side
+    number = row // side * window_count(width, side) + column // side
     weights = attention_weights(attention, x)[number, :, row % side * side + column % side]
     place = ((column // side * side - left) / width, (row // side * side - top) / height)
     return Attention(

@@ -271,9 +271,8 @@ def _parse(data: bytes, inert: set[str]) -> Any:
         if _is_torchscript(data):
             raise ValueError(
                 'it is a TorchScript program, not a checkpoint: loading it would run code. If you '
-                'trust '
-                "its source, save its weights: torch.save(torch.jit.load(FILE, 'cpu').state_dict()"
-                ', NEW_FILE)'
+                'trust its source, save its weights: torch.save(torch.jit.load(FILE, '
+                "'cpu').state_dict(), NEW_FILE)"
             )
         if damage := find_damage(io.BytesIO(data)):
             raise ValueError(f'it is damaged ({damage}): download or copy it again')

@@ -76,16 +76,13 @@ class Video:
         self.fps = fps if fps > 0 else FALLBACK_FPS
         self._length = max(int(count), 1)  # unknown for streams and some files
         if not reader.read()[0]:
-            kind, hint = (
-                'video',
-                (
-                    'Play it to check whether it is complete, or convert it: ffmpeg -i FILE '
+            hint = 'camera. Check its number, and that no other program is using it'
+            if not camera:
+                hint = (
+                    'video. Play it to check whether it is complete, or convert it: ffmpeg -i FILE '
                     '-pix_fmt yuv420p NEW.mp4'
-                ),
-            )
-            if camera:
-                kind, hint = 'camera', 'Check its number, and that no other program is using it'
-            raise ValueError(f'inputs={self.name!r}: cannot read from the {kind}. {hint}')
+                )
+            raise ValueError(f'inputs={self.name!r}: cannot read from the {hint}')
 
     def __len__(self) -> int:
         return self._length

@@ -28,7 +28,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if (self.padding, self.dilation, self.padding_mode) != KEEPING[3][2:]:
+        if (self.padding, self.dilation, self.padding_mode) != ((1, 1), (1, 1), 'zeros'):
             return super()._conv_forward(x, weight, bias)  # changed to enlarge its field of view
         return ops.depthwise_conv(x, weight, bias, self.stride[0])
 
@@ -86,16 +86,16 @@ class DWConvFFN(BaseModule):
     def is_intact(self) -> bool:
         """Whether the convolutions are as they were made, not replaced, hooked or the like."""
         kinds, convs = (nn.Conv2d, DepthwiseConv2d, nn.Conv2d), (self.fc1, self.dw3x3, self.fc2)
-        are_made = all(
+        are_plain = all(
             type(conv) is kind and is_plain(conv, kind) and conv.bias is not None
             for conv, kind in zip(convs, kinds)
         )
-        return are_made and have_shapes(*convs)
+        return are_plain and have_shapes(*convs)
 
 
 geometry = attrgetter('kernel_size', 'stride', 'padding', 'dilation', 'padding_mode')
-# The geometry of convolutions that keep the size of a map, by kernel size.
-KEEPING = {n: ((n, n), (1, 1), (n // 2, n // 2), (1, 1), 'zeros') for n in (1, 3)}
+# The geometry of convolutions whose output is as large as their input, by kernel size.
+SAME_SIZE = {n: ((n, n), (1, 1), (n // 2, n // 2), (1, 1), 'zeros') for n in (1, 3)}
 
 
 def have_shapes(fc1: nn.Conv2d, dw3x3: nn.Conv2d, fc2: nn.Conv2d) -> bool:
@@ -107,6 +107,6 @@ def have_shapes(fc1: nn.Conv2d, dw3x3: nn.Conv2d, fc2: nn.Conv2d) -> bool:
         fc1.out_channels == dw3x3.in_channels == dw3x3.out_channels == fc2.in_channels
         and dw3x3.groups == fc1.out_channels
         and fc1.groups == fc2.groups == 1
-        and geometry(fc1) == geometry(fc2) == KEEPING[1]
-        and geometry(dw3x3) == KEEPING[3]
+        and geometry(fc1) == geometry(fc2) == SAME_SIZE[1]
+        and geometry(dw3x3) == SAME_SIZE[3]
     )
