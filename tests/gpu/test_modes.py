@@ -207,9 +207,9 @@ def test_parts(part, training, dtype, device):
         want = step(copy.deepcopy(module).double(), x.double())
     # Biases before a normalization have no gradient but rounding errors.
     least = 1e-2 * max(grad.norm().item() for grad in want[1:])
-    for form in ['cuda', 'kernels'] if device.type == 'cuda' else ['cpu']:
+    for backend in ['cuda', 'kernels'] if device.type == 'cuda' else ['cpu']:
         ours = copy.deepcopy(module).to(device)
-        with ops.use(form), autocast(device, dtype):
+        with ops.use(backend), autocast(device, dtype):
             got = step(ours, x.to(device))
         assert all(tensor.isfinite().all() for tensor in got)
         check(got[:1], want[:1], LIMITS[dtype])
@@ -229,21 +229,21 @@ def test_more_windows_than_a_grid_has_places(device):
 
 @every_dtype
 @every_arch
-def test_gradients_are_those_of_the_plain_forms(arch, dtype, device):
+def test_gradients_are_those_of_the_reference(arch, dtype, device):
     """Those of all parameters together; both on the GPU, so that rounding alone differs."""
     start, found = smooth(copy.deepcopy(make(arch))), {}
-    forms = ['reference', 'cuda', 'kernels'] if device.type == 'cuda' else ['reference', 'cpu']
-    for form in forms:
+    backends = ['reference', 'cuda', 'kernels'] if device.type == 'cuda' else ['reference', 'cpu']
+    for backend in backends:
         model = copy.deepcopy(start).to(device).train()
-        with ops.use(form), autocast(device, dtype):
+        with ops.use(backend), autocast(device, dtype):
             outs = model(images().to(device))
             loss = sum(out.float().square().mean() for out in outs)
         loss.backward()
-        found[form] = [p.grad for p in model.parameters() if p.grad is not None]
+        found[backend] = [p.grad for p in model.parameters() if p.grad is not None]
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}[dtype]
-    for form in forms[1:]:
-        assert len(found['reference']) == len(found[form])
-        check(found[form], found['reference'], limit)
+    for backend in backends[1:]:
+        assert len(found['reference']) == len(found[backend])
+        check(found[backend], found['reference'], limit)
 
 
 # ---------------------------------------------------------------- compiler, determinism, memory
@@ -279,12 +279,12 @@ def train(model: nn.Module, device: torch.device, steps: int = 2) -> list[Tensor
     return [*losses, *model.parameters()]
 
 
-@pytest.mark.parametrize('form', ['plain', 'fast'])
-def test_the_deterministic_mode_repeats_all_bits(form, device):
+@pytest.mark.parametrize('is_fast', [False, True])
+def test_the_deterministic_mode_repeats_all_bits(is_fast, device):
     torch.use_deterministic_algorithms(True)
     model = make('base', drop_path_rate=0.2)
-    forms = dict(plain='reference', fast='kernels' if device.type == 'cuda' else 'cpu')
-    with ops.use(forms[form]):
+    fast = 'kernels' if device.type == 'cuda' else 'cpu'
+    with ops.use(fast if is_fast else 'reference'):
         first, second = (train(model, device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 

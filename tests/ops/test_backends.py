@@ -22,7 +22,7 @@ from mmhrformer.ops.recompute import recompute
 from mmhrformer.ops.triton_support import available
 
 HAS_KERNELS = available(torch.device('cpu'))  # in Triton's interpreter
-FORMS = ['compiled', 'cpu', 'cuda', *['kernels'] * HAS_KERNELS]
+BACKENDS = ['compiled', 'cpu', 'cuda', *['kernels'] * HAS_KERNELS]
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -33,10 +33,10 @@ def _small_tiles(monkeypatch):
         make_tiles_small(monkeypatch)
 
 
-def run(form: str, function, *tensors: Tensor) -> list[Tensor]:
+def run(backend: str, function, *tensors: Tensor) -> list[Tensor]:
     """The result, and the gradients of what requires one."""
     leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-    with ops.use(form):
+    with ops.use(backend):
         out = function(*tensors)
     # The gradient that arrives has a memory format of its own.
     weight = (
@@ -48,9 +48,9 @@ def run(form: str, function, *tensors: Tensor) -> list[Tensor]:
     return [out, *grads]
 
 
-def check(form: str, dtype: torch.dtype, function, *tensors: Tensor) -> Tensor:
+def check(backend: str, dtype: torch.dtype, function, *tensors: Tensor) -> Tensor:
     bound = DTYPES[dtype]
-    results = run(form, function, *tensors)
+    results = run(backend, function, *tensors)
     for ours, plain in zip(results, run('reference', function, *tensors)):
         assert ours.dtype == plain.dtype
         scale = plain.abs().max().clamp(min=1)
@@ -66,8 +66,8 @@ def make(*shape: int, dtype: torch.dtype, grad: bool) -> Tensor:
 
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', FORMS)
-def test_window_attention(form, dtype, grad, monkeypatch):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_window_attention(backend, dtype, grad, monkeypatch):
     monkeypatch.setattr(cuda, 'MAX_WINDOWS', 3)
     for windows, side, heads, head_dim in (
         (4, 1, 1, 8),
@@ -79,13 +79,13 @@ def test_window_attention(form, dtype, grad, monkeypatch):
         qkv = make(windows, N, 3, heads, head_dim, dtype=dtype, grad=grad)
         for shape in (None, (1, heads, N, N), (windows, heads, N, N), (windows, 1, 1, N)):
             bias = None if shape is None else make(*shape, dtype=dtype, grad=grad)
-            check(form, dtype, lambda q, b: ops.window_attention(q, b, 0.3), qkv, bias)
+            check(backend, dtype, lambda q, b: ops.window_attention(q, b, 0.3), qkv, bias)
 
 
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', FORMS)
-def test_depthwise_conv(form, dtype, grad):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_depthwise_conv(backend, dtype, grad):
     for size in ((1, 3), (2, 7), (5, 4)):
         for memory_format in FORMATS:
             x = make(2, 6, *size, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
@@ -94,22 +94,22 @@ def test_depthwise_conv(form, dtype, grad):
             for stride in (1, 2):
                 tensors = x.requires_grad_(grad), weight, bias
                 function = lambda *args, s=stride: ops.depthwise_conv(*args, s)  # noqa: E731
-                out = check(form, dtype, function, *tensors)
+                out = check(backend, dtype, function, *tensors)
                 assert out.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', FORMS)
-def test_layer_norm(form, dtype):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_layer_norm(backend, dtype):
     for norm in (nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False), nn.Identity()):
         tensors = make(3, 5, 4, 6, dtype=dtype, grad=True), *norm.to(dtype).parameters()
-        check(form, dtype, lambda x, *_, n=norm: ops.fork_layer_norm(x, n)[0], *tensors)
+        check(backend, dtype, lambda x, *_, n=norm: ops.fork_layer_norm(x, n)[0], *tensors)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', FORMS)
-def test_norm_gelu_conv(form, dtype, memory_format):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_norm_gelu_conv(backend, dtype, memory_format):
     torch.manual_seed(0)
     for norm in (nn.BatchNorm2d(6), nn.BatchNorm2d(6).eval(), nn.GroupNorm(3, 6), nn.Identity()):
         for conv in (nn.Conv2d(6, 4, 1), DepthwiseConv2d(6), None):
@@ -117,21 +117,21 @@ def test_norm_gelu_conv(form, dtype, memory_format):
             x = make(2, 6, 3, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
             tensors = x.requires_grad_(), *modules.parameters()
             function = lambda x, *_, n=norm, c=conv: ops.norm_gelu_conv(x, n, c)  # noqa: E731
-            check(form, dtype, function, *tensors)
+            check(backend, dtype, function, *tensors)
             before = x.detach().clone()
             with torch.no_grad():
-                check(form, dtype, function, *tensors)
+                check(backend, dtype, function, *tensors)
             assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', FORMS)
-def test_pointwise_conv(form, dtype, memory_format):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_pointwise_conv(backend, dtype, memory_format):
     x = make(2, 6, 5, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
     weight, bias = make(4, 6, 1, 1, dtype=dtype, grad=True), make(4, dtype=dtype, grad=True)
     for offset in (bias, None):
-        check(form, dtype, ops.pointwise_conv, x.requires_grad_(), weight, offset)
+        check(backend, dtype, ops.pointwise_conv, x.requires_grad_(), weight, offset)
     assert ops.pointwise_conv(x, weight, bias).is_contiguous(memory_format=memory_format)
 
 
@@ -139,15 +139,16 @@ def test_pointwise_conv(form, dtype, memory_format):
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize(
-    ('form', 'dtype'), sorted({*product(FORMS, DTYPES)} - {('kernels', torch.bfloat16)}, key=str)
+    ('backend', 'dtype'),
+    sorted({*product(BACKENDS, DTYPES)} - {('kernels', torch.bfloat16)}, key=str),
 )
-def test_conv_gelu(form, dtype, grad, memory_format):
+def test_conv_gelu(backend, dtype, grad, memory_format):
     torch.manual_seed(0)
     for conv in (nn.Conv2d(6, 4, 1), DepthwiseConv2d(6, bias=False), nn.Conv2d(6, 4, 3, stride=2)):
         conv = conv.to(dtype).requires_grad_(grad)
         x = make(3, 6, 5, 4, dtype=dtype, grad=False).contiguous(memory_format=memory_format)
         x.requires_grad_(grad)
-        check(form, dtype, lambda x, *_, c=conv: ops.conv_gelu(x, c), x, *conv.parameters())
+        check(backend, dtype, lambda x, *_, c=conv: ops.conv_gelu(x, c), x, *conv.parameters())
 
 
 def test_fused_convolution_needs_onednn_that_keeps_its_activation():
@@ -156,30 +157,30 @@ def test_fused_convolution_needs_onednn_that_keeps_its_activation():
     assert (cpu.ONEDNN_CONVOLUTION is not None) == (tuple(map(int, found)) >= (3, 4))
 
 
-@pytest.mark.parametrize('form', [*FORMS, 'reference'])
-def test_autocast_decides_about_the_data_type(form):
+@pytest.mark.parametrize('backend', [*BACKENDS, 'reference'])
+def test_autocast_decides_about_the_data_type(backend):
     x = make(2, 6, 5, 4, dtype=torch.float32, grad=True)
     conv = DepthwiseConv2d(6)
     for function in (lambda: conv(x), lambda: ops.conv_gelu(x, conv)):
-        with ops.use(form), torch.autocast('cpu', torch.bfloat16):
+        with ops.use(backend), torch.autocast('cpu', torch.bfloat16):
             out = function()
         assert out.dtype == torch.bfloat16
         (grad,) = torch.autograd.grad(out.float().sum(), conv.weight)
         assert grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize(('form', 'padding'), [('cpu', (0, 0, 1, 0)), ('cuda', (6, 0, 1, 4))])
-def test_zeros_that_are_appended_to_a_head(form, padding):
-    with ops.use(form):
-        backend = ops.backend(torch.zeros(1))
-    assert tuple(map(backend.head_padding, (18, 32, 39, 4))) == padding
+@pytest.mark.parametrize(('backend', 'padding'), [('cpu', (0, 0, 1, 0)), ('cuda', (6, 0, 1, 4))])
+def test_zeros_that_are_appended_to_a_head(backend, padding):
+    with ops.use(backend):
+        head_padding = ops.backend(torch.zeros(1)).head_padding
+    assert tuple(map(head_padding, (18, 32, 39, 4))) == padding
 
 
 @pytest.mark.parametrize(
-    ('form', 'padding'), [('kernels', (0, 4, 2, 4, 0)), ('cuda', 5 * (0,)), ('cpu', 5 * (0,))]
+    ('backend', 'padding'), [('kernels', (0, 4, 2, 4, 0)), ('cuda', 5 * (0,)), ('cpu', 5 * (0,))]
 )
-def test_zeros_that_are_appended_to_maps(form, padding):
-    assert tuple(map(dispatch.BACKENDS[form].channel_padding, (18, 36, 78, 156, 312))) == padding
+def test_zeros_that_are_appended_to_maps(backend, padding):
+    assert tuple(map(dispatch.BACKENDS[backend].channel_padding, (18, 36, 78, 156, 312))) == padding
 
 
 def test_gelu_is_right_whatever_the_memory_formats():
@@ -214,7 +215,7 @@ def test_the_reference_is_used_where_operators_are_watched():
     assert set(seen) == {reference}
 
 
-def test_forms_can_be_forced(monkeypatch):
+def test_backends_can_be_forced(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.setenv('MMHRFORMER_OPS', 'reference')
     assert ops.backend(x) is reference
@@ -227,7 +228,7 @@ def test_forms_can_be_forced(monkeypatch):
         pass
 
 
-def test_forced_forms_end_with_their_block():
+def test_forced_backends_end_with_their_block():
     with contextlib.suppress(KeyError), ops.use('reference'):
         raise KeyError
     assert ops.backend(torch.zeros(1)).__name__ == 'mmhrformer.ops.cpu'
@@ -272,11 +273,11 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
         ops.backend(x)
 
 
-def test_forms_are_forced_in_one_thread_only():
+def test_backends_are_forced_in_one_thread_only():
     x, inside = torch.zeros(1), threading.Barrier(2)
 
-    def backend_of(form: str) -> ModuleType:
-        with ops.use(form):
+    def backend_of(backend: str) -> ModuleType:
+        with ops.use(backend):
             inside.wait(timeout=60)  # until both are
             return ops.backend(x)
 
@@ -286,7 +287,7 @@ def test_forms_are_forced_in_one_thread_only():
         assert ops.backend(x) is compiled
 
 
-def test_another_thread_recomputes_in_the_form_of_the_forward_pass():
+def test_another_thread_recomputes_in_the_backend_of_the_forward_pass():
     """Simulates GPUs, where autograd uses a separate thread for each."""
     seen = []
 

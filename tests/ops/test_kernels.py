@@ -95,16 +95,16 @@ def differentiate(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
-def run(form: str, function, x: Tensor, module: nn.Module) -> list[Tensor]:
+def run(backend: str, function, x: Tensor, module: nn.Module) -> list[Tensor]:
     """The result, gradients and running statistics, by a copy of the module."""
     module = copy.deepcopy(module)
-    with ops.use(form):
+    with ops.use(backend):
         out = function(x, module)
     return [*differentiate(out, [x, *module.parameters()]), *module.buffers()]
 
 
 def check(function, x: Tensor, module: nn.Module, bound: float = 1e-4) -> None:
-    results = (run(form, function, x, module) for form in ('kernels', 'reference'))
+    results = (run(backend, function, x, module) for backend in ('kernels', 'reference'))
     for ours, plain in zip(*results):
         assert ours.dtype == plain.dtype
         scale = plain.abs().max().clamp(min=1)
@@ -195,9 +195,9 @@ def test_autocast_decides_about_the_data_type(calls):
 def test_paths_are_dropped_as_mmcv_does(drop):
     x, path = make(16, 2, 3, 4), make(16, 2, 3, 5)[..., :4]
     results = []
-    for form in ('kernels', 'reference'):
+    for backend in ('kernels', 'reference'):
         torch.manual_seed(3)
-        with ops.use(form):
+        with ops.use(backend):
             out = ops.add_path(x, path, drop)
         results.append([*differentiate(out, [x, path]), torch.rand(1)])
     for ours, theirs in zip(*results):
@@ -357,8 +357,8 @@ def test_ffn_that_is_recomputed(linear_kernel):
 def test_ffn_in_autocast(calls, frozen):
     x, ffn = make(2, 3, 4, 6, grad=not frozen), make_ffn()
     results = []
-    for form in ('kernels', 'reference'):
-        with ops.use(form), torch.autocast('cpu', torch.float16):
+    for backend in ('kernels', 'reference'):
+        with ops.use(backend), torch.autocast('cpu', torch.float16):
             out = ffn(x)
         leaves = [*ffn.parameters()] if frozen else [x, *ffn.parameters()]
         results.append(differentiate(out, leaves))
@@ -455,8 +455,8 @@ def test_ffn_that_is_none_for_the_kernels(linear_kernel, monkeypatch):
 # ---------------------------------------------------------------------------- other derivatives
 
 
-def second_derivative(form: str, x: Tensor, module: nn.Module) -> Tensor:
-    with ops.use(form):
+def second_derivative(backend: str, x: Tensor, module: nn.Module) -> Tensor:
+    with ops.use(backend):
         out = module(x)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     return torch.autograd.grad(grad.square().sum(), x)[0]
@@ -471,7 +471,7 @@ def test_second_derivatives_are_refused(module):
 def test_second_derivatives_of_a_strided_convolution_are_right():
     conv = fill(DepthwiseConv2d(6, stride=2))
     ours, plain = (
-        second_derivative(form, make(1, 6, 3, 4), conv) for form in ('kernels', 'reference')
+        second_derivative(backend, make(1, 6, 3, 4), conv) for backend in ('kernels', 'reference')
     )
     torch.testing.assert_close(ours, plain)
 
@@ -479,7 +479,7 @@ def test_second_derivatives_of_a_strided_convolution_are_right():
 # -------------------------------------------------------------------------------------- threads
 
 
-def test_another_thread_recomputes_in_the_form_of_the_forward_pass(calls):
+def test_another_thread_recomputes_in_the_backend_of_the_forward_pass(calls):
     x, norm, conv = make(2, 6, 4, 3), nn.BatchNorm2d(6), DepthwiseConv2d(6)
     with ops.use('kernels'):
         loss = ops.norm_gelu_conv(x, norm, conv).sum()
@@ -501,8 +501,8 @@ class Colder(LocalWindowSelfAttention):
 def test_attention_that_is_changed_by_a_subclass(calls):
     attn, x = fill(Colder(32, 2, window_size=3)), make(1, 4, 5, 32)
     outs = []
-    for form in ('kernels', 'reference'):
-        with ops.use(form):
+    for backend in ('kernels', 'reference'):
+        with ops.use(backend):
             outs.append(attn(x))
     torch.testing.assert_close(*outs)
     assert 'attention_forward' not in calls
@@ -545,8 +545,8 @@ def test_folded_block(calls, linear_kernel, channels, options, dtype, bound):
     if channels == 32:  # a map that is contiguous as (B, C, H, W)
         x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     outs = []
-    for form in ('kernels', 'reference'):
-        with ops.use(form), torch.no_grad():
+    for backend in ('kernels', 'reference'):
+        with ops.use(backend), torch.no_grad():
             outs.append(block(x))
     ours, plain = outs
     assert ours.dtype == dtype
@@ -598,8 +598,8 @@ def test_parts_that_are_more_than_that_are_called(calls, linear_kernel, name):
             untouched = block(x)
         setattr(block.get_submodule(parent), last, change(block.get_submodule(name)))
         outs = []
-        for form in ('kernels', 'reference'):
-            with ops.use(form), torch.no_grad():
+        for backend in ('kernels', 'reference'):
+            with ops.use(backend), torch.no_grad():
                 outs.append(block(x))
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(outs[0], untouched, atol=1e-3)
@@ -617,8 +617,8 @@ def test_folded_blocks_of_other_shapes(calls, linear_kernel):
         block = fold(32, 1)
         setattr(block.ffn, name, ConvGELU(fill(conv).requires_grad_(False)))
         outs = []
-        for form in ('kernels', 'reference'):
-            with ops.use(form), torch.no_grad():
+        for backend in ('kernels', 'reference'):
+            with ops.use(backend), torch.no_grad():
                 outs.append(block(x))
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
     block = fold(32, 1)

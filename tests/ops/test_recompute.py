@@ -141,12 +141,12 @@ def test_keeps_one_map_of_three(norm, share):
     assert kept_bytes(lambda: norm_gelu_conv(x * 2, norm, conv)) < (share + 0.01) * plain
 
 
-def test_second_derivatives_are_those_of_the_plain_form():
+def test_second_derivatives_are_those_of_the_reference():
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64).requires_grad_()
     norm, conv = make_norm('batch', torch.float64), DepthwiseConv2d(6).double()
     seconds = []
-    for form in ('cpu', 'reference'):
-        with ops.use(form):
+    for backend in ('cpu', 'reference'):
+        with ops.use(backend):
             out = norm_gelu_conv(x, norm, conv)
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         seconds.append(torch.autograd.grad(grad.square().sum(), x)[0])
@@ -241,11 +241,11 @@ def test_compiles_to_one_graph_and_only_once_per_size(training):
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize('form', ['cpu', 'cuda'])
-def test_tensors_without_memory(form):
+@pytest.mark.parametrize('backend', ['cpu', 'cuda'])
+def test_tensors_without_memory(backend):
     """On the meta device all addresses are 0: weights must not be mistaken for the maps."""
     norm, conv = nn.BatchNorm2d(4).to('meta'), nn.Conv2d(4, 6, 1).to('meta')
     x = torch.zeros(2, 4, 5, 5, device='meta', requires_grad=True)
-    with ops.use(form):
+    with ops.use(backend):
         ops.norm_gelu_conv(x, norm, conv).sum().backward()
     assert all(p.grad.shape == p.shape for p in (x, *norm.parameters(), *conv.parameters()))

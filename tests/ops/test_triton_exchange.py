@@ -117,8 +117,8 @@ def calls(monkeypatch) -> list:
     return seen
 
 
-def exchange(form: str, x: Tensor, others, factors, mode: str, relu: nn.Module) -> Tensor:
-    with ops.use(form), torch.no_grad():
+def exchange(backend: str, x: Tensor, others, factors, mode: str, relu: nn.Module) -> Tensor:
+    with ops.use(backend), torch.no_grad():
         return ops.exchange_sum(x, zip(others, factors), mode, relu)
 
 
@@ -133,7 +133,8 @@ def test_activations_that_are_more_than_relu_are_called(calls):
     hooked.register_forward_hook(lambda module, args, out: out + 1)
     for relu in (nn.ReLU(inplace=True), hooked, Leaky(), nn.GELU(), nn.Identity()):
         ours, theirs = (
-            exchange(form, x, others, (2,), 'nearest', relu) for form in ('kernels', 'reference')
+            exchange(backend, x, others, (2,), 'nearest', relu)
+            for backend in ('kernels', 'reference')
         )
         torch.testing.assert_close(ours, theirs)
     assert [args[-1] for args in calls] == [True, False, False, False, False]
@@ -150,7 +151,8 @@ def test_what_no_kernel_computes(calls):
     ):
         x, others = make_maps(size, factors, dtype)
         ours, theirs = (
-            exchange(form, x, others, factors, 'bilinear', relu) for form in ('kernels', 'cuda')
+            exchange(backend, x, others, factors, 'bilinear', relu)
+            for backend in ('kernels', 'cuda')
         )
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     x, others = make_maps((1, 8, 4, 4), (2,))

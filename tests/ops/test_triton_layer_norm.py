@@ -285,8 +285,8 @@ def test_block(training):
         nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 4, 3, 32, device=DEVICE, requires_grad=True)
     results = []
-    for form in ('kernels', 'reference'):
-        with ops.use(form):
+    for backend in ('kernels', 'reference'):
+        with ops.use(backend):
             out = block(x)
             grads = torch.autograd.grad(out.square().mean(), [x, *block.parameters()])
         results.append([out, *grads])
