@@ -8,10 +8,6 @@ from demo_drawing import Color, ellipse, expose, fill_polygon, hsv, hull, shade,
 
 SCENE_SIZE = 128  # pixels, height and width
 SCENE_CLASSES = ('sky', 'mountain', 'water', 'grass', 'road', 'tree', 'house', 'car')
-SCENE_PALETTE = (
-    (135, 190, 235), (150, 130, 150), (40, 100, 190), (130, 200, 80),
-    (110, 110, 115), (25, 105, 50), (235, 150, 60), (215, 30, 60),
-)  # fmt: skip
 SCENE_IGNORE = 255  # the border between two classes, as in PASCAL VOC
 SKY, MOUNTAIN, WATER, GRASS, ROAD, TREE, HOUSE, CAR = range(len(SCENE_CLASSES))
 

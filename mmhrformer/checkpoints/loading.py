@@ -73,31 +73,12 @@ def load_checkpoint(
         return _load(model, content, strict, new_classes, key)
 
 
-def locate(name: str | Path, whole: bool = False) -> Path:
-    """Find the file that ``mmhrformer://NAME_OR_PATH`` refers to.
+def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
+    """Find the checkpoint of ``mmhrformer://NAME_OR_PATH``, read it once, and verify it.
 
     Args:
         name (str | Path): Path of a file, or name of a model of the zoo, with or without
             ``mmhrformer://`` before it.
-        whole (bool): As in :func:`find_source`.
-
-    Returns:
-        Path: The file. Its hash is verified when it is read.
-
-    Raises:
-        DownloadError: If a file of the zoo cannot be downloaded.
-        FileNotFoundError: If there is no such file or model, or the file must be downloaded by
-            hand.
-        ValueError: If no checkpoint of that model was published.
-    """
-    return _locate(name, whole)[0]
-
-
-def read(name: str | Path, whole: bool = False) -> tuple[Path, dict]:
-    """Find a checkpoint as :func:`locate` does, read it once, and verify it.
-
-    Args:
-        name (str | Path): As in :func:`locate`.
         whole (bool): As in :func:`find_source`.
 
     Returns:

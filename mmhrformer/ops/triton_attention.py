@@ -1,7 +1,7 @@
 """Window attention directly on the map, forward and backward, as Triton kernels.
 
 Windows are read from the map and written to it, never copied, and only the arguments are kept for
-the backward pass. Import this only if :func:`mmhrformer.ops.triton_support.available`.
+the backward pass. Import this only where Triton can run.
 """
 
 from __future__ import annotations

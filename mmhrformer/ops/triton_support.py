@@ -55,11 +55,6 @@ def why_not(device: torch.device | None = None) -> str:
     return ''
 
 
-def available(device: torch.device | None = None) -> bool:
-    """Whether Triton kernels can run, see :func:`why_not`."""
-    return not why_not(device)
-
-
 USE_REFERENCE = "force the reference by ops.use('reference') or MMHRFORMER_OPS=reference"
 
 

@@ -24,7 +24,7 @@ from mmhrformer.checkpoints import (
     read_zoo,
     zoo,
 )
-from mmhrformer.checkpoints.loading import load_from_scheme, locate, read
+from mmhrformer.checkpoints.loading import load_from_scheme, read
 
 TINY = 'hrformer-tiny_8xb128_in1k'
 
@@ -95,7 +95,7 @@ def test_unknown_names_are_answered_with_similar_ones():
     with pytest.raises(ValueError, match=f"no model 'hrformer-tny'.*did you mean.*{TINY}"):
         find_model('hrformer-tny')
     with pytest.raises(FileNotFoundError, match=r'neither a file .* nor a model .*Did you mean'):
-        locate('mmhrformer://hrformer-tiny_8xb128_in2k')
+        read('mmhrformer://hrformer-tiny_8xb128_in2k')
 
 
 def test_pages_for_sharing_need_two_steps():
@@ -186,7 +186,7 @@ def test_spoiled_files_of_other_programs_are_refused(tmp_path, checkpoint):
             with pytest.raises(DownloadError, match='is not what its name says'):
                 door(f'mmhrformer://{file}')
     file.write_bytes(checkpoint)
-    assert read(str(file))[0] == locate(str(file)) == file
+    assert read(str(file))[0] == file
 
 
 def test_whole_hashes_of_the_zoo_are_checked(tmp_path, monkeypatch, checkpoint):

@@ -10,7 +10,8 @@ import demo_data as tool
 import numpy as np
 import pytest
 from demo_figures import KEYPOINT_NAMES, sample_look
-from demo_scenes import SCENE_CLASSES, SCENE_IGNORE, SCENE_PALETTE, void_border
+from demo_scenes import SCENE_CLASSES, SCENE_IGNORE, void_border
+from golden import read_config
 
 
 @pytest.fixture(scope='module')
@@ -138,7 +139,9 @@ def test_scenes_match_their_label_maps(sets):
             assert labels.shape == cv2.imread(str(image)).shape[:2] == (128, 128)
             seen |= set(np.unique(labels).tolist())
     assert seen == {*range(len(SCENE_CLASSES)), SCENE_IGNORE}
-    assert len(SCENE_CLASSES) == len(set(SCENE_PALETTE)) == 8
+    metainfo = read_config('demo/ocrnet_hrformer-demo_1xb16-100_scenes-96x96.py').metainfo
+    assert metainfo.classes == SCENE_CLASSES
+    assert len(set(map(tuple, metainfo.palette))) == len(SCENE_CLASSES) == 8
 
 
 def test_every_class_is_frequent_enough_to_learn():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from triton_on_cpu import DEVICE, prepare_interpreter
 
-from mmhrformer.ops.triton_support import available
+from mmhrformer.ops.triton_support import why_not
 
 
 @pytest.fixture(autouse=True, scope='session')
 def interpreter() -> None:
     """Triton's interpreter, where there is no GPU."""
-    if DEVICE == 'cpu' and available(torch.device('cpu')):
+    if DEVICE == 'cpu' and not why_not(torch.device('cpu')):
         prepare_interpreter()

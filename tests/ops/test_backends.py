@@ -19,9 +19,9 @@ from mmhrformer import ops
 from mmhrformer.models.ffn import DepthwiseConv2d
 from mmhrformer.ops import compiled, cpu, cuda, dispatch, kernels, reference
 from mmhrformer.ops.recompute import recompute
-from mmhrformer.ops.triton_support import available
+from mmhrformer.ops.triton_support import why_not
 
-HAS_KERNELS = available(torch.device('cpu'))  # in Triton's interpreter
+HAS_KERNELS = not why_not(torch.device('cpu'))  # in Triton's interpreter
 BACKENDS = ['compiled', 'cpu', 'cuda', *['kernels'] * HAS_KERNELS]
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
 FORMATS = [torch.contiguous_format, torch.channels_last]
