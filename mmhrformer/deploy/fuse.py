@@ -16,9 +16,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .. import ops
 from ..models.attention import LocalWindowSelfAttention, split_heads
 from ..models.block import HRFormerBlock
-from ..models.ffn import DepthwiseConv2d, DWConvFFN, have_shapes
+from ..models.ffn import DepthwiseConv2d, DWConvFFN
 from ..models.hr_module import HRModule
 from ..models.hrformer import HRFormer
+from ..ops.kernels import have_shapes
 from ..ops.recompute import is_plain
 
 # Smallest scale of a layer normalization that can be inverted for the padding.

@@ -11,7 +11,7 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor
 
-from ..ops.state import converts
+from ..ops.state import is_autocast
 
 NUM_STREAMS = 4
 MIN_INPUT = 32  # pixels per side, for one token in the coarsest stream
@@ -158,7 +158,7 @@ def check_images(x: Tensor, in_channels: int, weights: Iterable[Tensor]) -> None
         )
     for weight in weights:  # replicas of DataParallel have no parameters
         dtype = weight.dtype
-        if x.dtype != dtype and not converts(x):
+        if x.dtype != dtype and not is_autocast(x):
             raise TypeError(
                 f'HRFormer got an input of {x.dtype}, but its weights are {dtype}: normalize the '
                 f'images, as the data_preprocessor of a model does, and call .to({dtype})'

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.kernels import have_shapes
 from ..ops.recompute import is_plain
 from ..registry import MODELS
 from .checks import check_norm_cfg
@@ -91,22 +90,3 @@ class DWConvFFN(BaseModule):
             for conv, kind in zip(convs, kinds)
         )
         return are_plain and have_shapes(*convs)
-
-
-geometry = attrgetter('kernel_size', 'stride', 'padding', 'dilation', 'padding_mode')
-# The geometry of convolutions whose output is as large as their input, by kernel size.
-SAME_SIZE = {n: ((n, n), (1, 1), (n // 2, n // 2), (1, 1), 'zeros') for n in (1, 3)}
-
-
-def have_shapes(fc1: nn.Conv2d, dw3x3: nn.Conv2d, fc2: nn.Conv2d) -> bool:
-    """Whether convolutions are 1x1, 3x3 depth-wise and 1x1, as the kernels assume.
-
-    Attributes of layers are compared, since their weights take much longer to look up.
-    """
-    return (
-        fc1.out_channels == dw3x3.in_channels == dw3x3.out_channels == fc2.in_channels
-        and dw3x3.groups == fc1.out_channels
-        and fc1.groups == fc2.groups == 1
-        and geometry(fc1) == geometry(fc2) == SAME_SIZE[1]
-        and geometry(dw3x3) == SAME_SIZE[3]
-    )

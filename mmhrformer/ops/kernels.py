@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ MAX_WINDOW = 15
 # Data types for which the linear kernel was measured. It was not in float32, where it computes
 # three TF32 products; cuBLAS is used there.
 LINEAR_DTYPES = (torch.float16, torch.bfloat16)
+geometry = attrgetter('kernel_size', 'stride', 'padding', 'dilation', 'padding_mode')
+# The geometry of convolutions whose output is as large as their input, by kernel size.
+SAME_SIZE = {n: ((n, n), (1, 1), (n // 2, n // 2), (1, 1), 'zeros') for n in (1, 3)}
 
 
 @cache
@@ -324,6 +328,20 @@ def conv_ffn(x: Tensor, ffn: nn.Module) -> Tensor:
         parameters += [weight, bias, norm.weight, norm.bias]
     measure = [partial(measure_map, norm=norm) for norm in norms]
     return to_rows(ConvFFN.apply(measure, to_map(x.to(dtype).contiguous()), *parameters))
+
+
+def have_shapes(fc1: nn.Conv2d, dw3x3: nn.Conv2d, fc2: nn.Conv2d) -> bool:
+    """Whether convolutions are 1x1, 3x3 depth-wise and 1x1, as the kernels assume.
+
+    Attributes of layers are compared, since their weights take much longer to look up.
+    """
+    return (
+        fc1.out_channels == dw3x3.in_channels == dw3x3.out_channels == fc2.in_channels
+        and dw3x3.groups == fc1.out_channels
+        and fc1.groups == fc2.groups == 1
+        and geometry(fc1) == geometry(fc2) == SAME_SIZE[1]
+        and geometry(dw3x3) == SAME_SIZE[3]
+    )
 
 
 def fits_norm(norm: nn.Module, channels: int) -> bool:

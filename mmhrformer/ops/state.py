@@ -56,10 +56,10 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def converts(x: Tensor) -> bool:
-    """Whether the input is cast to the data type of the weights automatically.
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast converts a tensor, as it does with floating-point numbers.
 
-    Autocast casts floating-point tensors. Under a compiler the question does not matter.
+    Under a compiler the question does not matter: True.
     """
     return is_compiling() or (x.is_floating_point() and autocast_dtype(x.device.type) is not None)
 
