@@ -21,7 +21,7 @@ from . import cuda, reference, triton_support
 from .cuda import head_padding
 from .recompute import is_plain, is_recomputed
 from .state import autocast_dtype, in_same_backend, needs_grad
-from .triton_support import DTYPES, direct
+from .triton_support import DTYPES, channels_last, direct
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 15
@@ -361,7 +361,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
     if not fits or not (len(x) or sync_group(norm)):
         return cuda.norm_gelu_conv(x, norm, conv)
     normalize = prepare_norm_gelu(x, norm)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     if conv is None:
         return normalize(x)
     plain = is_plain(conv, nn.Conv2d) and not is_recomputed()
@@ -396,7 +396,7 @@ def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
     elif tracked is not None and momentum is None:
         tracked.add_(1)
         momentum, tracked = 1.0 / float(tracked), None
-    x = x.detach().contiguous(memory_format=torch.channels_last)
+    x = channels_last(x.detach())
     with torch.no_grad():
         statistics = batch_statistics(x, *running, momentum or 0.0, group, tracked)
     return statistics, group, norm.eps, True

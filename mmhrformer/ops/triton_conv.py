@@ -16,7 +16,7 @@ from .state import needs_grad
 from .triton_gelu import gelu
 from .triton_launch import Launch, planned
 from .triton_sums import add_parts
-from .triton_support import check_tensors, refuse_second_derivatives, thin_operator
+from .triton_support import channels_last, check_tensors, refuse_second_derivatives, thin_operator
 
 
 class DepthwiseTile(NamedTuple):
@@ -240,11 +240,6 @@ def _plan_depthwise_weight(shape: tuple[int, ...]) -> Launch:
     )  # fmt: skip
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """The map in channels-last memory; nothing is copied if it is already."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _empty_map(x: Tensor, stride: int) -> Tensor:
     """Memory for the result of a convolution of x (B, C, H, W), channels-last."""
     B, C, H, W = x.shape
@@ -260,7 +255,7 @@ def _depthwise(
     flip: bool = False,
 ) -> Tensor:
     """Launch the depth-wise kernel; maps (B, C, H, W), channels-last in memory."""
-    x = _channels_last(x)
+    x = channels_last(x)
     out = torch.empty_like(x) if stride == 1 else _empty_map(x, stride)
     strides = weight.stride()
     if strides[2] != 3 * strides[3]:
@@ -315,7 +310,7 @@ def depthwise_weight_grad(
     C, tile = x.shape[1], launch.constants
     tiles = launch.grid[0] // triton.cdiv(C, tile['BLOCK_C'])
     parts = x.new_empty(tiles, 10, C, dtype=torch.float32)
-    launch(_channels_last(x), _channels_last(grad), parts)
+    launch(channels_last(x), channels_last(grad), parts)
     grads = _empty_weights(grad, x, weight, bias)
     add_parts(parts, *grads, (grads[0].stride(3), grads[0].stride(0)))
     return grads

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import Launch, planned
-from .triton_support import thin_operator
+from .triton_support import channels_last, thin_operator
 
 # Rows of the output in a program, and the least number of threads for which there are so many. Each
 # row of a coarser map is loaded and interpolated horizontally once for all rows of a program: with
@@ -218,7 +218,7 @@ def exchange_sum(
     Returns:
         Tensor: Map of shape (B, C, H, W), channels-last in memory.
     """
-    maps = [m.contiguous(memory_format=torch.channels_last) for m in (x, *others)]
+    maps = list(map(channels_last, (x, *others)))
     out = _empty(*maps[:1], maps[1:])
     absent = [None] * (MAX_MAPS - len(others))
     planned(_plan, x.shape, tuple(factors), bilinear, relu)(*maps, *absent, out)

@@ -1,4 +1,4 @@
-"""The FFN in training as one node of autograd, of the kernels of its parts and cuBLAS' products.
+"""The FFN in training as one autograd node, from the kernels of its parts and cuBLAS products.
 
 Import this only where Triton is installed.
 """
@@ -22,7 +22,7 @@ def to_map(rows: Tensor) -> Tensor:
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """The opposite of :func:`to_map`."""
+    """The inverse of :func:`to_map`."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -32,14 +32,14 @@ def is_depthwise(weight: Tensor) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One of the three convolutions of a map (B, K, H, W)."""
+    """Convolve a map (B, K, H, W) to (B, N, H, W), by a weight of 1x1 or 3x3 depth-wise."""
     if is_depthwise(weight):
         return depthwise_forward(x, weight, bias, 1, False)
     return to_map(F.linear(to_rows(x), weight.flatten(1), bias))
 
 
 def convolution_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the map that was convolved."""
+    """Gradient of the input (B, K, H, W), from that of the output (B, N, H, W)."""
     if is_depthwise(weight):
         return depthwise_input_grad(grad, weight)
     return to_map(to_rows(grad) @ weight.flatten(1))
@@ -48,7 +48,7 @@ def convolution_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 def convolution_weight_grad(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, of_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias, in their memory layout; that of the bias may be known."""
+    """Gradients of weight and bias, in their memory layout; ``of_bias`` is the latter if known."""
     if is_depthwise(weight):
         return depthwise_weight_grad(grad, x, weight, bias)
     rows = to_rows(grad).flatten(0, 2)  # (B * H * W, N)
@@ -60,14 +60,16 @@ def convolution_weight_grad(
 class ConvFFN(torch.autograd.Function):
     """See :func:`mmhrformer.ops.kernels.conv_ffn`.
 
-    Kept are the input and what the three convolutions return. What lies between is computed
-    again, where the gradients of the normalizations read the same map.
+    The input and the outputs of the three convolutions are kept. Everything in between is
+    recomputed by the kernel that reads the same map for the gradients of a normalization.
     """
 
     @staticmethod
     def forward(ctx, measure: list[Callable], x: Tensor, *parameters: Tensor) -> Tensor:
-        """Transform a map (B, C, H, W); three times weight and bias of a convolution and those of
-        the normalization behind it, whose statistics ``measure`` returns.
+        """Transform a map (B, C, H, W) to one of the same shape.
+
+        The parameters are, three times, weight and bias of a convolution and of the normalization
+        after it. ``measure`` has three functions that return the results of ``measure_map``.
         """
         ctx.norms, kept = [], [x, *parameters]
         for i, statistics_of in enumerate(measure):
@@ -96,7 +98,7 @@ class ConvFFN(torch.autograd.Function):
                 grads[:0] = convolution_weight_grad(later[0], z, *later[1:])
             total = share(total, group) if training else None
             grad = input_gradient(grad, *saved, total, eps, training)
-            # The statistics of a map take away what a bias adds to it.
+            # Batch statistics cancel the bias, so its gradient is zero.
             later = grad, weight, bias, zeros if training and group is None else None
             grads[:0] = of_affine[1], of_affine[0]
             if i or ctx.needs_input_grad[1]:

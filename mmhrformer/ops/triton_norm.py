@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .triton_launch import Launch, planned
 from .triton_sums import add_parts
-from .triton_support import refuse_second_derivatives, thin_operator
+from .triton_support import channels_last, refuse_second_derivatives, thin_operator
 
 __all__ = ['batch_statistics', 'normalize_gelu']
 
@@ -298,11 +298,6 @@ def _empty_sums(x: Tensor, weight: Tensor, again: bool) -> tuple[Tensor, ...]:
     return total, weight.new_empty(2, C), x.new_empty(C), out
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """The map as the kernels read it; hooks such as save_on_cpu restore it in another format."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _plan_combine(parts: int, C: int, momentum: float, update: bool) -> Launch:
     """The launch that combines moments."""
     block_p, block_c, warps = COMBINE
@@ -359,12 +354,12 @@ OPTIONS = 'float eps, bool training'
 
 @thin_operator(
     f'batch_norm_normalize(Tensor x, {STATISTICS}, {OPTIONS}) -> Tensor',
-    lambda x, *_: torch.empty_like(_channels_last(x)),
+    lambda x, *_: torch.empty_like(channels_last(x)),
 )
 def normalize(x: Tensor, *args) -> Tensor:
     """The normalized map, with GELU."""
     *statistics, eps, training = args
-    x = _channels_last(x)
+    x = channels_last(x)
     out = torch.empty_like(x)
     _launch('normalize', x, eps, training)(x, *statistics, out)
     return out
@@ -373,7 +368,7 @@ def normalize(x: Tensor, *args) -> Tensor:
 @thin_operator(
     f'batch_norm_gradient_sums(Tensor grad, Tensor x, {STATISTICS}, {OPTIONS}, bool again)'
     ' -> (Tensor, Tensor, Tensor, Tensor)',
-    lambda grad, x, *args: _empty_sums(_channels_last(x), args[3], args[-1]),
+    lambda grad, x, *args: _empty_sums(channels_last(x), args[3], args[-1]),
 )
 def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
     """Gradients of bias and weight (2, C), in float32 and in their data type, and zeros (C,).
@@ -381,7 +376,7 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
     With ``again`` also what :func:`normalize` returned, else nothing in its place.
     """
     *tensors, eps, training, again = args
-    grad, x = _channels_last(grad), _channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     launch = _launch('gradient_sums', x, eps, training)
     parts = _empty_parts(launch, x, 2)
     total, grads, zeros, out = _empty_sums(x, tensors[-2], again)
@@ -393,12 +388,12 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
 @thin_operator(
     f'batch_norm_input_gradient(Tensor grad, Tensor x, {STATISTICS}, Tensor? sums, {OPTIONS})'
     ' -> Tensor',
-    lambda grad, x, *_: torch.empty_like(_channels_last(x)),
+    lambda grad, x, *_: torch.empty_like(channels_last(x)),
 )
 def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
     """Gradient of the map; the sums are those of :func:`gradient_sums` over all processes."""
     *statistics, sums, eps, training = args
-    grad, x = _channels_last(grad), _channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     out = torch.empty_like(x)
     _launch('input_gradient', x, eps, training)(grad, x, *statistics, sums, out)
     return out

@@ -1,7 +1,7 @@
-"""Sums of what the programs of a kernel leave, in Triton: the same bits each time.
+"""Deterministic reduction of the partial sums that the programs of a kernel write, in Triton.
 
-They are written as the gradients of parameters that they are, in their data type and memory layout,
-so that nothing needs to be copied. Import this only where Triton is installed.
+The results are written directly to the gradients of parameters, in their data type and memory
+layout, so nothing is copied afterwards. Import this only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .triton_launch import Launch, planned
 
-# How many parts at a time, of how many channels, warps; as what combines moments in triton_norm.py.
+# Parts at a time, channels of a program, warps; the same as COMBINE in triton_norm.py.
 LAUNCH = (128, 16, 8)
 
 
@@ -22,7 +22,7 @@ def _add_parts(
     STRIDE_ROW: tl.constexpr, STRIDE_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """A row of the sum of ``parts`` (P, ROWS, C), of BLOCK_C channels."""
+    """Sum ``parts`` (P, ROWS, C) over P; a program computes BLOCK_C channels of one row."""
     p = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(1)
@@ -44,9 +44,9 @@ def _add_parts(
 
 
 def _plan(parts: int, rows: int, C: int, strides: tuple[int, int]) -> Launch:
-    """The launch for parts of some rows of C numbers."""
+    """The launch for parts of shape (parts, rows, C)."""
     block_p, block_c, warps = LAUNCH
-    # Not any number, each of which would be a kernel of its own.
+    # A power of two, to compile fewer kernels.
     tiles = triton.next_power_of_2(max(1, triton.cdiv(parts, block_p)))
     names = dict(C=C, ROWS=rows, STRIDE_ROW=strides[0], STRIDE_C=strides[1])
     names |= dict(BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles, num_warps=warps)
@@ -61,16 +61,16 @@ def add_parts(
     total: Tensor | None = None,
     zeros: Tensor | None = None,
 ) -> None:
-    """Add parts of sums up, and write the result to where it is wanted.
+    """Sum partial sums, and write the rows of the result to one or two tensors.
 
     Args:
         parts (Tensor): Partial sums in float32, of shape (parts, rows, C).
-        first (Tensor): What all rows but the last one are written to.
-        last (Tensor): What the last row is written to, of shape (C,).
-        strides (tuple[int, int]): From row to row and from channel to channel in ``first``.
-            Defaults to (0, 1), for a single row.
-        total (Tensor, optional): What all rows are written to in float32, of shape (rows, C).
-        zeros (Tensor, optional): What zeros are written to, of shape (C,).
+        first (Tensor): Destination of all rows but the last.
+        last (Tensor): Destination of the last row, of shape (C,).
+        strides (tuple[int, int]): Strides of rows and channels in ``first``. Defaults to (0, 1),
+            for a single row.
+        total (Tensor, optional): Destination of all rows in float32, of shape (rows, C).
+        zeros (Tensor, optional): Tensor of shape (C,) to fill with zeros.
     """
     P, rows, C = parts.shape
     planned(_plan, P, rows, C, strides)(parts, first, last, total, zeros)

@@ -79,6 +79,14 @@ def check_tensors(x: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -
             raise ValueError(f'{name} has shape {tuple(tensor.shape)}: expected {shape}')
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) as the kernels read it; nothing is copied if it is channels-last already.
+
+    In a backward pass it may not be: hooks such as save_on_cpu restore maps in another format.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 LIBRARY = torch.library.Library('mmhrformer', 'FRAGMENT')
 
 
