@@ -121,7 +121,11 @@ class RandomScaleAspect(BaseTransform):
         return np.random.uniform(*self.scale_range), np.random.uniform(*self.aspect_range)
 
     def transform(self, results: dict) -> dict:
-        """Resize the image, (H, W, 3) or (H, W), and its label maps (H, W)."""
+        """Resize the image, (H, W, 3) or (H, W), and its label maps (H, W).
+
+        Raises:
+            ValueError: If there is no such image, or a label map does not match it.
+        """
         _check_image(self, results)
         scale, aspect = self._draw()
         stretch = aspect**0.5
@@ -157,7 +161,11 @@ class RandomBrightness(BaseTransform):
         return np.random.randint(-self.shift, self.shift + 1)
 
     def transform(self, results: dict) -> dict:
-        """Shift the image, (H, W, 3) or (H, W), values from 0 to 255."""
+        """Shift the image, (H, W, 3) or (H, W), values from 0 to 255.
+
+        Raises:
+            ValueError: If there is no such image, it is not uint8, or a label map does not match.
+        """
         _check_image(self, results)
         if results['img'].dtype != np.uint8:
             raise ValueError(
@@ -203,7 +211,12 @@ class PlaceRandomly(BaseTransform):
         return np.random.randint(spare[0] + 1), np.random.randint(spare[1] + 1)
 
     def transform(self, results: dict) -> dict:
-        """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike."""
+        """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike.
+
+        Raises:
+            ValueError: If there is no such image, a label map does not match it, or ``pad_val``
+                has another number of channels.
+        """
         _check_image(self, results)
         image = np.atleast_3d(results['img']).astype(np.float32)
         if image.shape[2] != len(self.pad_val):

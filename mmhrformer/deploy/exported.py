@@ -55,7 +55,11 @@ class ExportedNetwork(nn.Module):
         self.channels = self.session.get_outputs()[0].shape[1]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute the file's output for normalized images (B, C, H, W), see docs/export.md."""
+        """Compute the file's output for normalized images (B, C, H, W), see docs/export.md.
+
+        Raises:
+            ValueError: If the file takes images of another shape.
+        """
         for fixed, size in zip(self.shape, image.shape):
             if isinstance(fixed, int) and fixed != size:
                 raise ValueError(

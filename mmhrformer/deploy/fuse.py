@@ -29,7 +29,7 @@ CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
 
 
 def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
-    """A linear layer with the given weights, on the device and in the data type of another one."""
+    """A linear layer of weight (N, K) and bias (N,), with device and data type of another one."""
     linear = nn.Linear(weight.shape[1], weight.shape[0]).to(like.weight)
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)

@@ -69,6 +69,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, graphed: GraphedForward, images: Tensor, *parameters) -> tuple[Tensor, ...]:
+        """Replay the forward pass on images (B, C, H, W)."""
         ctx.graphed, ctx.ticket = graphed, Ticket()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(parameters[0])  # so that autograd detects an optimizer step
@@ -76,6 +77,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Replay the backward pass; the gradients of the parameters."""
         refuse_second_derivatives('graph_backbone', REMEDY)
         ctx.saved_tensors  # noqa: B018  (raises if it was modified in the meantime)
         return None, None, *ctx.graphed.replay_backward(ctx.ticket, grads)
@@ -138,7 +140,11 @@ class GraphedForward:
         return True
 
     def capture(self, images: Tensor) -> None:
-        """Capture both passes for images like these in the current modes."""
+        """Capture both passes for images like these, (B, C, H, W), in the current modes.
+
+        Raises:
+            RuntimeError: If the backbone does something that CUDA graphs do not support.
+        """
         key = self._key(images)
         self.images, self.grads = images.clone(), None
         learned = [p for p in self.module.parameters() if p.requires_grad]
@@ -234,7 +240,11 @@ class GraphedForward:
         return tuple(output.clone() for output in self.outputs)
 
     def replay_backward(self, ticket: Ticket, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Run the backward pass; return the gradients of the parameters."""
+        """Run the backward pass; return the gradients of the parameters.
+
+        Raises:
+            RuntimeError: If it has run already, or the loss does not depend on every output.
+        """
         if ticket.done:
             raise RuntimeError(
                 'a second backward pass through a backbone in CUDA graphs (retain_graph=True): the '

@@ -72,7 +72,7 @@ class HRModule(BaseModule):
         return Sequential(*steps)
 
     def enlarge(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
-        """Enlarge a coarser stream to the size of a finer one."""
+        """Enlarge a map (B, C, H, W) by a factor, and correct it to the size (H', W')."""
         x = ops.enlarge(x, factor, self.upsample)
         if may_differ(x.shape[-2:], size):
             # Odd sizes were rounded up when they were halved. The official codes correct this by

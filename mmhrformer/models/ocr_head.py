@@ -248,7 +248,7 @@ _LOSSES: WeakKeyDictionary[nn.Module, ref[StepLosses]] = WeakKeyDictionary()
 
 @torch.compiler.disable
 def take_logits(head: nn.Module, inputs: Sequence[Tensor]) -> Tensor | None:
-    """Logits of the last losses of a head, once, if they are alive and those of these inputs."""
+    """Logits (B, classes, H, W) of the last losses of a head, once, if for these inputs."""
     losses = _LOSSES.pop(head, lambda: None)()
     is_same = losses is not None and losses.origin[0] == origin_of(head, inputs)[0]
     return losses.logits if is_same else None

@@ -372,7 +372,7 @@ def norm_gelu_conv(x: Tensor, norm: nn.Module, conv: nn.Module | None = None) ->
 
 
 def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """Compute the statistics of a map; return a function that normalizes it and applies GELU."""
+    """Measure a map (B, C, H, W); return a function that normalizes it and applies GELU."""
     from .triton_norm import normalize_gelu
 
     statistics, group, eps, training = measure_map(x, norm)
@@ -381,9 +381,11 @@ def prepare_norm_gelu(x: Tensor, norm: _BatchNorm) -> Callable[[Tensor], Tensor]
 
 
 def measure_map(x: Tensor, norm: _BatchNorm) -> tuple:
-    """Statistics of a map, group that shares them, eps, whether computed from the map.
+    """Measure a map (B, C, H, W) for a normalization, and update its running statistics.
 
-    Running statistics are updated.
+    Returns:
+        tuple: The statistics, three of shape (C,), see :func:`~.triton_norm.normalize_gelu`; the
+        process group that shares them, if any; eps; and whether they were computed from the map.
     """
     from .triton_norm import batch_statistics
 

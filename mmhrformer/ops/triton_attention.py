@@ -446,7 +446,10 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, pad: Tensor, table: Tensor | None, heads: int, window: int,
     scale: float, pad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, pad and table; the last is empty without a table."""
+    """Gradients of qkv, pad and table, of their shapes; the last is empty without a table.
+
+    ``grad`` is that of the output, (B, H, W, heads * head_dim).
+    """
     grad, qkv = grad.contiguous(), qkv.contiguous()
     options = qkv.dtype, heads, window, table is not None, pad_mask
     queries, keys, reduce = planned(_plan_backward, scale, qkv.shape, *options)

@@ -276,7 +276,10 @@ def _depthwise(
 def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool
 ) -> Tensor:
-    """A convolution, optionally with GELU, without gradients and checks."""
+    """Convolve (B, C, H, W), optionally with GELU, see :func:`depthwise_conv`.
+
+    There are neither gradients nor checks.
+    """
     return _depthwise(x, weight, bias, stride, gelu)
 
 

@@ -193,7 +193,7 @@ def _plan(name: str, rows: int, C: int, eps: float) -> Launch:
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The normalized rows of a contiguous tensor."""
+    """The normalized rows of a contiguous tensor (..., C), in a data type."""
     out, C = torch.empty_like(x, dtype=dtype), x.shape[-1]
     planned(_plan, 'forward', x.numel() // C, C, eps)(x, weight, bias, out)
     return out
@@ -215,8 +215,9 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, skip: Tensor | None, eps: float,
     of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of rows, weight and bias; ``skip`` is added to the first, the others are empty if
-    not needed.
+    """Gradients of rows (..., C), weight and bias.
+
+    ``skip`` is added to the first; the others are empty if not needed.
     """
     out, *grads = _empty_grads(x, weight, of_parameters)
     launch, parts = planned(_plan, 'backward', x.numel() // x.shape[-1], x.shape[-1], eps), None

@@ -244,12 +244,13 @@ def linear_forward(
     eps: float | None,
     channels: int | None = None,
 ) -> Tensor:
-    """A linear layer without checks, with optional GELU, residual and layer normalization.
+    """Linear layer of rows (..., K) to (..., N), optionally with GELU and a residual (..., N).
 
-    With ``eps``, rows are normalized first; scale and shift of the normalization are folded into
-    the weight, which may be that of a 1x1 convolution. There must be no residual then, and no more
-    inputs than the last key of :data:`NORM_TILES`. If ``channels`` is less than K, rows must end
-    with zeros, which are excluded from the normalization.
+    There are neither gradients nor checks. With ``eps``, rows are normalized first; scale and shift
+    of the normalization are folded into the weight, which may be that of a 1x1 convolution. There
+    must be no residual then, and no more inputs than the last key of :data:`NORM_TILES`. If
+    ``channels`` is less than K, rows must end with zeros, which are excluded from the
+    normalization.
     """
     if eps is None:
         return _linear(x, weight, bias, gelu, residual)

@@ -357,7 +357,7 @@ OPTIONS = 'float eps, bool training'
     lambda x, *_: torch.empty_like(channels_last(x)),
 )
 def normalize(x: Tensor, *args) -> Tensor:
-    """The normalized map, with GELU."""
+    """GELU of the normalized map (B, C, H, W)."""
     *statistics, eps, training = args
     x = channels_last(x)
     out = torch.empty_like(x)
@@ -391,7 +391,10 @@ def gradient_sums(grad: Tensor, x: Tensor, *args) -> tuple[Tensor, ...]:
     lambda grad, x, *_: torch.empty_like(channels_last(x)),
 )
 def input_gradient(grad: Tensor, x: Tensor, *args) -> Tensor:
-    """Gradient of the map; the sums are those of :func:`gradient_sums` over all processes."""
+    """Gradient of the map (B, C, H, W).
+
+    The sums (2, C) are those of :func:`gradient_sums` over all processes.
+    """
     *statistics, sums, eps, training = args
     grad, x = channels_last(grad), channels_last(x)
     out = torch.empty_like(x)

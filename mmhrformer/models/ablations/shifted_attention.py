@@ -16,8 +16,8 @@ def shifted_axis(size: int, window: int, shift: int, device: torch.device) -> tu
     """Origin of the positions of an axis that was padded to whole windows and then shifted.
 
     Returns:
-        tuple[Tensor, Tensor]: Booleans for each position: whether it was wrapped around from the
-        start to the end, and whether it is padding.
+        tuple[Tensor, Tensor]: Booleans for each position, (padded size,): whether it was wrapped
+        around from the start to the end, and whether it is padding.
     """
     padded = window_count(size, window) * window
     before, _ = window_padding(size, window)
