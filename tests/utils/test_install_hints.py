@@ -171,6 +171,20 @@ def test_beside_the_forks_nothing_stock_is_advised(monkeypatch, module):
     assert 'mmcv==2.1.0' not in operators
 
 
+@pytest.mark.parametrize('module', ['mmengine', 'mmcv', 'mmpretrain', 'mmpose', 'mmseg', 'mmdet'])
+def test_beside_stock_packages_no_fork_is_advised(monkeypatch, module):
+    here = {'mmengine': '0.10.7'}
+    monkeypatch.setattr(
+        install_hints, 'installed', lambda names: {n: here[n] for n in names if n in here}
+    )
+    fix = install_hints.suggest_fix(f"No module named '{module}'")
+    assert 'mmhrformer[' in fix or 'mmdet>=3.0' in fix
+    assert 'onedl' not in fix
+    here.clear()
+    both = install_hints.suggest_fix(f"No module named '{module}'")
+    assert ('onedl' in both) == (module != 'mmpose')
+
+
 def test_installed_versions_are_those_of_pip():
     found = install_hints.installed()
     assert found['torch'] == metadata.version('torch')
