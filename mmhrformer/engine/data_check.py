@@ -85,8 +85,8 @@ def surplus_classes(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
             if len(names) > outputs:
                 lines.append(
                     f'{loader}.dataset: {options[0][1]!r} has {len(names)} folders of classes, '
-                    f'but model.head.num_classes={outputs}: set it, and num_classes of '
-                    f'data_preprocessor, to {len(names)}, or remove the folders that are not classes'
+                    f'but model.head.num_classes={outputs}: set it and num_classes of '
+                    f'data_preprocessor to {len(names)}, or remove folders that are not classes'
                 )
     return lines
 
