@@ -328,7 +328,8 @@ def check_core() -> None:
             importlib.import_module(name)
     except Exception as err:  # not ImportError alone, as with packages built for another NumPy
         here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
+        absent = isinstance(err, ModuleNotFoundError) and err.name in ('torch', 'numpy', *OWNERS)
         raise ImportError(
             f'mmhrformer needs torch, NumPy, mmengine and mmcv: {err}. Fix: '
             f'{explain(err) or CORE}. Installed: {here}'
-        ) from err
+        ) from (None if absent else err)  # what is not installed needs no second traceback

@@ -110,8 +110,9 @@ def test_a_core_that_cannot_be_imported_is_an_error_with_the_fix(monkeypatch, na
     package = name.partition('.')[0]
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(install_hints, 'suggest_fix', lambda text: f'the fix of {package}')
-    with pytest.raises(ImportError, match=rf'{name} halted.* Fix: the fix of {package}'):
+    with pytest.raises(ImportError, match=rf'{name} halted.* Fix: the fix of {package}') as error:
         install_hints.check_core()
+    assert (error.value.__cause__ is None) == (name == package)  # an absent package is no puzzle
 
 
 def test_mmcv_beside_mmcv_lite_is_recognized(site):
