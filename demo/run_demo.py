@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--out', type=Path, default=Path('demo_output'))
     args = parser.parse_args()
-    print('Training three small HRFormers on the CPU; this takes 5 to 10 minutes on two cores.')
+    print('Training three small HRFormers on the CPU; this takes 4 to 10 minutes on two cores.')
     try:
         results = run_all(list(dict.fromkeys(args.tasks)), args.out.resolve())
     except (DemoError, ImportError, OSError, ValueError) as err:

@@ -37,6 +37,7 @@ extensions = [
 ]
 exclude_patterns = ['_build']
 suppress_warnings = ['misc.highlighting_failure']  # an apostrophe in "the framework's train.py"
+highlight_language = 'none'  # of blocks without a language, such as outputs and folder trees
 html_theme = 'sphinx_rtd_theme'
 html_static_path = ['_static']
 html_css_files = ['custom.css']

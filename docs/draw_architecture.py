@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 OUT = Path(__file__).with_name('images') / 'architecture.svg'
-INK, FAINT, PANEL = '#26323f', '#8795a5', '#f3f5f8'
+INK, FAINT, PANEL = '#26323f', '#5f6d7c', '#f3f5f8'
 STREAMS = ('#2f6db5', '#2a9d8f', '#e09f3e', '#c8553d')  # finest to coarsest
 ROWS = (4.1, 2.9, 1.85, 0.95)  # where the streams run
 HEIGHTS = (0.92, 0.66, 0.46, 0.32)  # finer streams are taller
@@ -92,7 +92,7 @@ def draw_transitions(ax: Axes) -> None:
         new = streams
         arrow(ax, (start + 0.08, ROWS[new - 1] - 0.04), (end, ROWS[new]), FAINT, 1.4)
     arrow(ax, (3.28, ROWS[0] - 0.04), (lefts[0] + 0.19, ROWS[1]), FAINT, 1.4)
-    text = 'grey: a 3x3 convolution of stride 2\nstarts the next stream'
+    text = 'gray: a 3x3 convolution of stride 2\nstarts the next stream'
     note(ax, 4.8, 1.75, text, color=FAINT)
 
 

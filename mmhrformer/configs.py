@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from mmengine.config import Config
 
+from .utils.install_hints import how_to_install
 from .utils.suggest import did_you_mean
 
 # default_scope of a config -> the package whose tools run it
@@ -31,6 +33,24 @@ def config_root() -> Path:
         if (folder / 'model-index.yml').is_file():
             return folder
     raise FileNotFoundError(f'no configs found next to {package}: reinstall mmhrformer')
+
+
+def find_framework(scope: str) -> Path:
+    """Find the installed framework of a config, without importing it.
+
+    Args:
+        scope (str): The ``default_scope`` of the config, a key of :data:`PACKAGES`.
+
+    Returns:
+        Path: The folder of the package.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        raise ImportError(f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}')
+    return Path(spec.origin).parent
 
 
 def find_config(name: str) -> Path:

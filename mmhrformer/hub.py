@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoints import list_models, load_checkpoint, read_zoo
 from .checkpoints.contents import meta_of_checkpoint
 from .checkpoints.loading import name_file_in_errors, read
-from .configs import name_of, open_config
+from .configs import PACKAGES, find_framework, name_of, open_config
 
 __all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
 
@@ -63,7 +63,9 @@ def get_model(
 
 
 def _read_weights(cfg: Config, pretrained: bool | str | Path) -> tuple[Path | None, dict]:
-    """Path and content of the requested checkpoint."""
+    """Path and content of the requested checkpoint, once the framework is known to be installed."""
+    if cfg.get('default_scope') in PACKAGES:
+        find_framework(cfg.default_scope)
     if not pretrained:
         return None, {}
     whole = pretrained is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import golden
@@ -45,6 +46,13 @@ def test_options_change_the_config():
 def test_models_for_gpus_are_ready_for_one_cpu(name):
     model = get_model(name)
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_a_missing_framework_is_named_before_a_download(monkeypatch, pretrained):
+    monkeypatch.setitem(sys.modules, 'mmpose', None)
+    with pytest.raises(ImportError, match=r"config needs mmpose: .*'mmhrformer\[pose\]'"):
+        get_model('td-hm_hrformer-small_8xb32-210e_coco-256x192', pretrained=pretrained)
 
 
 @needs('mmpose')

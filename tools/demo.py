@@ -171,7 +171,8 @@ def summary(prediction: dict) -> str:
     if 'instances' in prediction:
         scores = [np.mean(one['keypoint_scores']) for one in prediction['instances']]
         people = ', '.join(f'{score:.2f}' for score in scores)
-        return f'{len(scores)} people, mean keypoint scores: {people or "-"}'
+        count = '1 person' if len(scores) == 1 else f'{len(scores)} people'
+        return f'{count}, mean keypoint scores: {people or "-"}'
     if 'areas' in prediction:
         areas = list(prediction['areas'].items())[:5]
         return ', '.join(f'{name} {share:.0%}' for name, share in areas)

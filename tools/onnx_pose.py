@@ -151,6 +151,8 @@ def main() -> None:
             cv2.circle(image, (round(x), round(y)), 4, (0, 255, 0), -1)
     if not cv2.imwrite(args.out, image):
         sys.exit(f'onnx_pose.py: cannot write {args.out}')
+    drawn = int(np.sum(scores >= args.threshold))
+    print(f'{args.out}: {drawn} of {len(names)} keypoints drawn, with scores from {args.threshold}')
 
 
 if __name__ == '__main__':

@@ -103,9 +103,10 @@ def _locate(name: str | Path, whole: bool) -> tuple[Path, str]:
         return path, ''
     if name.partition('@')[0] in read_zoo():
         return find_file(name, whole)
+    hint = did_you_mean(name, read_zoo(), 'Did') or 'mmhrformer.list_models() lists its models'
     raise FileNotFoundError(
         f'there is no checkpoint {name!r}: neither a file (in {Path.cwd()}) nor a model of the '
-        f'zoo. {did_you_mean(name, read_zoo(), "Did")} mmhrformer.list_models() lists the zoo'
+        f'zoo. {hint}'
     )
 
 

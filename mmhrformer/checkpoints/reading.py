@@ -361,8 +361,7 @@ def _reason(err: Exception) -> str:
 
 def _log_inert(path: Path, names: set[str]) -> None:
     print_log(
-        f'{path}: stored besides tensors, these types and functions were left inert: '
-        f'{", ".join(sorted(names))}',
+        f'{path}: not needed for the weights and left inert: {", ".join(sorted(names))}',
         'current',
     )
 

@@ -13,10 +13,10 @@ from mmengine.config import Config
 
 from ..checkpoints import detect_dialect, unwrap
 from ..checkpoints.loading import SCHEME, name_file_in_errors, read
-from ..configs import PACKAGES, config_root, find_config, read_config
+from ..configs import PACKAGES, config_root, find_config, find_framework, read_config
 from ..engine.config_check import ConfigCheckError
 from ..engine.cpu_ddp import prepare_cpu_launch
-from ..utils.install_hints import explain, how_to_install, with_fix
+from ..utils.install_hints import explain, with_fix
 
 
 def stock_tool(scope: str, tool: str) -> Path:
@@ -36,10 +36,7 @@ def stock_tool(scope: str, tool: str) -> Path:
     """
     if scope not in PACKAGES:
         raise ValueError(f'default_scope={scope!r} in the config: choose one of {list(PACKAGES)}')
-    spec = importlib.util.find_spec(scope)
-    if spec is None:
-        raise ImportError(f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}')
-    package = Path(spec.origin).parent
+    package = find_framework(scope)
     for folder in (package / '.mim' / 'tools', package.parent / 'tools'):
         scripts = sorted(folder.rglob(f'{tool}.py'))
         if scripts:  # prefer the one closest to the top

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data, name_of_type, unpaired_keypoints
+from .data_check import missing_data, name_of_type, surplus_classes, unpaired_keypoints
 from .dead_options import dead_options, late_variables, used_counterparts
 
 
@@ -105,8 +105,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
     It is a visualizer backend, since mmengine's runner passes the whole config to these before it
     builds the model, in all stock tools. It draws and stores nothing.
 
-    - Missing data and a missing GPU are errors in ``train.py`` and ``test.py``, and warnings in
-      other tools, which may not use them.
+    - Missing data, folders of more classes than the model has, and a missing GPU are errors in
+      ``train.py`` and ``test.py``, and warnings in other tools, which may not use them.
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
@@ -146,15 +146,16 @@ class ConfigCheckVisBackend(BaseVisBackend):
         _check_options(config)
         loaders = self.LOADERS.get(tool, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
         missing = '\n'.join(missing_data(config, loaders))
+        surplus = '\n'.join(surplus_classes(config, loaders))
         gpu = needs_gpu(config, get_world_size(), training=tool != 'test')
         if missing and tool in self.LOADERS:
             raise MissingDataError(f'data are missing:\n{missing}' + (gpu and f'\n{gpu}'))
-        if gpu and tool in self.LOADERS:
-            raise ConfigOptionError(gpu)
+        if (surplus or gpu) and tool in self.LOADERS:
+            raise ConfigOptionError(surplus or gpu)
         if missing:
             _warn(f'Data are missing:\n{missing}')
-        if gpu:
-            _warn(gpu)
+        for text in filter(None, (surplus, gpu)):
+            _warn(text)
         if lines := unpaired_keypoints(config):
             text = 'keypoints are swapped on one side only:\n' + '\n'.join(lines)
             if tool == 'train':

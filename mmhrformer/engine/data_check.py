@@ -1,4 +1,4 @@
-"""Faults in the datasets of a config: missing files and folders, keypoints without a partner."""
+"""Faults in the datasets of a config: missing data, too many classes, unpaired keypoints."""
 
 from __future__ import annotations
 
@@ -56,6 +56,38 @@ def missing_data(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
             lines += [
                 f'{loader}.dataset.{option}: there is no {path!r}{hint}' for option, path in missing
             ]
+    return lines
+
+
+def surplus_classes(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
+    """List datasets of mmpretrain with more folders of classes than the model has outputs.
+
+    Otherwise the loss fails at the first image of such a class, on a GPU without a reason.
+
+    Args:
+        cfg (Mapping): The config.
+        loaders (Sequence[str]): The dataloaders to check, such as ``'train_dataloader'``.
+
+    Returns:
+        list[str]: One line per dataset, with the options, the numbers and the fix.
+    """
+    head = (cfg.get('model') or {}).get('head')
+    outputs = head.get('num_classes') if isinstance(head, Mapping) else None
+    lines = []
+    for loader in loaders if isinstance(outputs, int) else []:
+        for dataset in _innermost(cfg.get(loader)):
+            if name_of_type(dataset) != 'CustomDataset' or not dataset.get('with_label', True):
+                continue
+            options = list(_paths(dataset, 'CustomDataset')) or [('', dataset.get('data_root'))]
+            if len(options) != 1 or not os.path.isdir(options[0][1] or ''):
+                continue  # with an ann_file, the folders are no classes
+            names = sorted(one.name for one in Path(options[0][1]).glob('[!.]*') if one.is_dir())
+            if len(names) > outputs:
+                lines.append(
+                    f'{loader}.dataset: {options[0][1]!r} has {len(names)} folders of classes, '
+                    f'but model.head.num_classes={outputs}: set it and num_classes of '
+                    f'data_preprocessor to {len(names)}, or remove folders that are not classes'
+                )
     return lines
 
 

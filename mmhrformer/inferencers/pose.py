@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, repeat
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class PoseInferencer(Inferencer):
 
     Raises:
         ImportError: If a detector is requested and mmdet is not installed.
+        OSError: If the weights of the detector cannot be downloaded.
 
     Examples:
         >>> name = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
@@ -185,8 +187,14 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
 
         detector = default_det_models['human']['model']
         weights = weights or default_det_models['human']['weights']
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        return DetInferencer(detector, weights, device=str(device), show_progress=False)
+    try:
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            return DetInferencer(detector, weights, device=str(device), show_progress=False)
+    except URLError as err:
+        raise OSError(
+            f'detector={detector!r}: cannot download its weights ({err.reason}). Download '
+            f'{weights or "them"} in a browser and pass the file as detector_weights; or pass boxes'
+        ) from err
 
 
 def check_boxes(boxes: object, name: str) -> np.ndarray:

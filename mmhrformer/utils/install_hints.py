@@ -158,8 +158,9 @@ FIXES = (
     ),
     (
         r'operator torchvision::nms does not exist|torchvision\S*: undefined symbol',
-        'this torchvision was built for another torch: pip install --force-reinstall --no-deps '
-        'torchvision, in the version that matches your torch',
+        'this torchvision was built for another torch (its version, or CPU instead of CUDA): pip '
+        'install --force-reinstall --no-deps torchvision, in the version that matches your torch '
+        'and from the same index',
     ),
 )  # fmt: skip
 
@@ -199,6 +200,12 @@ def has_forks() -> bool:
     return bool(installed(name for name in NAMES if name.startswith('onedl-mm')))
 
 
+def has_stock_packages() -> bool:
+    """Whether stock packages that have a fork, or that need such packages, are installed."""
+    names = (name for owners in OWNERS.values() for name in owners)
+    return bool(installed(name for name in names if not name.startswith('onedl-mm')))
+
+
 def how_to_install(module: str) -> str:
     """Look up how to install a package, from the family that is already installed.
 
@@ -212,7 +219,10 @@ def how_to_install(module: str) -> str:
         >>> how_to_install('safetensors')
         'pip install safetensors'
     """
-    return {**INSTALL, **(INSTALL_FORKS if has_forks() else {})}.get(module, '')
+    if has_forks():
+        return {**INSTALL, **INSTALL_FORKS}.get(module, '')
+    fix = INSTALL.get(module, '')
+    return fix.partition(f'; {FORKS}')[0] if has_stock_packages() else fix
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -318,7 +328,8 @@ def check_core() -> None:
             importlib.import_module(name)
     except Exception as err:  # not ImportError alone, as with packages built for another NumPy
         here = ', '.join(' '.join(item) for item in core.items()) or 'none of them'
+        absent = isinstance(err, ModuleNotFoundError) and err.name in ('torch', 'numpy', *OWNERS)
         raise ImportError(
             f'mmhrformer needs torch, NumPy, mmengine and mmcv: {err}. Fix: '
             f'{explain(err) or CORE}. Installed: {here}'
-        ) from err
+        ) from (None if absent else err)  # what is not installed needs no second traceback

@@ -269,6 +269,32 @@ def test_a_sliding_window_has_its_sizes(test_cfg, fault, monkeypatch, caplog):
         check(cfg, 'notebook', monkeypatch, caplog)
 
 
+@pytest.mark.parametrize(
+    ('change', 'fault'),
+    [
+        ({}, "train_dataloader.dataset: 'flowers/train' has 3 folders of classes, but .*=2: set"),
+        (dict(data_root='flowers/train', data_prefix=''), "'flowers/train' has 3 folders"),
+        (dict(data_prefix=dict(img_path='train')), "'flowers/train' has 3 folders"),
+        (dict(ann_file='train.txt'), ''),
+        (dict(with_label=False), ''),
+        (dict(type='ImageNet'), ''),
+    ],
+)
+def test_more_folders_than_classes(change, fault, folder, monkeypatch, caplog):
+    for name in ('a', 'b', 'c', '.hidden'):
+        (folder / 'flowers/train' / name).mkdir(parents=True)
+    (folder / 'flowers/train.txt').touch()
+    dataset = dict(type='CustomDataset', data_root='flowers', data_prefix='train') | change
+    loader = dict(dataset=dict(type='RepeatDataset', dataset=dataset))
+    cfg = Config(dict(model=dict(head=dict(num_classes=2)), train_dataloader=loader))
+    if fault:
+        assert re.search(fault, check(cfg, 'browse_dataset', monkeypatch, caplog))
+        with pytest.raises(ConfigOptionError, match=fault):
+            check(cfg, 'train', monkeypatch, caplog)
+        cfg.model.head.num_classes = 3
+    assert 'folders' not in check(cfg, 'train', monkeypatch, caplog)
+
+
 KEYPOINTS = [('nose', ''), ('left', 'right'), ('right', 'left')]
 
 

@@ -124,6 +124,19 @@ def test_people_found_by_mmdet(tmp_path):
     assert kept[0].shape == (96, 120, 3)
 
 
+@needs('mmpose', 'mmdet')
+def test_detector_without_a_network(monkeypatch):
+    from urllib.error import URLError
+
+    def refuse(*args, **kwargs):
+        raise URLError('no route to host')
+
+    monkeypatch.setattr('mmdet.apis.DetInferencer', refuse)
+    words = r'detector=.*: cannot download its weights \(no route to host\).* https://.*\.pth in'
+    with pytest.raises(OSError, match=words):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector=True)
+
+
 @needs('mmpose')
 def test_detector_without_mmdet_or_without_name(monkeypatch):
     import sys

@@ -129,3 +129,13 @@ def test_query_is_checked_before_the_work(demo, image, tmp_path):
         out = demo(image, '--task', 'cls', '--device', 'cpu', '--show-attention', *options)
         assert out.startswith('demo.py: ')
         assert not (tmp_path / 'demo_output/pictures').exists(), options
+
+
+@pytest.mark.parametrize(
+    ('scores', 'shown'),
+    [([], '0 people, mean keypoint scores: -'), ([0.5], '1 person, mean keypoint scores: 0.50')],
+)
+def test_people_are_counted(scores, shown, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    instances = [dict(keypoint_scores=[score]) for score in scores]
+    assert runpy.run_path(str(TOOL))['summary'](dict(instances=instances)) == shown

@@ -85,8 +85,9 @@ def test_equals_the_inferencer(flip, infer, photo, run_alone, tmp_path, monkeypa
     monkeypatch.setitem(infer.model.test_cfg, 'flip_test', flip)
     (found,) = infer(str(photo), boxes=[BOX] if flip else None)['predictions']
     (person,) = found['instances']
-    rows = [line.split() for line in shown.splitlines()]
+    *rows, last = [line.split() for line in shown.splitlines()]
     assert [row[0] for row in rows] == names
+    assert last[:4] == ['joints.jpg:', str(len(names)), 'of', str(len(names))]
     found = np.array([row[1:] for row in rows], float)
     # Two places of a heatmap may be equally high but for rounding.
     near = np.abs(found[:, :2] - person['keypoints']).max(1) < 0.02

@@ -110,8 +110,9 @@ def test_a_core_that_cannot_be_imported_is_an_error_with_the_fix(monkeypatch, na
     package = name.partition('.')[0]
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(install_hints, 'suggest_fix', lambda text: f'the fix of {package}')
-    with pytest.raises(ImportError, match=rf'{name} halted.* Fix: the fix of {package}'):
+    with pytest.raises(ImportError, match=rf'{name} halted.* Fix: the fix of {package}') as error:
         install_hints.check_core()
+    assert (error.value.__cause__ is None) == (name == package)  # an absent package is no puzzle
 
 
 def test_mmcv_beside_mmcv_lite_is_recognized(site):
@@ -169,6 +170,20 @@ def test_beside_the_forks_nothing_stock_is_advised(monkeypatch, module):
     operators = install_hints.suggest_fix("No module named 'mmcv._ext'")
     assert '--no-binary onedl-mmcv onedl-mmcv' in operators
     assert 'mmcv==2.1.0' not in operators
+
+
+@pytest.mark.parametrize('module', ['mmengine', 'mmcv', 'mmpretrain', 'mmpose', 'mmseg', 'mmdet'])
+def test_beside_stock_packages_no_fork_is_advised(monkeypatch, module):
+    here = {'mmengine': '0.10.7'}
+    monkeypatch.setattr(
+        install_hints, 'installed', lambda names: {n: here[n] for n in names if n in here}
+    )
+    fix = install_hints.suggest_fix(f"No module named '{module}'")
+    assert 'mmhrformer[' in fix or 'mmdet>=3.0' in fix
+    assert 'onedl' not in fix
+    here.clear()
+    both = install_hints.suggest_fix(f"No module named '{module}'")
+    assert ('onedl' in both) == (module != 'mmpose')
 
 
 def test_installed_versions_are_those_of_pip():
