@@ -41,7 +41,7 @@ class SegInferencer(Inferencer):
             prediction (Mapping): One of the ``predictions``, or the content of its JSON file.
 
         Returns:
-            np.ndarray: The label of each pixel, (H, W) uint8.
+            np.ndarray: The label of each pixel, (H, W) uint8, or uint16 if a label is above 255.
 
         Examples:
             >>> SegInferencer.label_map(dict(size=[2, 3], runs=[[0, 4], [7, 2]]))
@@ -49,7 +49,7 @@ class SegInferencer(Inferencer):
                    [0, 7, 7]], dtype=uint8)
         """
         labels, lengths = np.array(prediction['runs']).T
-        return np.repeat(labels.astype(np.uint8), lengths).reshape(prediction['size'])
+        return np.repeat(narrow(labels), lengths).reshape(prediction['size'])
 
     def _dataset_meta(self, saved: dict) -> dict:
         if fault := sliding_window_fault(self.cfg):
@@ -69,7 +69,7 @@ class SegInferencer(Inferencer):
         return (*super()._size(item), *item['data_samples'].ori_shape)
 
     def _labels(self, sample: Any) -> np.ndarray:
-        return sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
+        return narrow(sample.pred_sem_seg.data[0].numpy())
 
     def _to_plain(self, sample: Any) -> dict:
         labels = self._labels(sample)
@@ -91,3 +91,8 @@ class SegInferencer(Inferencer):
         self.visualizer.alpha = opacity
         self.visualizer.add_datasample('image', image, sample, draw_gt=False, **options)
         return self.visualizer.get_image()
+
+
+def narrow(labels: np.ndarray) -> np.ndarray:
+    """Convert labels to uint8, or to uint16 if one is above 255; PNG files support both."""
+    return labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
