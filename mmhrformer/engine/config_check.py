@@ -14,7 +14,13 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data, name_of_type, unpaired_keypoints
+from .data_check import (
+    missing_data,
+    name_of_type,
+    other_annotations,
+    other_codecs,
+    unpaired_keypoints,
+)
 from .dead_options import dead_options, late_variables, used_counterparts
 
 
@@ -110,7 +116,9 @@ class ConfigCheckVisBackend(BaseVisBackend):
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
-      warning.
+      warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
+      ``train.py`` and ``test.py``.
+    - An evaluator that reads other annotations than the dataset is a warning.
     - A batch size that does not match the learning rate is a warning.
 
     Its former name in configs, ``PreflightChecks``, works as well.
@@ -155,14 +163,24 @@ class ConfigCheckVisBackend(BaseVisBackend):
             _warn(f'Data are missing:\n{missing}')
         if gpu:
             _warn(gpu)
-        if lines := unpaired_keypoints(config):
-            text = 'keypoints are swapped on one side only:\n' + '\n'.join(lines)
-            if tool == 'train':
-                raise ConfigOptionError(text)
-            _warn(text)
+        _check_data(config, tool)
         change = batch_size_change(config, get_world_size())
         if change and tool != 'test':
             _warn(change)
+
+
+def _check_data(config: Config, tool: str) -> None:
+    """Refuse data that the frameworks accept, but that give wrong results."""
+    for fault, lines, tools in (
+        ('keypoints are swapped on one side only', unpaired_keypoints(config), ('train',)),
+        ('the data do not fit the decoder', other_codecs(config), ('train', 'test')),
+        ('evaluators read other annotations than the data have', other_annotations(config), ()),
+    ):
+        text = f'{fault}:\n' + '\n'.join(lines)
+        if lines and tool in tools:
+            raise ConfigOptionError(text)
+        if lines:
+            _warn(text)
 
 
 def _check_options(config: Config) -> None:
