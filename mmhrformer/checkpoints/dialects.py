@@ -293,8 +293,9 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
     """
     old, new = 2 * window_of(table) - 1, 2 * window - 1
     image = table.T.reshape(1, -1, old, old)
+    image = image.to(torch.promote_types(table.dtype, torch.float))  # older torch: no half on CPUs
     image = F.interpolate(image, size=(new, new), mode='bilinear', align_corners=False)
-    return image.reshape(-1, new * new).T.contiguous()
+    return image.reshape(-1, new * new).T.contiguous().to(table.dtype)
 
 
 def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Module) -> None:
