@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 # Pipeline steps that give images a fixed size: the option, and whether the width comes first.
@@ -26,6 +28,8 @@ SIZES = {
 def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
     """Find the names and colors of classes in the config, or otherwise in the checkpoint.
 
+    If both have names that differ, a warning is logged.
+
     Args:
         cfg (Config): The config.
         num_classes (int): Number of classes.
@@ -36,10 +40,20 @@ def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
     """
     names = colors = None
     for source in (meta_of_dataset(cfg), dataset_meta):
-        if names is None and len(source.get('classes') or ()) == num_classes:
-            names = tuple(map(str, source['classes']))
+        found = tuple(map(str, source.get('classes') or ()))
+        if names is None and len(found) == num_classes:
+            names = found
             palette = source.get('palette') or ()
             colors = [list(color) for color in palette] if len(palette) == num_classes else None
+        elif len(found) == num_classes and found != names:
+            first = next(i for i in range(num_classes) if found[i] != names[i])
+            print_log(
+                'The names of the classes are those of the config, but the checkpoint has others, '
+                f'such as {found[first]!r} instead of {names[first]!r}. Correct the metainfo of '
+                'test_dataloader.dataset if these are wrong.',
+                'current',
+                logging.WARNING,
+            )
     return names, colors
 
 

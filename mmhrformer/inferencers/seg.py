@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,10 +78,12 @@ class SegInferencer(Inferencer):
         starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
         lengths = np.diff(starts, append=flat.size)
         counts = np.bincount(flat, minlength=len(classes))
-        order = [i for i in counts.argsort()[::-1] if counts[i]]
+        areas = Counter()
+        for i in np.flatnonzero(counts):  # several classes may have the same name
+            areas[classes[i]] += float(counts[i] / flat.size)
         return dict(
             size=list(labels.shape),
-            areas={classes[i]: float(counts[i] / flat.size) for i in order},
+            areas=dict(areas.most_common()),
             runs=np.stack([flat[starts], lengths], 1).tolist(),
         )
 

@@ -50,6 +50,19 @@ def test_classes_may_be_an_option_of_the_data_set_or_a_file(tmp_path):
             assert find_classes(cfg, 2, {}) == (('a', 'b'), None)
 
 
+@needs('mmpretrain')
+def test_other_names_in_the_checkpoint_are_told(monkeypatch):
+    said = []
+    monkeypatch.setattr('mmhrformer.datasets.meta.print_log', lambda text, *_: said.append(text))
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=DATASET)))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for saved in (('a', 'b'), ('a', 'b', 'c'), ()):
+            assert find_classes(cfg, 2, dict(classes=saved)) == (('a', 'b'), None)
+        assert not said
+        assert find_classes(cfg, 2, dict(classes=('a', 'c'))) == (('a', 'b'), None)
+    assert "such as 'c' instead of 'b'" in said[0]
+
+
 POINTS = [('head', ''), ('l', 'r'), ('r', 'l')]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -34,6 +36,14 @@ def test_more_classes_than_fit_into_a_byte(tmp_path):
     labels = cv2.imread(str(tmp_path / 'predictions/000000.png'), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(segment.label_map(prediction), labels)
     assert np.unique(labels) == [280]
+
+
+def test_areas_of_classes_with_the_same_name(models, monkeypatch):
+    monkeypatch.setitem(models['seg'].dataset_meta, 'classes', ('a', 'b', 'a'))
+    labels = SimpleNamespace(data=torch.tensor([[[0, 1], [2, 2]]]))
+    prediction = models['seg']._to_plain(SimpleNamespace(pred_sem_seg=labels))
+    assert prediction['areas'] == {'a': 0.75, 'b': 0.25}
+    assert prediction['runs'] == [[0, 1], [1, 1], [2, 2]]
 
 
 def test_options_of_drawing(models):
