@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
@@ -84,6 +86,7 @@ class PoseInferencer(Inferencer):
                 'the config does not define keypoints: set metainfo of test_dataloader.dataset, '
                 "as in metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
+        check_keypoints(meta, self.cfg.model.head.get('out_channels'), saved)
         return meta
 
     def _build_visualizer(self) -> Visualizer:
@@ -187,6 +190,23 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
         weights = weights or default_det_models['human']['weights']
     with DefaultScope.overwrite_default_scope('mmdet'):
         return DetInferencer(detector, weights, device=str(device), show_progress=False)
+
+
+def check_keypoints(meta: Mapping, number: int | None, saved: Mapping) -> None:
+    """Refuse metainfo of another number of keypoints; warn if the checkpoint has other ones."""
+    if number not in (None, meta['num_keypoints']):
+        raise ValueError(
+            f'model.head.out_channels={number}, but the metainfo of test_dataloader.dataset has '
+            f'{meta["num_keypoints"]} keypoints: set it to that of the training data'
+        )
+    for key in ('keypoint_id2name', 'flip_indices'):
+        if key in saved and saved[key] != meta[key]:
+            print_log(
+                f'The {key} of the config, {meta[key]}, is used, but the checkpoint has '
+                f'{saved[key]}. Correct the metainfo of test_dataloader.dataset if that is wrong.',
+                'current',
+                logging.WARNING,
+            )
 
 
 def check_boxes(boxes: object, name: str) -> np.ndarray:
