@@ -368,7 +368,12 @@ def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
             'current',
         )
     if left_out:
-        print_log(f'with_rpe=False: {left_out} relative position bias tables not used.', 'current')
+        print_log(
+            f'with_rpe=False: {left_out} relative position bias tables not used. A model trained with '
+            'them gives other results.',
+            'current',
+            logging.WARNING,
+        )
     return fitted
 
 
