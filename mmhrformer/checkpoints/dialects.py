@@ -369,8 +369,8 @@ def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
         )
     if left_out:
         print_log(
-            f'with_rpe=False: {left_out} relative position bias tables not used. A model trained with '
-            'them gives other results.',
+            f'with_rpe=False: {left_out} relative position bias tables not used. A model trained '
+            'with them gives other results.',
             'current',
             logging.WARNING,
         )

@@ -134,6 +134,9 @@ class HRFormer(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         checks.check_backbone(in_channels, drop_path_rate, upsample, frozen_stages)
+        checks.check_flags(
+            with_rpe=with_rpe, pad_mask=pad_mask, norm_eval=norm_eval, with_cp=with_cp
+        )
         self.arch = parse_arch(arch)
         self.in_channels = in_channels
         self.window_sizes = checks.window_per_stream(window_size)
