@@ -62,10 +62,10 @@ class PoseInferencer(Inferencer):
         detector_threshold: float = 0.3,
         **kwargs: Any,
     ) -> None:
-        if detector_weights and not detector:
-            raise ValueError(
-                f'detector_weights={detector_weights!r} without a detector: set detector as well'
-            )
+        given = dict(detector_weights=detector_weights, detector_threshold=detector_threshold)
+        for name, default in dict(detector_weights=None, detector_threshold=0.3).items():
+            if given[name] != default and not detector:
+                raise ValueError(f'{name}={given[name]!r} without a detector: set detector as well')
         super().__init__(*args, **kwargs)
         self.detector_threshold = detector_threshold
         self.detector = None

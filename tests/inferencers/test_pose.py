@@ -150,3 +150,5 @@ def test_detector_without_mmdet_or_without_name(monkeypatch):
         mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector=True)
     with pytest.raises(ValueError, match=r"detector_weights='a\.pth' without a detector"):
         mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector_weights='a.pth')
+    with pytest.raises(ValueError, match=r'detector_threshold=0\.5 without a detector'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector_threshold=0.5)
