@@ -64,6 +64,26 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
     return ''
 
 
+def options_by_epoch(cfg: Mapping) -> list[str]:
+    """List options that count epochs in a training by iterations, where they have no effect."""
+    loop = _mapping(cfg, 'train_cfg')
+    if name_of_type(loop) != 'IterBasedTrainLoop' and loop.get('by_epoch', True):
+        return []
+    schedules = cfg.get('param_scheduler') or []
+    schedules = [schedules] if isinstance(schedules, Mapping) else schedules
+    options = {f'param_scheduler[{i}]': one for i, one in enumerate(schedules)}
+    options['default_hooks.checkpoint'] = _mapping(_mapping(cfg, 'default_hooks'), 'checkpoint')
+    return [
+        f'{place}.by_epoch'
+        for place, option in options.items()
+        if isinstance(option, Mapping)
+        and option.get('type')
+        and 'Plateau' not in name_of_type(option)  # follows the validation
+        and option.get('by_epoch', True)
+        and not option.get('convert_to_iter_based')
+    ]
+
+
 def sliding_window_fault(cfg: Mapping) -> str:
     """Problem with mmsegmentation's sliding window in ``model.test_cfg``, or an empty string."""
     test_cfg = _mapping(_mapping(cfg, 'model'), 'test_cfg')
@@ -119,7 +139,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
       warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
       ``train.py`` and ``test.py``.
     - An evaluator that reads other annotations than the dataset is a warning.
-    - A batch size that does not match the learning rate is a warning.
+    - A batch size that does not match the learning rate is a warning, and so is a schedule or a
+      checkpoint hook that counts epochs in a training by iterations.
 
     Its former name in configs, ``PreflightChecks``, works as well.
 
@@ -164,6 +185,11 @@ class ConfigCheckVisBackend(BaseVisBackend):
         if gpu:
             _warn(gpu)
         _check_data(config, tool)
+        if options := options_by_epoch(config):
+            _warn(
+                'train_cfg counts iterations, so no epoch ends before training does, but these '
+                f'options are True, their default: {", ".join(options)}. Set them to False.'
+            )
         change = batch_size_change(config, get_world_size())
         if change and tool != 'test':
             _warn(change)

@@ -334,6 +334,28 @@ def test_evaluators_read_the_annotations_of_the_data(folder, monkeypatch, caplog
     assert 'test_evaluator' not in said
 
 
+@pytest.mark.parametrize(
+    'loop', [dict(type='IterBasedTrainLoop', max_iters=9), dict(by_epoch=False, max_iters=9)]
+)
+def test_epochs_in_a_training_by_iterations(loop, folder, monkeypatch, caplog):
+    """Such a schedule would never step, and such a hook save only at the end."""
+    schedules = [
+        dict(type='LinearLR', by_epoch=False),
+        dict(type='MultiStepLR', milestones=[1]),
+        dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),
+        dict(type='ReduceOnPlateauLR'),
+    ]
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    cfg = Config(dict(train_cfg=loop, param_scheduler=schedules, default_hooks=hooks))
+    said = check(cfg, 'train', monkeypatch, caplog)
+    options = 'param_scheduler[1].by_epoch, default_hooks.checkpoint.by_epoch'
+    assert f'their default: {options}. Set' in said
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=9)
+    assert 'by_epoch' not in check(cfg, 'train', monkeypatch, caplog)
+    cfg = load('ocrnet_hrformer-demo_1xb16-100_scenes-96x96')
+    assert 'by_epoch' not in check(cfg, 'notebook', monkeypatch, caplog)
+
+
 PIPELINES = 'train_dataloader.dataset.pipeline'
 CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 24), sigma=1)\n"
 
