@@ -46,8 +46,7 @@ def get_model(
         FileNotFoundError: If there is no such config, or the checkpoint must be downloaded by hand.
         ImportError: If the framework of the model is not installed.
         RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint, the config defines no model, or one of
-            ``cfg_options`` has no effect.
+        ValueError: If there is no such checkpoint or model, or an option has no effect.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
