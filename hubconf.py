@@ -8,22 +8,23 @@ dependencies = ['torch', 'numpy', 'mmengine', 'mmcv', 'filelock']
 
 
 def hrformer_tiny(pretrained=False, **kwargs):
-    """The backbone HRFormer-T; with ImageNet weights if ``pretrained``."""
+    """The backbone HRFormer-T; ``pretrained``: True for ImageNet weights, or a checkpoint."""
     return _backbone('tiny', pretrained, kwargs)
 
 
 def hrformer_small(pretrained=False, **kwargs):
-    """The backbone HRFormer-S; with ImageNet weights if ``pretrained``."""
+    """The backbone HRFormer-S; ``pretrained``: True for ImageNet weights, or a checkpoint."""
     return _backbone('small', pretrained, kwargs)
 
 
 def hrformer_base(pretrained=False, **kwargs):
-    """The backbone HRFormer-B; with ImageNet weights if ``pretrained``."""
+    """The backbone HRFormer-B; ``pretrained``: True for ImageNet weights, or a checkpoint."""
     return _backbone('base', pretrained, kwargs)
 
 
 def _backbone(arch, pretrained, kwargs):
     model = _HRFormer(arch=arch, **kwargs)
     if pretrained:
-        _load_checkpoint(model, f'hrformer-{arch}_8xb128_in1k')
+        zoo = f'hrformer-{arch}_8xb128_in1k'
+        _load_checkpoint(model, zoo if pretrained is True else pretrained)
     return model

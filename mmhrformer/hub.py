@@ -16,6 +16,7 @@ from .checkpoints import list_models, load_checkpoint, read_zoo
 from .checkpoints.contents import meta_of_checkpoint
 from .checkpoints.loading import name_file_in_errors, read
 from .configs import PACKAGES, find_framework, name_of, open_config
+from .engine.dead_options import merge_options
 
 __all__ = ['get_model', 'list_models', 'register_in_mmpretrain']
 
@@ -45,14 +46,14 @@ def get_model(
         FileNotFoundError: If there is no such config, or the checkpoint must be downloaded by hand.
         ImportError: If the framework of the model is not installed.
         RuntimeError: If the checkpoint does not fit the model.
-        ValueError: If there is no such checkpoint, or the config defines no model.
+        ValueError: If there is no such checkpoint or model, or an option has no effect.
 
     Examples:
         >>> model = get_model('hrformer-tiny_8xb128_in1k')  # doctest: +SKIP
     """
     cfg = copy.deepcopy(open_config(name))
     path, content = _read_weights(cfg, pretrained)  # fail before the model is built
-    cfg.merge_from_dict(cfg_options or {})
+    merge_options(cfg, cfg_options)
     model = _build(cfg)
     if pretrained:
         with name_file_in_errors(path):

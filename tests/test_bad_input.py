@@ -89,6 +89,10 @@ ONE_OR_FOUR = 'expected a positive integer|4 streams'
 CONFIGS = [
     option("'smal'|choose one of|'tiny', 'small', 'base'", arch='smal'),
     option("3|choose one of|'small'", arch=3),
+    *(
+        option("'no'|expected True or False", **{name: 'no'})
+        for name in ('with_rpe', 'pad_mask', 'norm_eval', 'with_cp')
+    ),
     option("None|choose one of|'small'", arch=None),
     option("unknown fields ['depth']|'num_blocks'", arch={**MICRO, 'depth': 2}),
     option(

@@ -37,6 +37,23 @@ def test_options_change_the_config():
 
 
 @pytest.mark.parametrize(
+    ('config', 'options', 'message'),
+    [
+        (TINY, {'backbone.arch': 'base'}, 'backbone.arch has no effect: .* no option backbone'),
+        pytest.param(
+            'td-hm_hrformer-tiny_8xb32-210e_coco-256x192',
+            {'codec.sigma': 3},
+            'codec.sigma has no effect: codec was copied .*: model.head.decoder',
+            marks=needs('mmpose'),
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_model(config, cfg_options=options)
+
+
+@pytest.mark.parametrize(
     'name',
     [
         pytest.param('td-hm_hrformer-tiny_8xb32-210e_coco-256x192', marks=needs('mmpose')),

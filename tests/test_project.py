@@ -88,6 +88,8 @@ def test_hub(monkeypatch):
     model = load('hrformer_small', pretrained=True)
     assert loaded == [(model, 'hrformer-small_8xb128_in1k')]
     assert loaded[0][1] in mmhrformer.list_models()
+    load('hrformer_tiny', pretrained='own.pth')
+    assert loaded[1][1] == 'own.pth'
 
 
 def test_the_example_runs():

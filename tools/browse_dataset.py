@@ -24,6 +24,7 @@ from mmengine.visualization import Visualizer
 
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.engine.config_check import missing_data
+from mmhrformer.engine.dead_options import merge_options
 from mmhrformer.inferencers.image_loading import displayable
 from mmhrformer.inferencers.media import reason
 
@@ -97,7 +98,7 @@ def browse(args: argparse.Namespace) -> None:
         raise ValueError(f'--number {args.number}: expected a positive number of images')
     config = find_config(args.config)
     cfg = read_config(config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge_options(cfg, args.cfg_options)
     out = args.out or Path('work_dirs/browse') / config.stem
     out.mkdir(parents=True, exist_ok=True)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):

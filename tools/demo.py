@@ -34,6 +34,7 @@ DEMOS = {
     'seg': 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96',
 }
 DEMO_OUTPUT = Path('demo_output')  # output of "make demo", in the current folder
+QUERY = '0.5,0.5'  # the center
 DIGIT_SIDE = 256  # pixels; the digits have only 32
 
 
@@ -88,7 +89,7 @@ def add_inside_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--query',
-        default='0.5,0.5',
+        default=QUERY,
         metavar='X,Y',
         help="position of the query, as fractions of the model's input (%(default)s)",
     )
@@ -188,6 +189,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if (args.inputs is None) == (args.webcam is None):
         raise ValueError('expected either INPUT or --webcam N')
+    if (args.block or args.query != QUERY) and not args.show_attention:
+        raise ValueError('--query and --block need --show-attention: add it')
     # Check inputs and arguments before building the model.
     media = open_media(f'webcam:{args.webcam}' if args.inputs is None else args.inputs)
     boxes = None
@@ -196,8 +199,8 @@ def run(args: argparse.Namespace) -> None:
     query = tuple(numbers(args.query, 2, '--query'))
     model, checkpoint = choose_model(args)
     options = {}
-    if args.detector:
-        options = dict(detector=args.detector, detector_weights=args.detector_weights)
+    if args.detector or args.detector_weights:
+        options = dict(detector=args.detector or False, detector_weights=args.detector_weights)
     inferencer = get_inferencer(
         model, checkpoint, args.task, device=args.device, dtype=args.dtype, **options
     )

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from mmhrformer.apis import get_model
 from mmhrformer.configs import find_config, read_config
-from mmhrformer.datasets.meta import default_size, names_of_outputs
+from mmhrformer.datasets.meta import default_size, flip_indices_of_outputs, names_of_outputs
 from mmhrformer.deploy.onnx import (
     HEADER,
     INPUT,
@@ -29,6 +29,7 @@ from mmhrformer.deploy.onnx import (
     OUTPUTS,
     channel_order,
     export_onnx,
+    number_of_outputs,
     refuse_tta,
     require_packages,
     task_of,
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     model = get_model(str(path), args.checkpoint, cfg_options=args.cfg_options)
     size = args.size or default_size(model.cfg)
     size = size * 2 if len(size) == 1 else size
+    known = model.cfg, model.dataset_meta, number_of_outputs(model)
     file = Path(args.out or f'{path.stem}.onnx')
     rows = export_onnx(
         model,
@@ -110,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
         with_normalization=args.with_normalization,
         simplify=not args.no_simplify,
         verify=not args.no_verify,
-        names=names_of_outputs(model.cfg, model.dataset_meta),
+        names=names_of_outputs(*known),
+        flip_indices=flip_indices_of_outputs(*known),
         overwrite=args.overwrite,
     )
     pixels = 'pixels from 0 to 255' if args.with_normalization else 'normalized'

@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmhrformer.analysis.complexity import complexity, input_shape
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.datasets.meta import default_size
+from mmhrformer.engine.dead_options import merge_options
 
 
 def count(
@@ -44,7 +45,7 @@ def count(
         text = ' '.join(map(str, shape))
         raise ValueError(f'--shape {text}: expected height and width, or one number for both')
     cfg = read_config(find_config(config))
-    cfg.merge_from_dict(cfg_options or {})
+    merge_options(cfg, cfg_options)
     if 'model' not in cfg:
         raise ValueError(f'the config {config!r} has no model: use a config that can be trained')
     height, width = (shape[0], shape[-1]) if shape else default_size(cfg)

@@ -28,7 +28,7 @@ class PoseModel:
     Args:
         file (str): The ONNX file, with a fixed input size.
         flip (bool): Whether to average with the mirror image, which takes twice as long, if the
-            names of the keypoints say which ones swap sides. Defaults to True.
+            file says which keypoints swap sides. Defaults to True.
     """
 
     def __init__(self, file: str, flip: bool = True) -> None:
@@ -43,10 +43,10 @@ class PoseModel:
         if not isinstance(self.height, int):
             raise ValueError(f'{file} has a dynamic input size: export it without --dynamic-size')
         self.names = json.loads(self.meta['names'])
-        mirrored = str.maketrans({'<': 'left', '>': 'right'})
-        swapped = [name.replace('left', '>').replace('right', '<') for name in self.names]
-        swapped = [name.translate(mirrored) for name in swapped]
-        self.swap = [self.names.index(name) for name in swapped] if flip and self.names else None
+        if 'flip_indices' not in self.meta:
+            raise ValueError(f'{file} was exported by an old version: export it again')
+        self.swap = json.loads(self.meta['flip_indices']) if flip else []
+        self.shift = json.loads(self.meta['shift_heatmap'])
 
     def __call__(self, image: np.ndarray, box: list[float]) -> tuple[np.ndarray, np.ndarray]:
         """Estimate the pose of one person.
@@ -58,8 +58,13 @@ class PoseModel:
         Returns:
             tuple[np.ndarray, np.ndarray]: Positions (keypoints, 2) as x and y in the image, and
             scores (keypoints,).
+
+        Raises:
+            ValueError: If the box has no area.
         """
         left, top, right, bottom = box
+        if not (left < right and top < bottom):
+            raise ValueError(f'box={list(box)}: expected left < right and top < bottom')
         # Image pixels per input pixel.
         scale = max((right - left) / self.width, (bottom - top) / self.height) * MARGIN
         corner = np.array([left + right - scale * self.width, top + bottom - scale * self.height])
@@ -86,11 +91,12 @@ class PoseModel:
     def heatmaps(self, batch: np.ndarray) -> np.ndarray:
         """Compute the heatmaps (keypoints, H / 4, W / 4) of a batch of one image."""
         ((heatmaps,),) = self.session.run(None, {'image': batch})
-        if self.swap is None:
+        if not self.swap:
             return heatmaps
         ((mirrored,),) = self.session.run(None, {'image': batch[..., ::-1].copy()})
         mirrored = mirrored[self.swap, :, ::-1].copy()
-        mirrored[..., 1:] = mirrored[..., :-1].copy()  # align, like the configs' shift_heatmap
+        if self.shift:  # to align both, as shift_heatmap does in the configs
+            mirrored[..., 1:] = mirrored[..., :-1].copy()
         return (heatmaps + mirrored) / 2
 
 
@@ -141,9 +147,9 @@ def main() -> None:
         sys.exit(f'onnx_pose.py: OpenCV cannot read {args.image}')
     try:
         model = PoseModel(args.model, flip=not args.no_flip)
+        places, scores = model(image, args.box or [0, 0, image.shape[1], image.shape[0]])
     except Exception as err:  # onnxruntime has many error classes
         sys.exit(f'onnx_pose.py: {err}')
-    places, scores = model(image, args.box or [0, 0, image.shape[1], image.shape[0]])
     names = model.names or [f'keypoint {i}' for i in range(len(places))]
     for name, (x, y), score in zip(names, places, scores):
         print(f'{name:<16} {x:8.2f} {y:8.2f}  {score:.3f}')

@@ -13,6 +13,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from mmhrformer.configs import find_config, read_config
+from mmhrformer.engine.dead_options import merge_options
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         cfg = read_config(find_config(args.config))
-        cfg.merge_from_dict(args.cfg_options or {})
+        merge_options(cfg, args.cfg_options)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             cfg.dump(args.out)

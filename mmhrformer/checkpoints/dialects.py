@@ -293,8 +293,9 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
     """
     old, new = 2 * window_of(table) - 1, 2 * window - 1
     image = table.T.reshape(1, -1, old, old)
+    image = image.to(torch.promote_types(table.dtype, torch.float))  # older torch: no half on CPUs
     image = F.interpolate(image, size=(new, new), mode='bilinear', align_corners=False)
-    return image.reshape(-1, new * new).T.contiguous()
+    return image.reshape(-1, new * new).T.contiguous().to(table.dtype)
 
 
 def adapt_backbone_keys(state_dict: MutableMapping, prefix: str, backbone: nn.Module) -> None:
@@ -367,7 +368,12 @@ def _fit_bias_tables(tensors: dict, own: Mapping, backbone: nn.Module) -> dict:
             'current',
         )
     if left_out:
-        print_log(f'with_rpe=False: {left_out} relative position bias tables not used.', 'current')
+        print_log(
+            f'with_rpe=False: {left_out} relative position bias tables not used. A model trained '
+            'with them gives other results.',
+            'current',
+            logging.WARNING,
+        )
     return fitted
 
 

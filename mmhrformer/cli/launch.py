@@ -60,7 +60,9 @@ def run_stock_tool(tool: str, args: list[str]) -> None:
         cfg = read_config(config)
         script = stock_tool(cfg.get('default_scope'), tool)
         rest = args[1:]
-        if tool == 'test' and rest and not rest[0].startswith('-'):
+        if tool == 'test' and rest and not {'-h', '--help'} & set(rest):
+            if rest[0].startswith('-'):
+                raise ValueError(f'got {rest[0]!r} after CONFIG: put CHECKPOINT there')
             rest[0] = resolve_checkpoint(rest[0], _has_other_backbone(cfg))
     except (ImportError, OSError, RuntimeError, ValueError) as err:
         sys.exit(f'{tool}.py: {with_fix(err)}')

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 # Pipeline steps that give images a fixed size: the option, and whether the width comes first.
@@ -26,6 +28,8 @@ SIZES = {
 def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
     """Find the names and colors of classes in the config, or otherwise in the checkpoint.
 
+    If both have names that differ, a warning is logged.
+
     Args:
         cfg (Config): The config.
         num_classes (int): Number of classes.
@@ -36,10 +40,20 @@ def find_classes(cfg: Config, num_classes: int, dataset_meta: Mapping) -> tuple:
     """
     names = colors = None
     for source in (meta_of_dataset(cfg), dataset_meta):
-        if names is None and len(source.get('classes') or ()) == num_classes:
-            names = tuple(map(str, source['classes']))
+        found = tuple(map(str, source.get('classes') or ()))
+        if names is None and len(found) == num_classes:
+            names = found
             palette = source.get('palette') or ()
             colors = [list(color) for color in palette] if len(palette) == num_classes else None
+        elif len(found) == num_classes and found != names:
+            first = next(i for i in range(num_classes) if found[i] != names[i])
+            print_log(
+                'The names of the classes are those of the config, but the checkpoint has others, '
+                f'such as {found[first]!r} instead of {names[first]!r}. Correct the metainfo of '
+                'test_dataloader.dataset if these are wrong.',
+                'current',
+                logging.WARNING,
+            )
     return names, colors
 
 
@@ -50,13 +64,17 @@ def meta_of_dataset(cfg: Config) -> dict:
         cfg (Config): The config.
 
     Returns:
-        dict: Its ``metainfo``, merged over that of its class; empty if the config has none.
+        dict: Its metainfo, as the dataset would have it; empty if the config has none.
     """
     dataset = wrapped_dataset(cfg, 'metainfo')
-    kind = dataset.get('type')
+    kind, given = dataset.get('type'), dataset.get('metainfo')
     if isinstance(kind, str):
         kind = DATASETS.get(kind if '.' in kind else f'{cfg.default_scope}.{kind}')
-    return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+    if classes := dataset.get('classes'):  # an option of mmpretrain's datasets
+        given = {'classes': classes, **(given or {})}
+    if hasattr(kind, '_load_metainfo'):  # knows METAINFO, and reads files
+        return kind._load_metainfo(given)
+    return dict(given or {})
 
 
 def wrapped_dataset(cfg: Config, option: str) -> dict:
@@ -75,26 +93,49 @@ def wrapped_dataset(cfg: Config, option: str) -> dict:
     return dataset
 
 
-def names_of_outputs(cfg: Config, dataset_meta: Mapping[str, Any] | None = None) -> list[str]:
+def names_of_outputs(
+    cfg: Config, dataset_meta: Mapping[str, Any] | None = None, number: int | None = None
+) -> list[str]:
     """Find the names of the classes or keypoints that a model predicts.
 
     Args:
         cfg (Config): Its config.
-        dataset_meta (Mapping, optional): Metainfo of the training dataset in the checkpoint.
-            Defaults to None: that of the config's dataset.
+        dataset_meta (Mapping, optional): Metainfo of the training dataset in the checkpoint, which
+            takes precedence. Defaults to None: only that of the config's dataset.
+        number (int, optional): Number of classes or keypoints of the model; other numbers of names
+            are not used. Defaults to None: any.
 
     Returns:
         list[str]: The names; empty if unknown before the data are loaded.
     """
-    info = dict(dataset_meta or meta_of_dataset(cfg))
-    if 'from_file' in info:
-        from mmpose.datasets.datasets.utils import parse_pose_metainfo
+    infos = dataset_meta or {}, meta_of_dataset(cfg)
+    named = (
+        info.get('classes') or info.get('CLASSES') or (info.get('keypoint_id2name') or {}).values()
+        for info in infos
+    )
+    return list(map(str, _first_fitting(named, number)))
 
-        info = parse_pose_metainfo(info)
-    names = info.get('classes') or info.get('CLASSES') or ()
-    if 'keypoint_id2name' in info:
-        names = info['keypoint_id2name'].values()
-    return [str(name) for name in names]
+
+def flip_indices_of_outputs(
+    cfg: Config, dataset_meta: Mapping[str, Any] | None = None, number: int | None = None
+) -> list[int]:
+    """Find the keypoints that swap with each keypoint of a model in a mirror image.
+
+    Args:
+        cfg (Config): As for :func:`names_of_outputs`.
+        dataset_meta (Mapping, optional): As for :func:`names_of_outputs`. Defaults to None.
+        number (int, optional): As for :func:`names_of_outputs`. Defaults to None: any.
+
+    Returns:
+        list[int]: Their indices; empty if unknown, and for other models.
+    """
+    infos = dataset_meta or {}, meta_of_dataset(cfg)
+    return list(_first_fitting((info.get('flip_indices') or () for info in infos), number))
+
+
+def _first_fitting(lists: Iterable[Sized], number: int | None) -> Iterable:
+    """The first list that is not empty and has the given number of entries, if any."""
+    return next((one for one in lists if len(one) and number in (None, len(one))), ())
 
 
 def default_size(cfg: Config) -> tuple[int, int]:

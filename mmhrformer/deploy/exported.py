@@ -9,14 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .onnx import INPUT, describe, open_session
+from .onnx import COUNTS, INPUT, describe, open_session
 
-# Attribute with the number of classes or keypoints of a model, by task.
-CHANNELS = {
-    'classification': 'head.num_classes',
-    'pose': 'head.out_channels',
-    'segmentation': 'out_channels',
-}
+# Task -> attribute of a model with the number of channels of its output.
+CHANNELS = {**COUNTS, 'segmentation': 'out_channels'}
 
 
 class ExportedNetwork(nn.Module):

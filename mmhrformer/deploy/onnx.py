@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -32,6 +33,12 @@ TASKS = {
     'BaseClassifier': 'classification',
     'TopdownPoseEstimator': 'pose',
     'EncoderDecoder': 'segmentation',
+}
+# Task -> attribute of a model with the number of its classes or keypoints.
+COUNTS = {
+    'classification': 'head.num_classes',
+    'pose': 'head.out_channels',
+    'segmentation': 'num_classes',
 }
 INPUT = 'image'
 # Task -> name of the output, and names of its dynamic axes.
@@ -165,6 +172,13 @@ def task_of(model: nn.Module) -> str:
     )
 
 
+def number_of_outputs(model: nn.Module) -> int | None:
+    """Number of classes or keypoints of a model, which may have names; None if unknown."""
+    return reduce(
+        lambda part, name: getattr(part, name, None), COUNTS[task_of(model)].split('.'), model
+    )
+
+
 def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, in the channel order of the model."""
     preprocessor = model.data_preprocessor
@@ -210,6 +224,8 @@ class ExportOptions:
         simplify (bool): Whether to simplify the graph. Defaults to True.
         verify (bool): Whether to compare with torch. Defaults to True.
         names (Sequence[str]): Names of the classes or keypoints, stored in the file.
+        flip_indices (Sequence[int]): For each keypoint the one that it swaps with in a mirror
+            image, stored in the file.
         overwrite (bool): Whether the file may exist. Defaults to False.
     """
 
@@ -221,6 +237,7 @@ class ExportOptions:
     simplify: bool = True
     verify: bool = True
     names: Sequence[str] = ()
+    flip_indices: Sequence[int] = ()
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -273,6 +290,7 @@ def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Com
 def _make_graph(model: nn.Module, options: ExportOptions):
     """Trace, simplify and compare a model; return the graph and the comparisons."""
     task = _check_model(model)
+    _check_lengths(model, names=options.names, flip_indices=options.flip_indices)
     if options.dynamic_size is None:
         options = replace(options, dynamic_size=task == 'segmentation')
     model = copy.deepcopy(model).cpu()
@@ -282,7 +300,7 @@ def _make_graph(model: nn.Module, options: ExportOptions):
     deployed = DeployedModel(prepared, options.with_normalization).eval()
     _log_step(f'Tracing the {task} model')
     graph = trace(deployed, options)
-    _add_metadata(graph, deployed, options.names)
+    _add_metadata(graph, deployed, options)
     return _choose(graph, options.simplify, reference, _cases(options) if options.verify else [])
 
 
@@ -337,6 +355,12 @@ def _check_model(model: nn.Module) -> str:
             'model was made by fuse_for_inference for torch: export the model it was made from; '
             'the export folds it as needed'
         )
+    head = getattr(model, 'head', None)
+    if any(kind.__name__ == 'MultiLabelClsHead' for kind in type(head).__mro__):
+        raise ValueError(
+            f'model.head is a {type(head).__name__}: only classifiers with one label per image can '
+            'be exported, whose probabilities are a softmax'
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(
@@ -344,6 +368,17 @@ def _check_model(model: nn.Module) -> str:
             'another precision in the runtime (trtexec --fp16)'
         )
     return task
+
+
+def _check_lengths(model: nn.Module, **lists: Sequence) -> None:
+    """Refuse lists, by argument name, that do not have an entry per class or keypoint."""
+    number = number_of_outputs(model)
+    for name, entries in lists.items():
+        if entries and number is not None and len(entries) != number:
+            raise ValueError(
+                f'{name} has {len(entries)} entries, such as {entries[0]!r}, but the model has '
+                f'{number} classes or keypoints: pass one entry for each, or none'
+            )
 
 
 def trace(deployed: DeployedModel, options: ExportOptions):
@@ -386,13 +421,16 @@ def describe(model: nn.Module) -> dict[str, str]:
         channel_order=channel_order(model),
     )
     if entries['task'] == 'pose':
-        entries['decoder'] = type(model.head.decoder).__name__
+        decoder = model.head.decoder
+        entries['decoder'] = type(decoder).__name__
+        if getattr(decoder, 'unbiased', False):
+            entries['decoder'] += ' (unbiased)'
     if getattr(model, 'out_channels', None) == 1:  # a binary segmentor
         entries['threshold'] = json.dumps(model.decode_head.threshold)
     return entries
 
 
-def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
+def _add_metadata(graph, deployed: DeployedModel, options: ExportOptions) -> None:
     """Add a description of the model to the metadata of a graph."""
     import onnx
 
@@ -400,8 +438,12 @@ def _add_metadata(graph, deployed: DeployedModel, names: Sequence[str]) -> None:
         describe(deployed.model),
         mmhrformer_version=__version__,
         normalization='included' if deployed.with_normalization else 'expected',
-        names=json.dumps(list(names)),
+        names=json.dumps(list(options.names)),
     )
+    if deployed.task == 'pose':
+        entries['flip_indices'] = json.dumps(list(options.flip_indices))
+        test_cfg = deployed.model.test_cfg or {}
+        entries['shift_heatmap'] = json.dumps(bool(test_cfg.get('shift_heatmap')))
     onnx.helper.set_model_props(graph, entries)
     graph.producer_name, graph.producer_version = 'mmhrformer', __version__
 

@@ -14,7 +14,14 @@ from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
-from .data_check import missing_data, name_of_type, surplus_classes, unpaired_keypoints
+from .data_check import (
+    missing_data,
+    name_of_type,
+    other_annotations,
+    other_codecs,
+    surplus_classes,
+    unpaired_keypoints,
+)
 from .dead_options import dead_options, late_variables, used_counterparts
 
 
@@ -56,6 +63,26 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
             'model_wrapper_cfg.type=mmhrformer.CPUDistributedDataParallel'
         )
     return ''
+
+
+def options_by_epoch(cfg: Mapping) -> list[str]:
+    """List options that count epochs in a training by iterations, where they have no effect."""
+    loop = _mapping(cfg, 'train_cfg')
+    if name_of_type(loop) != 'IterBasedTrainLoop' and loop.get('by_epoch', True):
+        return []
+    schedules = cfg.get('param_scheduler') or []
+    schedules = [schedules] if isinstance(schedules, Mapping) else schedules
+    options = {f'param_scheduler[{i}]': one for i, one in enumerate(schedules)}
+    options['default_hooks.checkpoint'] = _mapping(_mapping(cfg, 'default_hooks'), 'checkpoint')
+    return [
+        f'{place}.by_epoch'
+        for place, option in options.items()
+        if isinstance(option, Mapping)
+        and option.get('type')
+        and 'Plateau' not in name_of_type(option)  # follows the validation
+        and option.get('by_epoch', True)
+        and not option.get('convert_to_iter_based')
+    ]
 
 
 def sliding_window_fault(cfg: Mapping) -> str:
@@ -110,8 +137,11 @@ class ConfigCheckVisBackend(BaseVisBackend):
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
-      warning.
-    - A batch size that does not match the learning rate is a warning.
+      warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
+      ``train.py`` and ``test.py``.
+    - An evaluator that reads other annotations than the dataset is a warning.
+    - A batch size that does not match the learning rate is a warning, and so is a schedule or a
+      checkpoint hook that counts epochs in a training by iterations.
 
     Its former name in configs, ``PreflightChecks``, works as well.
 
@@ -156,14 +186,29 @@ class ConfigCheckVisBackend(BaseVisBackend):
             _warn(f'Data are missing:\n{missing}')
         for text in filter(None, (surplus, gpu)):
             _warn(text)
-        if lines := unpaired_keypoints(config):
-            text = 'keypoints are swapped on one side only:\n' + '\n'.join(lines)
-            if tool == 'train':
-                raise ConfigOptionError(text)
-            _warn(text)
+        _check_data(config, tool)
+        if options := options_by_epoch(config):
+            _warn(
+                'train_cfg counts iterations, so no epoch ends before training does, but these '
+                f'options are True, their default: {", ".join(options)}. Set them to False.'
+            )
         change = batch_size_change(config, get_world_size())
         if change and tool != 'test':
             _warn(change)
+
+
+def _check_data(config: Config, tool: str) -> None:
+    """Refuse data that the frameworks accept, but that give wrong results."""
+    for fault, lines, tools in (
+        ('keypoints are swapped on one side only', unpaired_keypoints(config), ('train',)),
+        ('the data do not fit the decoder', other_codecs(config), ('train', 'test')),
+        ('evaluators read other annotations than the data have', other_annotations(config), ()),
+    ):
+        text = f'{fault}:\n' + '\n'.join(lines)
+        if lines and tool in tools:
+            raise ConfigOptionError(text)
+        if lines:
+            _warn(text)
 
 
 def _check_options(config: Config) -> None:

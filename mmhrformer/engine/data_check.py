@@ -1,10 +1,10 @@
-"""Faults in the datasets of a config: missing data, too many classes, unpaired keypoints."""
+"""Faults in the datasets of a config: missing files, and options that contradict others."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,71 @@ def unpaired_keypoints(cfg: Mapping) -> list[str]:
                 for name, other in swaps.items()
                 if swaps.get(other) != name
             ]
+    return lines
+
+
+def other_codecs(cfg: Mapping) -> list[str]:
+    """List pipeline steps that do not fit the decoder of a pose model.
+
+    mmpose accepts them, and scales coordinates wrongly.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per option, with both values.
+    """
+    head = (cfg.get('model') or {}).get('head')
+    decoder = head.get('decoder') if isinstance(head, Mapping) else None
+    if not isinstance(decoder, Mapping):  # several codecs, or another task
+        return []
+    lines = []
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for dataset in _innermost(cfg.get(loader)):
+            for i, step in enumerate(dataset.get('pipeline') or ()):
+                kind, place = name_of_type(step), f'{loader}.dataset.pipeline.{i}'
+                if kind == 'TopdownAffine':
+                    lines += _differences(place, step, decoder, ('input_size',))
+                elif kind == 'GenerateTarget' and isinstance(step.get('encoder'), Mapping):
+                    keys = 'type', 'input_size', 'heatmap_size'
+                    lines += _differences(f'{place}.encoder', step['encoder'], decoder, keys)
+    return lines
+
+
+def _differences(
+    place: str, option: Mapping, decoder: Mapping, keys: Iterable[str]
+) -> Iterator[str]:
+    for key in keys:
+        found, wanted = (
+            tuple(value) if isinstance(value, list) else value
+            for value in (option.get(key), decoder.get(key))
+        )
+        if found is not None and wanted is not None and found != wanted:
+            yield f'{place}.{key}={found!r}, but model.head.decoder.{key}={wanted!r}'
+
+
+def other_annotations(cfg: Mapping) -> list[str]:
+    """List evaluators that read other annotations than the dataset that they evaluate.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per evaluator, with both files.
+    """
+    lines = []
+    for split in ('val', 'test'):
+        datasets = list(_innermost(cfg.get(f'{split}_dataloader')))
+        evaluators = cfg.get(f'{split}_evaluator')
+        evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+        for one in evaluators if len(datasets) == 1 and datasets[0].get('ann_file') else ():
+            file = os.path.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])
+            read = one.get('ann_file') if isinstance(one, Mapping) else None
+            if read and os.path.normpath(read) != os.path.normpath(file):
+                lines.append(
+                    f'{split}_evaluator.ann_file is {read!r}, but {split}_dataloader.dataset reads '
+                    f'{file!r}'
+                )
     return lines
 
 

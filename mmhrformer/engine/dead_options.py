@@ -103,6 +103,34 @@ def late_variables(cfg: Config) -> dict[str, list[str]]:
     return {key: list(paths) for key, paths in late.items() if paths}
 
 
+def merge_options(cfg: Config, options: Mapping[str, Any] | None) -> None:
+    """Override options of a config, and refuse names whose values would not be used.
+
+    Args:
+        cfg (Config): The config; changed in place.
+        options (Mapping, optional): Values by dotted name.
+
+    Raises:
+        ValueError: If a name is not that of an option, or of a variable that was copied.
+    """
+    before = set(cfg)
+    cfg.merge_from_dict(dict(options or {}))
+    keys = {name: name.partition('.')[0] for name in options or ()}
+    variables = set(_variables(_values(cfg))) & set(keys.values())
+    late = late_variables(cfg) if variables else {}
+    for name, key in keys.items():
+        if key in variables - before:
+            raise ValueError(
+                f'cfg_options: {name} has no effect: the config has no option {key}. Check the '
+                'name, such as model.backbone.arch'
+            )
+        if key in late:
+            raise ValueError(
+                f'cfg_options: {name} has no effect: {key} was copied when the file was read. Set '
+                f'the options it was copied to: {", ".join(late[key])}'
+            )
+
+
 def used_counterparts(cfg: Config, key: str) -> list[str]:
     """Options with the same name or keys as a variable, which may be meant instead."""
     values = _values(cfg)

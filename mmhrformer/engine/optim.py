@@ -11,12 +11,14 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
+from ..checkpoints.contents import plain_name
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 # Rules for parameters without weight decay -> whether one applies to a parameter.
 NO_DECAY = {
     'vectors': lambda name, parameter: parameter.ndim <= 1,  # biases, norms
-    'bias_tables': lambda name, parameter: name.endswith('relative_position_bias_table'),
+    # Parametrized ones are called ...relative_position_bias_table.original.
+    'bias_tables': lambda name, parameter: 'relative_position_bias_table' in name.split('.'),
 }
 
 
@@ -118,7 +120,7 @@ class DecayGroupsConstructor(DefaultOptimWrapperConstructor):
         members = {}  # by number of layers above, and by whether weight decay is off
         for name, parameter in named.items():
             exempt = any(NO_DECAY[rule](name, parameter) for rule in self.no_decay)
-            depth, layers = get_depth(name) if get_depth else (0, 1)
+            depth, layers = get_depth(plain_name(name)) if get_depth else (0, 1)
             members.setdefault((layers - 1 - depth, exempt), []).append(parameter)
         groups = []
         for (above, exempt), parameters in sorted(members.items(), key=lambda item: item[0]):

@@ -34,6 +34,10 @@ class ResumableSeedHook(DistSamplerSeedHook):
       before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for bit-identical
       results.
 
+    With gradient accumulation this holds for checkpoints after a multiple of
+    ``accumulative_counts`` iterations: others lack the gradients accumulated since, and mmengine
+    warns when it resumes from them.
+
     Examples:
         >>> # in a config
         >>> default_hooks = dict(sampler_seed=dict(type='mmhrformer.ResumableSeedHook'))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
@@ -62,10 +64,10 @@ class PoseInferencer(Inferencer):
         detector_threshold: float = 0.3,
         **kwargs: Any,
     ) -> None:
-        if detector_weights and not detector:
-            raise ValueError(
-                f'detector_weights={detector_weights!r} without a detector: set detector as well'
-            )
+        given = dict(detector_weights=detector_weights, detector_threshold=detector_threshold)
+        for name, default in dict(detector_weights=None, detector_threshold=0.3).items():
+            if given[name] != default and not detector:
+                raise ValueError(f'{name}={given[name]!r} without a detector: set detector as well')
         super().__init__(*args, **kwargs)
         self.detector_threshold = detector_threshold
         self.detector = None
@@ -86,6 +88,7 @@ class PoseInferencer(Inferencer):
                 'the config does not define keypoints: set metainfo of test_dataloader.dataset, '
                 "as in metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
+        check_keypoints(meta, self.cfg.model.head.get('out_channels'), saved)
         return meta
 
     def _build_visualizer(self) -> Visualizer:
@@ -195,6 +198,23 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
             f'detector={detector!r}: cannot download its weights ({err.reason}). Download '
             f'{weights or "them"} in a browser and pass the file as detector_weights; or pass boxes'
         ) from err
+
+
+def check_keypoints(meta: Mapping, number: int | None, saved: Mapping) -> None:
+    """Refuse metainfo of another number of keypoints; warn if the checkpoint has other ones."""
+    if number not in (None, meta['num_keypoints']):
+        raise ValueError(
+            f'model.head.out_channels={number}, but the metainfo of test_dataloader.dataset has '
+            f'{meta["num_keypoints"]} keypoints: set it to that of the training data'
+        )
+    for key in ('keypoint_id2name', 'flip_indices'):
+        if key in saved and saved[key] != meta[key]:
+            print_log(
+                f'The {key} of the config, {meta[key]}, is used, but the checkpoint has '
+                f'{saved[key]}. Correct the metainfo of test_dataloader.dataset if that is wrong.',
+                'current',
+                logging.WARNING,
+            )
 
 
 def check_boxes(boxes: object, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ class SegInferencer(Inferencer):
             prediction (Mapping): One of the ``predictions``, or the content of its JSON file.
 
         Returns:
-            np.ndarray: The label of each pixel, (H, W) uint8.
+            np.ndarray: The label of each pixel, (H, W) uint8, or uint16 if a label is above 255.
 
         Examples:
             >>> SegInferencer.label_map(dict(size=[2, 3], runs=[[0, 4], [7, 2]]))
@@ -49,7 +50,7 @@ class SegInferencer(Inferencer):
                    [0, 7, 7]], dtype=uint8)
         """
         labels, lengths = np.array(prediction['runs']).T
-        return np.repeat(labels.astype(np.uint8), lengths).reshape(prediction['size'])
+        return np.repeat(narrow(labels), lengths).reshape(prediction['size'])
 
     def _dataset_meta(self, saved: dict) -> dict:
         if fault := sliding_window_fault(self.cfg):
@@ -69,7 +70,7 @@ class SegInferencer(Inferencer):
         return (*super()._size(item), *item['data_samples'].ori_shape)
 
     def _labels(self, sample: Any) -> np.ndarray:
-        return sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
+        return narrow(sample.pred_sem_seg.data[0].numpy())
 
     def _to_plain(self, sample: Any) -> dict:
         labels = self._labels(sample)
@@ -77,10 +78,12 @@ class SegInferencer(Inferencer):
         starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
         lengths = np.diff(starts, append=flat.size)
         counts = np.bincount(flat, minlength=len(classes))
-        order = [i for i in counts.argsort()[::-1] if counts[i]]
+        areas = Counter()
+        for i in np.flatnonzero(counts):  # several classes may have the same name
+            areas[classes[i]] += float(counts[i] / flat.size)
         return dict(
             size=list(labels.shape),
-            areas={classes[i]: float(counts[i] / flat.size) for i in order},
+            areas=dict(areas.most_common()),
             runs=np.stack([flat[starts], lengths], 1).tolist(),
         )
 
@@ -91,3 +94,8 @@ class SegInferencer(Inferencer):
         self.visualizer.alpha = opacity
         self.visualizer.add_datasample('image', image, sample, draw_gt=False, **options)
         return self.visualizer.get_image()
+
+
+def narrow(labels: np.ndarray) -> np.ndarray:
+    """Convert labels to uint8, or to uint16 if one is above 255; PNG files support both."""
+    return labels.astype(np.uint8 if labels.max() < 256 else np.uint16)

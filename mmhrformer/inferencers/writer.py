@@ -26,7 +26,7 @@ class Result:
         prediction (dict): The prediction as plain Python objects, for JSON.
         sample (optional): The data sample of the framework; None after an error.
         drawn (np.ndarray, optional): The image with the prediction drawn on it, (H, W, 3) RGB.
-        labels (np.ndarray, optional): The label of each pixel, (H, W) uint8.
+        labels (np.ndarray, optional): The label of each pixel, (H, W) uint8 or uint16.
     """
 
     picture: Picture

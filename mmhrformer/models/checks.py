@@ -48,6 +48,13 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f'{name}={value!r}: expected a number in [0, 1)')
 
 
+def check_flags(**flags: Any) -> None:
+    """Refuse anything but True and False: text such as ``'no'`` would count as true."""
+    for name, value in flags.items():
+        if value not in (True, False):
+            raise ValueError(f'{name}={value!r}: expected True or False')
+
+
 def check_norm_cfg(norm_cfg: dict, channels: Iterable[int]) -> None:
     """Refuse a normalization that does not work on the maps of a model.
 

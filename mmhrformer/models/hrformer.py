@@ -11,6 +11,7 @@ from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoints.contents import plain_name
 from ..checkpoints.dialects import adapt_backbone_keys
 from ..registry import MODELS
 from . import checks
@@ -19,6 +20,7 @@ from .hr_module import HRModule
 
 STEM_CHANNELS = 64
 STAGE1_CHANNELS = STEM_CHANNELS * Bottleneck.expansion
+LAYER_0 = ('conv1', 'bn1', 'conv2', 'bn2', 'layer1', 'transition1')  # see get_layer_depth
 
 # Paper, Table 2: channels and heads of the four streams, modules of stages 2, 3 and 4. Each module
 # has two blocks per stream.
@@ -132,6 +134,9 @@ class HRFormer(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         checks.check_backbone(in_channels, drop_path_rate, upsample, frozen_stages)
+        checks.check_flags(
+            with_rpe=with_rpe, pad_mask=pad_mask, norm_eval=norm_eval, with_cp=with_cp
+        )
         self.arch = parse_arch(arch)
         self.in_channels = in_channels
         self.window_sizes = checks.window_per_stream(window_size)
@@ -265,7 +270,8 @@ class HRFormer(BaseModule):
 
         The stem, layer1 and transition1 are layer 0; after that, each block is one layer, with the
         parallel streams side by side. A transition belongs to the first block after it, an exchange
-        to the last block before it, and everything outside the backbone to the last layer.
+        to the last block before it, and everything else, such as heads and added modules, to the
+        last layer.
 
         Args:
             param_name (str): Name of the parameter.
@@ -278,7 +284,9 @@ class HRFormer(BaseModule):
         num_layers = sum(self.arch['num_modules']) * num_blocks + 2
         if not param_name.startswith(prefix):
             return num_layers - 1, num_layers
-        parts = param_name[len(prefix) :].split('.')
+        parts = plain_name(param_name[len(prefix) :]).split('.')
+        if parts[0] in LAYER_0:
+            return 0, num_layers
         if parts[0] in ('transition2', 'transition3'):
             stage, block = int(parts[0][-1]) + 1, 0
         elif parts[0].startswith('stage'):
@@ -287,7 +295,7 @@ class HRFormer(BaseModule):
             in_module = int(parts[4]) if parts[2] == 'branches' else num_blocks - 1
             block = int(parts[1]) * num_blocks + in_module
         else:
-            return 0, num_layers
+            return num_layers - 1, num_layers
         blocks_before = sum(self.arch['num_modules'][: stage - 2]) * num_blocks
         return 1 + blocks_before + block, num_layers
 

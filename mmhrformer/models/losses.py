@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from .checks import check_flags
 
 REDUCTIONS = ('none', 'mean', 'sum')
 EPS = torch.finfo(torch.float32).eps  # against division by 0, as in mmseg
@@ -103,6 +104,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         if not is_weight(loss_weight):
             raise ValueError(f'loss_weight={loss_weight!r}: expected a non-negative number')
         check_reduction('reduction', reduction)
+        check_flags(avg_non_ignore=avg_non_ignore)
         self.loss_weight = loss_weight
         self.loss_name = loss_name
         self.reduction = reduction

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from ..ops.state import modes
 from ..registry import MODELS
-from .checks import as_indices, check_norm_cfg, check_positive_int, check_probability, is_integer
+from .checks import (
+    as_indices,
+    check_flags,
+    check_norm_cfg,
+    check_positive_int,
+    check_probability,
+    is_integer,
+)
 
 
 def conv_norm_act(
@@ -83,6 +90,7 @@ def check_options(head: BaseDecodeHead, kernel_size: int, groups: int, **channel
             f'the streams and channels={head.channels}'
         )
     check_probability('dropout_ratio', head.dropout_ratio)
+    check_flags(align_corners=head.align_corners)
     if head.norm_cfg is not None:
         check_norm_cfg(head.norm_cfg, channels.values())
     for name, cfg in dict(act_cfg=head.act_cfg, conv_cfg=head.conv_cfg).items():

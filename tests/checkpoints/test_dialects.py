@@ -320,6 +320,14 @@ def test_bias_tables_are_resized_as_in_the_official_code(block, window):
     assert golden.recipe.compare(goldens, f'w{window}.{name}', table)['max_abs'] < 1e-6
 
 
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16, torch.double])
+def test_bias_tables_are_resized_in_any_data_type(dtype):
+    table = torch.rand(13**2, 2, generator=torch.Generator().manual_seed(0))
+    found = resize_bias_table(table.to(dtype), 9)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), resize_bias_table(table, 9), atol=4e-3, rtol=0)
+
+
 def test_bias_tables_are_resized_when_loaded_into_other_windows():
     model = HRFormer(arch=TINY, window_size=7)
     golden.recipe.fill_module(model)

@@ -102,6 +102,12 @@ def test_the_tool_ends_with_one_line(tmp_path):
         run_stock_tool('test', ['hrformer-tiny_8xb128_in1k', str(tmp_path / 'a.pth')])
 
 
+def test_a_checkpoint_behind_options_is_not_passed_on_unread(tmp_path):
+    args = ['hrformer-tiny_8xb128_in1k', '--launcher', 'none', str(tmp_path / 'a.pth')]
+    with pytest.raises(SystemExit, match="got '--launcher' after CONFIG: put CHECKPOINT there"):
+        run_stock_tool('test', args)
+
+
 @pytest.mark.parametrize(
     ('option', 'message'),
     [

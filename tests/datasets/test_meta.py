@@ -8,7 +8,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from needs import needs
 
-from mmhrformer.datasets.meta import default_size, meta_of_dataset, names_of_outputs
+from mmhrformer.datasets.meta import (
+    default_size,
+    find_classes,
+    flip_indices_of_outputs,
+    meta_of_dataset,
+    names_of_outputs,
+)
 
 DATASET = dict(type='CIFAR10', metainfo=dict(classes=('a', 'b')))
 
@@ -28,6 +34,55 @@ def test_data_sets_in_wrappers_tell_too(dataset):
     cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=dataset)))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         assert meta_of_dataset(cfg)['classes'] == ('a', 'b')
+
+
+@needs('mmpretrain')
+def test_classes_may_be_an_option_of_the_data_set_or_a_file(tmp_path):
+    (tmp_path / 'names.txt').write_text('a\nb\n')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for options in (
+            dict(classes=['a', 'b']),
+            dict(classes=str(tmp_path / 'names.txt')),
+            dict(metainfo=dict(classes=str(tmp_path / 'names.txt')), classes=['c']),
+        ):
+            dataset = dict(type='CIFAR10', **options)
+            cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=dataset)))
+            assert find_classes(cfg, 2, {}) == (('a', 'b'), None)
+
+
+@needs('mmpretrain')
+def test_other_names_in_the_checkpoint_are_told(monkeypatch):
+    said = []
+    monkeypatch.setattr('mmhrformer.datasets.meta.print_log', lambda text, *_: said.append(text))
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=DATASET)))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for saved in (('a', 'b'), ('a', 'b', 'c'), ()):
+            assert find_classes(cfg, 2, dict(classes=saved)) == (('a', 'b'), None)
+        assert not said
+        assert find_classes(cfg, 2, dict(classes=('a', 'c'))) == (('a', 'b'), None)
+    assert "such as 'c' instead of 'b'" in said[0]
+
+
+POINTS = [('head', ''), ('l', 'r'), ('r', 'l')]
+
+
+@needs('mmpose')
+def test_keypoints_are_those_of_the_config_not_of_the_class():
+    info = {
+        i: dict(name=name, id=i, color=[0, 0, 0], type='', swap=swap)
+        for i, (name, swap) in enumerate(POINTS)
+    }
+    metainfo = dict(dataset_name='a', paper_info={}, keypoint_info=info, skeleton_info={})
+    metainfo.update(joint_weights=[1.0] * 3, sigmas=[0.1] * 3)
+    dataset = dict(type='CocoDataset', metainfo=metainfo)
+    cfg = Config(dict(default_scope='mmpose', test_dataloader=dict(dataset=dataset)))
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        assert names_of_outputs(cfg) == ['head', 'l', 'r']
+        assert flip_indices_of_outputs(cfg) == [0, 2, 1]
+        assert names_of_outputs(cfg, number=17) == flip_indices_of_outputs(cfg, number=17) == []
+        saved = dict(keypoint_id2name={0: 'x', 1: 'y'}, flip_indices=[1, 0])
+        assert names_of_outputs(cfg, saved, 2) == ['x', 'y']
+        assert flip_indices_of_outputs(cfg, saved, 2) == [1, 0]
 
 
 def test_without_data_nothing_is_told():

@@ -363,6 +363,16 @@ def training(model):
         (None, dict(batch=0), 'batch=0: expected a positive integer'),
         (None, dict(opset=11), 'opset=11: expected 14 to 17'),
         (None, dict(file='model.pt'), r"file='model.pt': .* ends in .onnx"),
+        (
+            None,
+            dict(names=['nose', 'ear']),
+            "names has 2 entries, such as 'nose', .* 17 classes or",
+        ),
+        (
+            None,
+            dict(flip_indices=[1, 0]),
+            'flip_indices has 2 entries, such as 1, .* 17 classes or',
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
@@ -389,6 +399,16 @@ def test_augmented_tests_are_refused(models):
             export.refuse_tta(Config(cfg))
     # Every segmentation config names the model for --tta; without it nothing is augmented.
     export.refuse_tta(read_config(find_config(CONFIGS['seg'])))
+
+
+def test_several_labels_per_image_are_refused(models, tmp_path):
+    """Their probabilities are sigmoids, not a softmax."""
+    cfg = models['cls'].cfg.copy()
+    cfg.model.head.type = 'MultiLabelLinearClsHead'
+    cfg.model.head.pop('topk')
+    model = mmhrformer.get_model(cfg)
+    with pytest.raises(ValueError, match='is a MultiLabelLinearClsHead: only classifiers with one'):
+        export_onnx(model, tmp_path / 'a.onnx', (32, 32))
 
 
 def test_an_existing_file_stays(models, tmp_path):

@@ -330,6 +330,58 @@ def test_keypoints_are_swapped_on_both_sides(change, fault, in_file, folder, mon
         check(cfg, 'train', monkeypatch, caplog)
 
 
+@pytest.mark.parametrize(
+    ('option', 'value', 'fault'),
+    [
+        ('input_size', [96, 128], ''),
+        ('input_size', (192, 256), 'pipeline.4.input_size=(96, 128), but model.head.decoder.input'),
+        ('heatmap_size', (48, 64), 'pipeline.5.encoder.heatmap_size=(24, 32), but model.head.deco'),
+        ('type', 'MSRAHeatmap', "pipeline.5.encoder.type='UDPHeatmap', but model.head.decoder.typ"),
+    ],
+)
+def test_steps_fit_the_decoder(option, value, fault, folder, monkeypatch, caplog):
+    cfg = load('td-hm_hrformer-demo_1xb16-2e_figures-96x128')
+    cfg.model.head.decoder[option] = value
+    assert fault in check(cfg, 'browse_dataset', monkeypatch, caplog)
+    if not fault:
+        return
+    monkeypatch.setattr('mmhrformer.engine.config_check.missing_data', lambda *args: [])
+    with pytest.raises(ConfigOptionError, match=re.escape(f'train_dataloader.dataset.{fault}')):
+        check(cfg, 'train', monkeypatch, caplog)
+
+
+def test_evaluators_read_the_annotations_of_the_data(folder, monkeypatch, caplog):
+    cfg = load('td-hm_hrformer-demo_1xb16-2e_figures-96x128')
+    assert 'evaluator' not in check(cfg, 'notebook', monkeypatch, caplog)
+    cfg.val_evaluator = [dict(type='PCKAccuracy'), cfg.val_evaluator]
+    cfg.val_dataloader.dataset.ann_file = 'other.json'
+    said = check(cfg, 'notebook', monkeypatch, caplog)
+    assert "_val.json', but val_dataloader.dataset reads 'data/demo/figures/other.json'" in said
+    assert 'test_evaluator' not in said
+
+
+@pytest.mark.parametrize(
+    'loop', [dict(type='IterBasedTrainLoop', max_iters=9), dict(by_epoch=False, max_iters=9)]
+)
+def test_epochs_in_a_training_by_iterations(loop, folder, monkeypatch, caplog):
+    """Such a schedule would never step, and such a hook save only at the end."""
+    schedules = [
+        dict(type='LinearLR', by_epoch=False),
+        dict(type='MultiStepLR', milestones=[1]),
+        dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),
+        dict(type='ReduceOnPlateauLR'),
+    ]
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    cfg = Config(dict(train_cfg=loop, param_scheduler=schedules, default_hooks=hooks))
+    said = check(cfg, 'train', monkeypatch, caplog)
+    options = 'param_scheduler[1].by_epoch, default_hooks.checkpoint.by_epoch'
+    assert f'their default: {options}. Set' in said
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=9)
+    assert 'by_epoch' not in check(cfg, 'train', monkeypatch, caplog)
+    cfg = load('ocrnet_hrformer-demo_1xb16-100_scenes-96x96')
+    assert 'by_epoch' not in check(cfg, 'notebook', monkeypatch, caplog)
+
+
 PIPELINES = 'train_dataloader.dataset.pipeline'
 CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 24), sigma=1)\n"
 
@@ -437,7 +489,9 @@ def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     file.write_text(text)
     said = check(Config.fromfile(file), 'notebook', monkeypatch, caplog)
     assert f'codec was changed, but these still have its old value: {PIPELINES}.5' in said
-    assert 'model.head.decoder' not in said
+    (late,) = (line for line in said.splitlines() if line.startswith('codec was changed'))
+    assert 'model.head.decoder' not in late
+    assert f'the data do not fit the decoder:\n{PIPELINES}.5' in said
 
 
 def test_variables_of_a_flat_config(folder, monkeypatch, caplog):

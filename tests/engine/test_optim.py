@@ -13,8 +13,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, OPTIMIZERS, DefaultScope, Registry
 from needs import needs
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrize import register_parametrization
 
-from mmhrformer import HRFormer
+from mmhrformer import HRFormer, LocalWindowSelfAttention
+from mmhrformer.checkpoints.contents import plain_name
 from mmhrformer.engine import DecayGroupsConstructor
 
 OPTIMIZER = dict(type='AdamW', lr=1e-3, weight_decay=0.05)
@@ -51,6 +54,14 @@ def test_bias_tables_can_be_spared_alone():
     tables = [p for name, p in model.named_parameters() if name.endswith('bias_table')]
     assert {id(p) for p in spared['params']} == {id(p) for p in tables}
     assert len(decayed['params']) + len(tables) == len(list(model.parameters()))
+
+
+def test_parametrized_bias_tables_are_spared():
+    attention = LocalWindowSelfAttention(8, 2)
+    register_parametrization(attention, 'relative_position_bias_table', nn.Identity())
+    _, spared = build(attention, dict(no_decay=['bias_tables'])).optimizer.param_groups
+    table = attention.parametrizations.relative_position_bias_table.original
+    assert [id(p) for p in spared['params']] == [id(table)]
 
 
 def test_frozen_parameters_are_left_out():
@@ -185,6 +196,26 @@ def test_rates_of_layers_of_a_backbone_alone():
     rates = by_name(model, build(model, dict(layer_decay_rate=0.5)), 'lr')
     assert rates['conv1.weight'] == 1e-3 * 0.5**9
     assert build(model, dict(layer_decay_rate=1.0)).optimizer.param_groups[0]['lr'] == 1e-3
+
+
+def test_rates_of_layers_do_not_depend_on_wrappers():
+    """Wrappers such as torch.compile and activation checkpointing rename parameters."""
+    plain = HRFormer(MICRO)
+    wrapped = copy.deepcopy(plain)
+    wrapped.stage2[0] = checkpoint_wrapper(wrapped.stage2[0])
+    wrapped.stage4 = torch.compile(wrapped.stage4)
+    models = plain, nn.ModuleDict(dict(backbone=torch.compile(wrapped)))
+    models = *models, torch.compile(nn.ModuleDict(dict(backbone=wrapped)))
+    rates = [by_name(m, build(m, dict(layer_decay_rate=0.5)), 'lr') for m in models]
+    for found in rates[1:]:
+        found = {plain_name(name).removeprefix('backbone.'): lr for name, lr in found.items()}
+        assert found == rates[0]
+
+
+def test_added_modules_have_the_full_rate():
+    model = HRFormer(MICRO)
+    model.adapter = nn.Linear(2, 2)
+    assert by_name(model, build(model, dict(layer_decay_rate=0.5)), 'lr')['adapter.bias'] == 1e-3
 
 
 @pytest.mark.parametrize('model', [nn.Linear(2, 2), nn.ModuleDict(dict(backbone=nn.Linear(2, 2)))])

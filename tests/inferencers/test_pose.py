@@ -13,7 +13,7 @@ from needs import needs
 
 import mmhrformer
 from mmhrformer import inference
-from mmhrformer.inferencers.pose import check_boxes
+from mmhrformer.inferencers.pose import check_boxes, check_keypoints
 
 
 @needs('mmpose')
@@ -67,6 +67,23 @@ def test_the_visualizer_of_a_stock_config_is_replaced(tmp_path):
     options = {'visualizer.type': 'PoseLocalVisualizer'}
     pose = mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
     assert type(pose.visualizer).__name__ == 'PoseVisualizer'
+
+
+@needs('mmpose')
+def test_keypoints_of_another_number():
+    options = {'model.head.out_channels': 14, 'model.test_cfg.flip_test': False}
+    with pytest.raises(ValueError, match=r'out_channels=14, but the metainfo .* has 17 keypoints'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
+
+
+@pytest.mark.parametrize('key', [None, 'keypoint_id2name', 'flip_indices'])
+def test_other_keypoints_in_the_checkpoint_are_told(key, monkeypatch):
+    said, meta = [], dict(num_keypoints=2, keypoint_id2name={0: 'l', 1: 'r'}, flip_indices=[1, 0])
+    monkeypatch.setattr('mmhrformer.inferencers.pose.print_log', lambda text, *_: said.append(text))
+    check_keypoints(meta, 2, meta if key is None else {**meta, key: [0, 1]})
+    assert [f'the {key} of the config'.lower() in text.lower() for text in said] == [True] * bool(
+        key
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,3 +163,5 @@ def test_detector_without_mmdet_or_without_name(monkeypatch):
         mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector=True)
     with pytest.raises(ValueError, match=r"detector_weights='a\.pth' without a detector"):
         mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector_weights='a.pth')
+    with pytest.raises(ValueError, match=r'detector_threshold=0\.5 without a detector'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, 'cpu', detector_threshold=0.5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,26 @@ def test_other_numbers_of_classes_are_drawn_too(tmp_path):
     result = segment(make_image(), return_vis=True)
     assert set(result['predictions'][0]['areas']) <= {f'class {i}' for i in range(150)}
     assert len({tuple(color) for color in segment.dataset_meta['palette']}) == 150
+
+
+@needs('mmseg')
+def test_more_classes_than_fit_into_a_byte(tmp_path):
+    options = {f'model.decode_head.{i}.num_classes': 300 for i in (0, 1)}
+    segment = get_inferencer(CONFIGS['seg'], False, cfg_options=options, device='cpu')
+    torch.nn.init.constant_(segment.model.decode_head[1].conv_seg.bias[280:281], 1e4)
+    (prediction,) = segment([make_image()], out_dir=tmp_path)['predictions']
+    assert prediction['areas'] == {'class 280': 1.0}
+    labels = cv2.imread(str(tmp_path / 'predictions/000000.png'), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(segment.label_map(prediction), labels)
+    assert np.unique(labels) == [280]
+
+
+def test_areas_of_classes_with_the_same_name(models, monkeypatch):
+    monkeypatch.setitem(models['seg'].dataset_meta, 'classes', ('a', 'b', 'a'))
+    labels = SimpleNamespace(data=torch.tensor([[[0, 1], [2, 2]]]))
+    prediction = models['seg']._to_plain(SimpleNamespace(pred_sem_seg=labels))
+    assert prediction['areas'] == {'a': 0.75, 'b': 0.25}
+    assert prediction['runs'] == [[0, 1], [1, 1], [2, 2]]
 
 
 def test_options_of_drawing(models):

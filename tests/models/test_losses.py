@@ -283,6 +283,8 @@ def test_calls_that_cannot_be_are_named_with_a_remedy(kind):
         kind()(scores[:, :1], label.clamp(max=0))
     with pytest.raises(ValueError, match=r'reduction=.max.: choose'):
         kind(reduction='max')
+    with pytest.raises(ValueError, match=r'avg_non_ignore=.no.: expected True or False'):
+        WeightedCrossEntropyLoss(avg_non_ignore='no')
 
 
 def test_labels_may_be_transposed():

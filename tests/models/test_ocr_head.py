@@ -414,6 +414,7 @@ def test_layers_are_those_that_stock_heads_take(options):
         (dict(conv_cfg={}), 'conv_cfg={}: expected a config'),
         (dict(groups=3), 'groups=3: expected a number that divides the 80 channels'),
         (dict(groups=0), 'groups=0: expected a number'),
+        (dict(align_corners='no'), 'align_corners=.no.: expected True or False'),
         (dict(kernel_size=4), 'kernel_size=4: expected an odd number'),
         (dict(num_classes=1), 'use num_classes=2'),
         (dict(num_classes=2, out_channels=1, threshold=0.3), 'use num_classes=2'),

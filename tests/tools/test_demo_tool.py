@@ -119,8 +119,19 @@ def test_what_is_refused(demo, image):
         ([image, '--model', CLS, '--checkpoint', 'no.pth'], "no checkpoint 'no.pth'"),
         ([image, '--model', CLS, '--checkpoint', image], 'image.png'),
         ([image, '--task', 'keypoints'], 'invalid choice'),
+        (
+            [image, '--task', 'cls', '--block', 'stage4'],
+            '--query and --block need --show-attention',
+        ),
+        ([image, '--task', 'cls', '--query', '0,0'], '--query and --block need --show-attention'),
     ):
         assert message in demo(*args), args
+
+
+def test_weights_without_a_detector(demo, image):
+    pytest.importorskip('mmpose')
+    args = ('--task', 'pose', '--checkpoint', 'a.pth', '--detector-weights', 'b.pth')
+    assert "detector_weights='b.pth' without a detector: set detector" in demo(image, *args)
 
 
 def test_query_is_checked_before_the_work(demo, image, tmp_path):

@@ -52,7 +52,7 @@ def example() -> list[str]:
 )  # fmt: skip
 def test_every_task_from_the_command_line(config, options, told, names, shape, returned, tmp_path):
     """The first is the example of --help."""
-    meta = dict(dataset_meta=dict(classes=('0', '1'))) if config == DIGITS else {}
+    meta = dict(dataset_meta=dict(classes=tuple('0123456789'))) if config == DIGITS else {}
     save_checkpoint(config, tmp_path / 'epoch_6.pth', **meta)
     args = [config, 'epoch_6.pth', *options] if options else example()
     shown = places.run([sys.executable, str(TOOL), *args], tmp_path)

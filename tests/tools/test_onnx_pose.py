@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.cbook import get_sample_data
 from needs import may_need
 
 from mmhrformer import get_inferencer
-from mmhrformer.datasets.meta import names_of_outputs
+from mmhrformer.datasets.meta import flip_indices_of_outputs, names_of_outputs
 from mmhrformer.deploy.onnx import export_onnx
 
 TOOL = places.ROOT / 'tools/onnx_pose.py'
@@ -77,8 +78,9 @@ def photo(tmp_path) -> Path:
 @pytest.mark.parametrize('flip', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_equals_the_inferencer(flip, infer, photo, run_alone, tmp_path, monkeypatch):
     options = dict(simplify=False, verify=False, with_normalization=flip)
-    names = names_of_outputs(infer.cfg)
-    export_onnx(infer.model, tmp_path / 'pose.onnx', (128, 96), names=names, **options)
+    names, indices = names_of_outputs(infer.cfg), flip_indices_of_outputs(infer.cfg)
+    options.update(names=names, flip_indices=indices)
+    export_onnx(infer.model, tmp_path / 'pose.onnx', (128, 96), **options)
     box = ['--box', *BOX] if flip else []  # else the whole image
     args = [*box, '--threshold', '-9', *([] if flip else ['--no-flip'])]
     shown = run_alone('pose.onnx', photo.name, *args)
@@ -96,6 +98,29 @@ def test_equals_the_inferencer(flip, infer, photo, run_alone, tmp_path, monkeypa
     drawn = cv2.imread(str(tmp_path / 'joints.jpg'))
     assert drawn.shape == cv2.imread(str(photo)).shape
     assert (drawn != cv2.imread(str(photo))).any()
+
+
+@pytest.mark.parametrize('shift', [True, False])
+def test_flips_like_the_config(shift, infer, photo, tmp_path, monkeypatch):
+    """Keypoints swap by the config, whatever their names are, and heatmaps are shifted as there."""
+    monkeypatch.setitem(infer.model.test_cfg, 'shift_heatmap', shift)
+    options = dict(size=(128, 96), simplify=False, verify=False)
+    options['flip_indices'] = flip_indices_of_outputs(infer.cfg)
+    export_onnx(infer.model, tmp_path / 'pose.onnx', names=[f'k{i}' for i in range(17)], **options)
+    model = runpy.run_path(str(TOOL))['PoseModel'](str(tmp_path / 'pose.onnx'))
+    _, scores = model(cv2.imread(str(photo)), BOX)
+    (found,) = infer(str(photo), boxes=[BOX])['predictions']
+    np.testing.assert_allclose(scores, found['instances'][0]['keypoint_scores'], atol=2e-3)
+    with pytest.raises(ValueError, match=r'box=\[9, 9, 5, 20\]: expected left < right'):
+        model(cv2.imread(str(photo)), [9, 9, 5, 20])
+
+
+def test_files_it_would_decode_otherwise_are_refused(infer, tmp_path, monkeypatch):
+    options = dict(size=(128, 96), simplify=False, verify=False)
+    monkeypatch.setattr(infer.model.head.decoder, 'unbiased', True)
+    export_onnx(infer.model, tmp_path / 'dark.onnx', **options)
+    with pytest.raises(ValueError, match=r'needs the decoder MSRAHeatmap \(unbiased\)'):
+        runpy.run_path(str(TOOL))['PoseModel'](str(tmp_path / 'dark.onnx'))
 
 
 @pytest.mark.slow

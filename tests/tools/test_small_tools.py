@@ -114,6 +114,11 @@ class TestGetFlops:
         options = ['--cfg-options', 'model.head.num_classes=10', '--shape', '64']
         assert '6,007,310' in tool('get_flops', 'hrformer-tiny_8xb128_in1k', *options)
 
+    @pytest.mark.parametrize('name', ['get_flops', 'print_config', 'browse_dataset'])
+    def test_options_without_effect_are_refused(self, tool, name):
+        with pytest.raises(SystemExit, match=r'backbone\.arch has no effect'):
+            tool(name, 'hrformer-tiny_8xb128_in1k', '--cfg-options', 'backbone.arch=base')
+
     def test_a_size_that_cannot_be(self, tool):
         with pytest.raises(SystemExit, match='--shape 0 192'):
             tool('get_flops', 'hrformer-tiny_8xb128_in1k', '--shape', '0', '192')
