@@ -136,7 +136,7 @@ class Replay:
 
 
 class Exported:
-    """A network exported for images of one shape, as by :func:`export_onnx`, in a runtime."""
+    """A network exported for images of one size, as by :func:`export_onnx`, in a runtime."""
 
     def __init__(self, network: Network, images: Tensor, runtime: str) -> None:
         import onnx
@@ -144,6 +144,7 @@ class Exported:
 
         network, content = prepare_for_export(network, fixed_size=True), io.BytesIO()
         options = dict(opset_version=OPSETS[-1], input_names=[INPUT], **EXPORTER)
+        options['dynamic_axes'] = {INPUT: {0: 'batch'}}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about constant sizes
             torch.onnx.export(network, (images,), content, **options)

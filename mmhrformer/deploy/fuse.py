@@ -28,11 +28,12 @@ NORMS = (_BatchNorm, nn.SyncBatchNorm)
 CONV_FORWARDS = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
 
 
-def make_linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
+def make_linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
     """A linear layer of weight (N, K) and bias (N,), with device and data type of another one."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(like.weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).to(like.weight)
     linear.weight.data.copy_(weight)
-    linear.bias.data.copy_(bias)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
     return linear
 
 

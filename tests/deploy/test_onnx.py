@@ -28,6 +28,7 @@ from mmhrformer.deploy.aligned_conv import AlignedConv, align_channels
 from mmhrformer.deploy.map_attention import (
     MapAttention,
     SingleHeadAttention,
+    shifted_norm,
     use_map_attention,
     window_places,
     window_tokens,
@@ -35,6 +36,7 @@ from mmhrformer.deploy.map_attention import (
 from mmhrformer.deploy.onnx import DeployedModel, ExportError, export_onnx
 from mmhrformer.models import (
     DWConvFFN,
+    HRFormerBlock,
     HRFormerFusion,
     LocalWindowSelfAttention,
     ShiftedWindowSelfAttention,
@@ -133,28 +135,39 @@ def test_batch_normalization_is_folded(task, exported):
     assert 'BatchNormalization' not in kinds
 
 
+def norm_and_attention(*args, **options) -> nn.Sequential:
+    model = nn.Sequential(nn.LayerNorm(args[0]), LocalWindowSelfAttention(*args, **options)).eval()
+    golden.recipe.fill_module(model)
+    return model
+
+
+def for_export(model: nn.Sequential, kind: type, **options) -> nn.Sequential:
+    norm, attn = model
+    return nn.Sequential(shifted_norm(norm), kind(attn, norm, **options))
+
+
 @pytest.mark.parametrize('window', [1, 7, pytest.param(13, marks=pytest.mark.slow), 15])
 @pytest.mark.parametrize('options', [dict(), dict(with_rpe=False), dict(pad_mask=True)], ids=str)
 @pytest.mark.parametrize('opset', [pytest.param(14, marks=pytest.mark.slow), 17])
 @pytest.mark.parametrize(
-    ('form', 'heads'),
-    [(lambda attn: attn, 2), (MapAttention, 2), (SingleHeadAttention, 1)],
+    ('kind', 'heads'),
+    [(None, 2), (MapAttention, 2), (SingleHeadAttention, 1)],
     ids=['plain', 'map', 'single'],
 )
-def test_padding_follows_the_size_of_the_map(window, options, opset, form, heads):
+def test_padding_follows_the_size_of_the_map(window, options, opset, kind, heads):
     """At sizes that windows divide, too; zeros have other places at each size."""
-    attn = LocalWindowSelfAttention(8, heads, window, **options).eval()
-    golden.recipe.fill_module(attn)
+    model = norm_and_attention(12, heads, window, **options)
+    exported = for_export(model, kind) if kind else model
     content = io.BytesIO()
     axes = dict(x={0: 'batch', 1: 'height', 2: 'width'})
     kwargs = dict(opset_version=opset, input_names=['x'], dynamic_axes=axes, **export.EXPORTER)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.onnx.export(form(attn), torch.rand(2, 17, 9, 8), content, **kwargs)
+        torch.onnx.export(exported, torch.rand(2, 17, 9, 12), content, **kwargs)
         run = session(content.getvalue())
         for shape in ((2, 17, 9), (1, 17, 9), (3, window, 2 * window), (1, 20, 26), (2, 3, 1)):
-            x = torch.rand(*shape, 8)
-            assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+            x = torch.rand(*shape, 12)
+            assert relative(run.run(None, {'x': x.numpy()})[0], model(x)) < 1e-5
 
 
 @pytest.mark.parametrize('window', [1, 7, 13])
@@ -163,10 +176,9 @@ def test_padding_follows_the_size_of_the_map(window, options, opset, form, heads
 @pytest.mark.parametrize('size', [(17, 9), (14, 7), (17, 17), (3, 1)], ids=str)
 @torch.no_grad()
 def test_files_of_one_size_gather_windows(window, options, size):
-    attn = LocalWindowSelfAttention(8, 2, window, **options).eval()
-    golden.recipe.fill_module(attn)
-    x = torch.rand(3, *size, 8)
-    assert relative(MapAttention(attn, fixed_size=True)(x), attn(x)) < 1e-5
+    model = norm_and_attention(12, 2, window, **options)  # 6 channels a head, padded to 8
+    x = torch.rand(3, *size, 12)
+    assert relative(for_export(model, MapAttention, fixed_size=True)(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -184,19 +196,18 @@ def test_one_key_stands_for_the_padding_if_no_window_is_full(size, queries, keys
 
 @torch.no_grad()
 def test_gathered_windows_take_any_batch():
-    attn, content = LocalWindowSelfAttention(8, 2).eval(), io.BytesIO()
-    golden.recipe.fill_module(attn)
+    model, content = norm_and_attention(8, 2), io.BytesIO()
     options = dict(input_names=['x'], dynamic_axes=dict(x={0: 'batch'}), **export.EXPORTER)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        form = MapAttention(attn, fixed_size=True)
-        torch.onnx.export(form, torch.rand(2, 17, 9, 8), content, opset_version=17, **options)
+        exported = for_export(model, MapAttention, fixed_size=True)
+        torch.onnx.export(exported, torch.rand(2, 17, 9, 8), content, opset_version=17, **options)
     kinds = [node.op_type for node in onnx.load_from_string(content.getvalue()).graph.node]
     assert 'Split' not in kinds
     run = session(content.getvalue())
     for batch in (1, 5):
         x = torch.rand(batch, 17, 9, 8)
-        assert relative(run.run(None, {'x': x.numpy()})[0], attn(x)) < 1e-5
+        assert relative(run.run(None, {'x': x.numpy()})[0], model(x)) < 1e-5
 
 
 @torch.no_grad()
@@ -216,13 +227,13 @@ def test_channels_are_padded_to_a_multiple_of_4():
 
 
 def test_other_attentions_are_left_alone():
-    attn = LocalWindowSelfAttention(8, 2)
-    attn.qkv = nn.Sequential(attn.qkv)  # as LoRA and quantization wrap layers
-    shifted = ShiftedWindowSelfAttention(8, 2)
-    others = [LocalWindowSelfAttention(8, heads) for heads in (2, 1)]
-    kinds = [type(module) for module in use_map_attention(nn.Sequential(attn, shifted, *others))]
-    left = [LocalWindowSelfAttention, ShiftedWindowSelfAttention]
-    assert kinds == [*left, MapAttention, SingleHeadAttention]
+    wrapped, shifted, unbiased, *others = (HRFormerBlock(8, heads) for heads in (2, 2, 2, 2, 1))
+    wrapped.attn.qkv = nn.Sequential(wrapped.attn.qkv)  # as LoRA and quantization wrap layers
+    shifted.attn = ShiftedWindowSelfAttention(8, 2)
+    unbiased.norm1 = nn.LayerNorm(8, elementwise_affine=False)
+    model = use_map_attention(nn.Sequential(wrapped, shifted, unbiased, *others))
+    left = [LocalWindowSelfAttention, ShiftedWindowSelfAttention, LocalWindowSelfAttention]
+    assert [type(block.attn) for block in model] == [*left, MapAttention, SingleHeadAttention]
 
 
 @pytest.mark.once
