@@ -49,7 +49,8 @@ def find_framework(scope: str) -> Path:
     """
     spec = importlib.util.find_spec(scope)
     if spec is None:
-        raise ImportError(f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}')
+        text = f'the config needs {PACKAGES[scope]}: {how_to_install(scope)}'
+        raise ModuleNotFoundError(text, name=scope)
     return Path(spec.origin).parent
 
 

@@ -11,7 +11,7 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor
 
-from ..ops.state import is_autocast
+from ..ops.state import autocast_converts
 
 NUM_STREAMS = 4
 MIN_INPUT = 32  # pixels per side, for one token in the coarsest stream
@@ -165,7 +165,7 @@ def check_images(x: Tensor, in_channels: int, weights: Iterable[Tensor]) -> None
         )
     for weight in weights:  # replicas of DataParallel have no parameters
         dtype = weight.dtype
-        if x.dtype != dtype and not is_autocast(x):
+        if x.dtype != dtype and not autocast_converts(x):
             raise TypeError(
                 f'HRFormer got an input of {x.dtype}, but its weights are {dtype}: normalize the '
                 f'images, as the data_preprocessor of a model does, and call .to({dtype})'

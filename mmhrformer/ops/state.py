@@ -56,7 +56,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def is_autocast(x: Tensor) -> bool:
+def autocast_converts(x: Tensor) -> bool:
     """Whether autocast converts a tensor, as it does with floating-point numbers.
 
     Under a compiler the question does not matter: True.
