@@ -23,7 +23,7 @@ ONLY_SKIPS = --skips 93
 MODERN_SKIPS = --skips 106
 E2E_SKIPS = --skips 7
 ALL_SKIPS = --skips 103
-ALL_MODERN_SKIPS = --skips 528
+ALL_MODERN_SKIPS = --skips 540
 ALL_E2E_SKIPS = --skips 7
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
