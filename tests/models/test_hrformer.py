@@ -499,6 +499,8 @@ def test_layer_depth_grows_along_the_network(prefix):
             parts = name.split('.')
             assert layer[name] == layer['.'.join([*parts[:3], '0', parts[4], 'norm1.weight'])]
     assert layer['transition2.2.0.0.weight'] == layer['stage3.0.branches.0.0.norm1.weight']
+    added = prefix + 'adapter.weight'
+    assert model.get_layer_depth(added, prefix) == (num_layers - 1, num_layers)
     assert layer['transition3.3.0.0.weight'] == layer['stage4.0.branches.0.0.norm1.weight']
     assert layer['stage3.1.fuse_layers.0.1.0.weight'] == layer[order[5]]
     if prefix:
