@@ -182,11 +182,11 @@ def for_export(folder: Path) -> dict:
     streets = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
     write_weights(folder / 'hrt_small_cityscapes.pth', get_model(streets))
     # The two other files that are read: exported from the models of the demo.
-    for file, name, size in (
-        ('hrformer-tiny_8xb128_in1k', 'hrformer-demo_1xb64-6e_digits', (224, 224)),
-        (streets, 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96', (96, 96)),
+    for file, name, size, number in (
+        ('hrformer-tiny_8xb128_in1k', 'hrformer-demo_1xb64-6e_digits', (224, 224), 10),
+        (streets, 'ocrnet_hrformer-demo_1xb16-100_scenes-96x96', (96, 96), 8),
     ):
-        names = [str(i) for i in range(10)]
+        names = [str(i) for i in range(number)]
         export_onnx(get_model(name), folder / f'{file}.onnx', size, names=names, simplify=False)
     return {}
 
