@@ -135,6 +135,12 @@ def test_batch_normalization_is_folded(task, exported):
     assert 'BatchNormalization' not in kinds
 
 
+def test_backbones_of_one_size_compute_no_shapes(models, tmp_path):
+    export_onnx(models['cls'], tmp_path / 'cls.onnx', (64, 96), verify=False)
+    nodes = onnx.load(tmp_path / 'cls.onnx').graph.node
+    assert not [node.name for node in nodes if node.op_type == 'Shape' and 'backbone' in node.name]
+
+
 def norm_and_attention(*args, **options) -> nn.Sequential:
     model = nn.Sequential(nn.LayerNorm(args[0]), LocalWindowSelfAttention(*args, **options)).eval()
     golden.recipe.fill_module(model)
