@@ -45,7 +45,7 @@ def find_framework(scope: str) -> Path:
         Path: The folder of the package.
 
     Raises:
-        ImportError: If it is not installed; the message says how to install it.
+        ModuleNotFoundError: If it is not installed; the message says how to install it.
     """
     spec = importlib.util.find_spec(scope)
     if spec is None:

@@ -63,8 +63,8 @@ class MapAttention(nn.Module):
         tokens, order = window_tokens((H, W), window)  # (nW, N) each
         places, back = window_places(tokens, heads)
         # A token of zeros in front stands for the padding: its keys and values are zero.
-        rows = self.qkv(F.pad(x.reshape(-1, H * W, C), (0, 0, 1, 0)))  # (B, 1 + H * W, ...)
-        rows = rows.reshape(-1, (1 + H * W) * 3 * heads, self.head_dim)
+        rows = self.qkv(F.pad(x.reshape(-1, H * W, C), (0, 0, 1, 0)))
+        rows = rows.reshape(-1, (1 + H * W) * 3 * heads, self.head_dim)  # of parts and heads
         q, k, v = (rows[:, torch.from_numpy(i)] for i in places)  # (B, nW, heads, M or K, head_dim)
         bias = self.attn.attention_bias((H, W), q[0])
         if k.shape[-2] < window**2:

@@ -147,7 +147,11 @@ def other_codecs(cfg: Mapping) -> list[str]:
                     lines += _differences(place, step, decoder, ('input_size',))
                 elif kind == 'GenerateTarget' and isinstance(step.get('encoder'), Mapping):
                     keys = 'type', 'input_size', 'heatmap_size'
-                    lines += _differences(f'{place}.encoder', step['encoder'], decoder, keys)
+                    # types with or without the scope, or as classes, are the same
+                    pair = (
+                        {**one, 'type': name_of_type(one)} for one in (step['encoder'], decoder)
+                    )
+                    lines += _differences(f'{place}.encoder', *pair, keys)
     return lines
 
 

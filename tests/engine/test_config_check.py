@@ -22,6 +22,7 @@ from mmhrformer.engine.config_check import (
     missing_data,
     needs_gpu,
 )
+from mmhrformer.engine.data_check import other_codecs
 from mmhrformer.registry import VISBACKENDS
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
@@ -492,6 +493,26 @@ def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     (late,) = (line for line in said.splitlines() if line.startswith('codec was changed'))
     assert 'model.head.decoder' not in late
     assert f'the data do not fit the decoder:\n{PIPELINES}.5' in said
+
+
+@pytest.mark.parametrize(
+    ('change', 'differs'),
+    [
+        (dict(), False),
+        (dict(type='mmpose.MSRAHeatmap'), False),
+        (dict(type=type('MSRAHeatmap', (), {})), False),
+        (dict(input_size=[192, 256]), False),
+        (dict(type='UDPHeatmap'), True),
+        (dict(input_size=(256, 192)), True),
+    ],
+    ids=str,
+)
+def test_codecs_are_compared_by_their_meaning(change, differs):
+    codec = dict(type='MSRAHeatmap', input_size=(192, 256))
+    step = dict(type='GenerateTarget', encoder={**codec, **change})
+    loader = dict(dataset=dict(type='CocoDataset', pipeline=[step]))
+    cfg = dict(model=dict(head=dict(decoder=codec)), train_dataloader=loader)
+    assert bool(other_codecs(cfg)) == differs
 
 
 def test_variables_of_a_flat_config(folder, monkeypatch, caplog):
