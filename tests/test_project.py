@@ -130,6 +130,13 @@ def test_archives(tmp_path):
     assert all((ROOT / name).exists() for name in ours)
 
 
+def test_no_merge_is_unfinished():
+    found = subprocess.run(
+        ['git', 'grep', '-nE', '^(<<<<<<<|>>>>>>>) '], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not found.stdout + found.stderr
+
+
 def test_temporary_files_lie_below_the_folder_of_pytest(shared_folder):
     """Also those of processes, which may be killed; ``--skips`` looks at the checkout itself."""
     code = 'import tempfile; print(tempfile.gettempdir())'
