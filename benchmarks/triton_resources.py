@@ -136,12 +136,9 @@ def resources(launch: Launch, types: dict, capability: int) -> dict:
     registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
     loads = re.findall(r'\b(?:LDG|LDGSTS)\.E(\S*)', code)
     widths = [int((re.search(r'\.[US]?(\d+)', load) or [0, '32'])[1]) for load in loads]
-    zeros = re.findall(r'(%\w+) = arith.constant dense<0\.0+e\+00>', compiled.asm['ttir'])
-    products = re.findall(r'arith\.mulf (%\w+), (%\w+)', compiled.asm['ttir'])
     return dict(
         registers=int(registers),
         spilled=int(stack),
-        zeros=sum(not {*factors}.isdisjoint(zeros) for factors in products),
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r'\bHGMMA', code)),
         mma=len(re.findall(r'\bHMMA', code)),

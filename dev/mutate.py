@@ -209,7 +209,7 @@ def main(args: Sequence[str] | None = None) -> int:
         lines = [mutation.name for mutation in chosen] if options.ids else problems
         print('\n'.join(lines) or f'{len(chosen)} mutations apply')
         return int(bool(problems))
-    os.environ.update(OMP_NUM_THREADS='1', TRITON_INTERPRET='1')  # before anything is imported
+    os.environ['OMP_NUM_THREADS'] = '1'  # before anything is imported
     SERVER.set_forkserver_preload(PRELOADED)
     outcomes = run(chosen, options.jobs, options.limit)
     left = [outcome for outcome in outcomes if outcome.word != CAUGHT]

@@ -639,6 +639,8 @@ MODERN = (
         ('weight gradient: row of the next tile counted, too', '(i + 1 < ROWS) & ', ''),
         ('weight gradient: rows exchanged', 'above, here = here, below',
          'above, here = below, here'),
+        ('weight gradient: rows that Triton takes for one',
+         'zero, zero, tl.zeros((COLS, BLOCK_C), tl.float32)', 'zero, zero, zero'),
         ('input gradient with taps not flipped', '-1 if FLIP else 1', '1'),
     ),
     *of(

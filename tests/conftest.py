@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton_on_cpu  # noqa: F401
 from mmengine.registry import DefaultScope
 from mmengine.utils import ManagerMixin
 from mmengine.visualization import Visualizer

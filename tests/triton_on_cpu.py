@@ -1,52 +1,32 @@
-"""Triton's interpreter, for kernels where there is no GPU: to be imported before Triton is."""
+"""Kernels of Triton where there is no GPU: importing this makes them run on the CPU."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
 import pytest
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor
 
-DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') or not torch.cuda.is_available() else 'cuda'
-if DEVICE == 'cpu':
-    os.environ['TRITON_INTERPRET'] = '1'
+from mmhrformer.ops.triton_support import why_not
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+if DEVICE == 'cpu' and not why_not():
+    import triton
+
+    if digit_version(triton.__version__) >= digit_version('3.5'):  # others are built differently
+        import triton_ir
+
+        triton_ir.install()
+        os.environ['TRITON_INTERPRET'] = '1'  # by which why_not allows them
+KERNELS_ON_CPU = not why_not(torch.device('cpu'))
+REASON = why_not(torch.device(DEVICE))  # to skip tests of kernels, empty if they run
 
 # Relative errors of results and gradients, by data type.
-BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
-if DEVICE == 'cuda':
-    BOUNDS[torch.bfloat16] = 2e-2
-
-
-@cache
-def prepare_interpreter() -> None:
-    """Let ranges take numbers, and leave out work of the interpreter that has no effect.
-
-    Numbers known at run time only are arrays there, which NumPy 2.4 takes for no integers. It
-    computes whether integers overflow, but says so with ``debug`` only, which is off; and for each
-    function that a kernel calls it patches a language that is patched already.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
-
-    def patch_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: self.handle.data.item())
-
-    def patch_once(function):
-        seen = [v for v in function.__globals__.values() if v is language or v is language.core]
-        if any(language.core.is_builtin(module.load) for module in seen):
-            return patch_language(function)
-
-    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_index, patch_once
-    builder = interpreter.interpreter_builder
-    assert not builder.options.debug
-    builder.options = replace(builder.options, sanitize_overflow=False)
+BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 def plan_anew(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
@@ -56,7 +36,7 @@ def plan_anew(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
 
 
 def make_tiles_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles on small maps, of few numbers each: the interpreter looks at all of them."""
+    """Several tiles on small maps, of few numbers each, all of which are computed."""
     from mmhrformer.ops import triton_attention, triton_conv, triton_linear
 
     narrow = triton_conv.DepthwiseTile(rows=2, cols=4, channels=16, warps=1)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
 import torch
 from mmengine.utils import digit_version
+from short_models import check, expected, images, make, randomize
 from smooth import smooth
 from torch import Tensor, nn
+from triton_on_cpu import KERNELS_ON_CPU
 
 from mmhrformer import (
     DWConvFFN,
-    HRFormer,
     LocalWindowSelfAttention,
     compile_blocks,
     fuse_for_inference,
@@ -27,59 +27,19 @@ from mmhrformer.models.hrformer import ARCHS
 
 pytestmark = pytest.mark.gpu
 
+FAST = dict(cuda=['cuda', 'kernels'], cpu=['cpu', *['kernels'] * KERNELS_ON_CPU])
 # Norm of the error in parts of the norm; float32 without TF32. On a CPU: 2e-7 and 7e-3 (bfloat16)
 # for the outputs of whole models, 4e-5 and 6e-2 for the gradients of their parts.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 GRADIENT_LIMITS = {torch.float32: 3e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 every_dtype = pytest.mark.parametrize('dtype', LIMITS, ids=lambda dtype: str(dtype).split('.')[1])
 every_arch = pytest.mark.parametrize('arch', ARCHS)
-SIZE = (96, 80)  # neither is a multiple of a window in any stream
-
-
-def randomize(module: nn.Module) -> nn.Module:
-    """Give normalizations statistics and scales that matter, and biases to tables and layers."""
-    for name, tensor in module.state_dict().items():
-        if name.endswith('running_var') or ('norm' in name and name.endswith('weight')):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(('bias', 'bias_table', 'running_mean')):
-            tensor.normal_(std=0.1)
-    return module
-
-
-@functools.cache
-def make(arch: str, **options) -> HRFormer:
-    """A backbone of the real widths with one block of a kind; copy it before it is changed."""
-    torch.manual_seed(0)
-    short = {**ARCHS[arch], 'num_modules': (1, 1, 1), 'num_blocks': 1}
-    return randomize(HRFormer(arch=short, upsample='bilinear', **options)).eval()
-
-
-@functools.cache
-def images(seed: int = 1) -> Tensor:
-    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-@functools.cache
-def expected(arch: str, seed: int = 1) -> list[Tensor]:
-    with ops.use('reference'), torch.no_grad():
-        return copy.deepcopy(make(arch)).double()(images(seed).double())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-def check(
-    ours: Iterable[Tensor], plain: Iterable[Tensor], limit: float, least: float = 0.0
-) -> None:
-    """Compare the norm of all differences with that of all values, or the least that counts."""
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(ours, plain)]
-    error = sum((a - b).square().sum() for a, b in pairs).sqrt().item()
-    found = error / max(sum(b.square().sum() for _, b in pairs).sqrt().item(), least)
-    print(f'distance {found:.1e}, limit {limit:.0e}')  # shown by pytest -rP
-    assert found < limit
 
 
 # ---------------------------------------------------------------- inference
@@ -207,7 +167,7 @@ def test_parts(part, training, dtype, device):
         want = step(copy.deepcopy(module).double(), x.double())
     # Biases before a normalization have no gradient but rounding errors.
     least = 1e-2 * max(grad.norm().item() for grad in want[1:])
-    for backend in ['cuda', 'kernels'] if device.type == 'cuda' else ['cpu']:
+    for backend in FAST[device.type]:
         ours = copy.deepcopy(module).to(device)
         with ops.use(backend), autocast(device, dtype):
             got = step(ours, x.to(device))
@@ -232,8 +192,7 @@ def test_more_windows_than_a_grid_has_places(device):
 def test_gradients_are_those_of_the_reference(arch, dtype, device):
     """Those of all parameters together; both on the GPU, so that rounding alone differs."""
     start, found = smooth(copy.deepcopy(make(arch))), {}
-    backends = ['reference', 'cuda', 'kernels'] if device.type == 'cuda' else ['reference', 'cpu']
-    for backend in backends:
+    for backend in ('reference', *FAST[device.type]):
         model = copy.deepcopy(start).to(device).train()
         with ops.use(backend), autocast(device, dtype):
             outs = model(images().to(device))
@@ -241,7 +200,7 @@ def test_gradients_are_those_of_the_reference(arch, dtype, device):
         loss.backward()
         found[backend] = [p.grad for p in model.parameters() if p.grad is not None]
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}[dtype]
-    for backend in backends[1:]:
+    for backend in FAST[device.type]:
         assert len(found['reference']) == len(found[backend])
         check(found[backend], found['reference'], limit)
 
@@ -283,8 +242,7 @@ def train(model: nn.Module, device: torch.device, steps: int = 2) -> list[Tensor
 def test_the_deterministic_mode_repeats_all_bits(is_fast, device):
     torch.use_deterministic_algorithms(True)
     model = make('base', drop_path_rate=0.2)
-    fast = 'kernels' if device.type == 'cuda' else 'cpu'
-    with ops.use(fast if is_fast else 'reference'):
+    with ops.use(FAST[device.type][-1] if is_fast else 'reference'):
         first, second = (train(model, device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 

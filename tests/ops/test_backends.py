@@ -6,30 +6,27 @@ import contextlib
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
-from triton_on_cpu import make_tiles_small
+from triton_on_cpu import KERNELS_ON_CPU, make_tiles_small
 
 from mmhrformer import ops
 from mmhrformer.models.ffn import DepthwiseConv2d
 from mmhrformer.ops import compiled, cpu, cuda, dispatch, kernels, reference
 from mmhrformer.ops.recompute import recompute
-from mmhrformer.ops.triton_support import why_not
 
-HAS_KERNELS = not why_not(torch.device('cpu'))  # in Triton's interpreter
-BACKENDS = ['compiled', 'cpu', 'cuda', *['kernels'] * HAS_KERNELS]
+BACKENDS = ['compiled', 'cpu', 'cuda', *['kernels'] * KERNELS_ON_CPU]
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    if HAS_KERNELS:
+    if KERNELS_ON_CPU:
         make_tiles_small(monkeypatch)
 
 
@@ -135,13 +132,10 @@ def test_pointwise_conv(backend, dtype, memory_format):
     assert ops.pointwise_conv(x, weight, bias).is_contiguous(memory_format=memory_format)
 
 
-# Triton's interpreter has no matrix product of bfloat16.
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('grad', [False, True])
-@pytest.mark.parametrize(
-    ('backend', 'dtype'),
-    sorted({*product(BACKENDS, DTYPES)} - {('kernels', torch.bfloat16)}, key=str),
-)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_conv_gelu(backend, dtype, grad, memory_format):
     torch.manual_seed(0)
     for conv in (nn.Conv2d(6, 4, 1), DepthwiseConv2d(6, bias=False), nn.Conv2d(6, 4, 3, stride=2)):

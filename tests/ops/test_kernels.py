@@ -1,7 +1,4 @@
-"""Modules in :mod:`mmhrformer.ops.kernels`: results, calls and memory for the backward pass.
-
-In Triton's interpreter, on CPUs; it has no matrix product of bfloat16.
-"""
+"""Modules in :mod:`mmhrformer.ops.kernels`: results, calls and memory for the backward pass."""
 
 from __future__ import annotations
 

@@ -1,18 +1,14 @@
-"""The Triton kernels of depth-wise convolutions give what float64 gives, gradients included.
-
-Without a GPU they run in Triton's interpreter, which knows no bfloat16 products.
-"""
+"""The Triton kernels of depth-wise convolutions give what float64 gives, gradients included."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_on_cpu import BOUNDS, DEVICE, check, make, make_tiles_small
+from triton_on_cpu import BOUNDS, DEVICE, REASON, check, make, make_tiles_small
 
-if not hasattr(torch.library, 'register_fake'):
-    pytest.skip('needs torch 2.4 and its Triton', allow_module_level=True)
-pytest.importorskip('triton')
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
 
 from mmhrformer.ops.triton_conv import depthwise_conv, depthwise_gelu
 from mmhrformer.ops.triton_linear import linear_gelu

@@ -1,18 +1,14 @@
-"""The Triton kernels of linear layers give what float64 gives.
-
-Without a GPU they run in Triton's interpreter, which knows no bfloat16 products.
-"""
+"""The Triton kernels of linear layers give what float64 gives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_on_cpu import BOUNDS, DEVICE, make, make_tiles_small
+from triton_on_cpu import BOUNDS, DEVICE, REASON, make, make_tiles_small
 
-if not hasattr(torch.library, 'register_fake'):
-    pytest.skip('needs torch 2.4 and its Triton', allow_module_level=True)
-pytest.importorskip('triton')
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
 
 from mmhrformer.ops.triton_linear import linear_forward, linear_gelu
 

@@ -1,4 +1,4 @@
-"""Batch normalization with GELU in Triton, in its interpreter where there is no GPU."""
+"""Batch normalization with GELU in Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
+from triton_on_cpu import DEVICE, REASON, plan_anew
 
-if not hasattr(torch.library, 'register_fake'):
-    pytest.skip('needs torch 2.4 and its Triton', allow_module_level=True)
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-if DEVICE == 'cpu':
-    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported
-pytest.importorskip('triton')
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
 
-from mmhrformer.ops import triton_norm  # noqa: E402
+from mmhrformer.ops import triton_norm
 
+TESTS = Path(__file__).parents[1]
 DTYPES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 SIZES = [(2, 8, 6, 5), (2, 78, 7, 4), (1, 312, 5, 3), (3, 33, 7, 5), (2, 1, 3, 2), (1, 128, 9, 16)]
 NAMES = ('output', 'running mean', 'running var', 'gradient', 'of weight', 'of bias')
@@ -109,8 +108,6 @@ def small(monkeypatch):
     launch = dict.fromkeys(triton_norm.LAUNCH, (256, 6, 1))
     monkeypatch.setattr(triton_norm, 'LAUNCH', launch)
     monkeypatch.setattr(triton_norm, 'COMBINE', (2, 16, 1))
-    from triton_on_cpu import plan_anew  # not found by the processes that run this file
-
     plan_anew(monkeypatch, triton_norm)
 
 
@@ -244,7 +241,7 @@ def one_process(rank: int, folder: str) -> None:
 @pytest.mark.skipif(DEVICE != 'cpu', reason='two processes need two GPUs')
 def test_shared_statistics(tmp_path):
     # Not forked from this process, where other tests may have started threads.
-    env = dict(os.environ, GLOO_SOCKET_IFNAME='lo')
+    env = dict(os.environ, GLOO_SOCKET_IFNAME='lo', PYTHONPATH=str(TESTS), TRITON_INTERPRET='0')
     subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, check=True, timeout=120)
     parts = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     exact = run(plain, make((4, 5, 4, 3)), torch.float64)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -139,61 +136,3 @@ def test_launches_around_triton_are_tried(monkeypatch, second):
     kernel.layer_norm = run
     assert kernels.why_not.__wrapped__(CUDA) == ''
     assert kernel.launch.given_up == (second != 'equal')
-
-
-# ---------------------------------------------------------------- sources of kernels
-
-
-def assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """Names and values of all assignments, element by element, in their order."""
-    nodes = [n for n in ast.walk(node) if isinstance(n, ast.Assign)]
-    for assign in sorted(nodes, key=lambda n: n.lineno):
-        target, value = assign.targets[0], assign.value
-        pairs = [(target, value)]
-        if isinstance(target, ast.Tuple):
-            is_same = isinstance(value, ast.Tuple)
-            pairs = zip(target.elts, value.elts if is_same else [value] * len(target.elts))
-        yield from ((name.id, value) for name, value in pairs if isinstance(name, ast.Name))
-
-
-def confused(kernel: ast.FunctionDef) -> list[str]:
-    """Assignments in loops of one variable to another that was the same value before the loop."""
-    found = []
-    for loop in (n for n in ast.walk(kernel) if isinstance(n, ast.For)):
-        if 'static_range' in ast.unparse(loop.iter):
-            continue
-        before: dict[str, ast.expr] = {}
-        for name, value in assignments(kernel):
-            if value.lineno < loop.lineno:
-                same = isinstance(value, ast.Name) and before.get(value.id)
-                before[name] = same or value
-        for name, value in assignments(loop):
-            other = value.id if isinstance(value, ast.Name) else name
-            if name in before and name != other and before[name] is before.get(other):
-                found.append(f'{kernel.name}: {name} = {other}')
-    return found
-
-
-def kernels_in(source: str) -> list[ast.FunctionDef]:
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
-    return [f for f in functions if any('jit' in ast.unparse(d) for d in f.decorator_list)]
-
-
-def test_loops_do_not_assign_what_was_equal_before():
-    """Triton misses that such a variable changes, and computes with its first value."""
-    bug = """
-@triton.jit
-def kernel(x):
-    zero = tl.zeros((8,), tl.float32)
-    sum, above, here = zero, zero, zero
-    for i in range(8):
-        sum += above
-        above, here = here, tl.load(x + i)
-"""
-    assert [found for kernel in kernels_in(bug) for found in confused(kernel)] == [
-        'kernel: above = here'
-    ]
-    sources = list(Path(triton_support.__file__).parent.glob('triton_*.py'))
-    jitted = [kernel for path in sources for kernel in kernels_in(path.read_text())]
-    assert len(jitted) > 30
-    assert not [found for kernel in jitted for found in confused(kernel)]
