@@ -157,9 +157,9 @@ ELEMENTWISE = dict(
     addf=np.add, subf=np.subtract, mulf=np.multiply, divf=np.divide, negf=np.negative,
     maximumf=np.maximum, minimumf=np.minimum, maxnumf=np.fmax, minnumf=np.fmin,
     absf=np.abs, exp2=np.exp2, log2=np.log2, sqrt=np.sqrt, rsqrt=lambda x: 1 / np.sqrt(x),
-    select=np.where, extsi=np.asarray, sitofp=np.asarray, fptosi=np.asarray, trunci=np.asarray,
+    select=np.where, sitofp=np.asarray, fptosi=np.asarray, extf=np.asarray, truncf=np.asarray,
+    extsi=lambda x: -x.view(np.int8) if x.dtype == bool else x,
     extui=lambda x: x if x.dtype == bool else x.view(f'u{x.itemsize}'),
-    extf=np.asarray, truncf=np.asarray,
 )  # fmt: skip
 COMPARISONS = dict(
     eq=np.equal, ne=np.not_equal, lt=np.less, le=np.less_equal, gt=np.greater, ge=np.greater_equal
@@ -192,6 +192,7 @@ def dot(op: Operation, a: Array, b: Array, c: Array) -> Array:
 # Functions of the operation and its values, whose results have the last of its types.
 FUNCTIONS = {
     'constant': constant,
+    'trunci': lambda op, x: x & 1 if op.types[-1].element == 'i1' else x,
     'tt.bitcast': bitcast,
     'tt.dot': dot,
     'tt.make_range': lambda op: np.arange(op.number('start'), op.number('end')),
