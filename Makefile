@@ -13,11 +13,9 @@ FAST = not e2e and not gpu and not slow
 # What test-modern runs, too; without it test-fast has to, which skips more on torch 2.1.
 ONCE = and not once
 E2E = e2e and not slow
-# Tests that are skipped on torch 2.1, which is too old for them: another number means that a test
-# left out itself. The 9 of test-e2e are whole files for Triton, of which it runs nothing. In the
-# environment of test-modern, which has neither mmpose nor mmseg, 106 are. Without that environment
-# test-fast skips more. `make test-all` has numbers of its own: it runs slow tests, too, and all of
-# them on current torch.
+# Numbers of skipped tests; any other number fails, as it means that a test was skipped by mistake.
+# test-fast skips tests that torch 2.1 is too old for, and more where test-modern cannot run. test-modern has neither mmpose nor mmseg. The skips of test-e2e are whole files for Triton.
+# `make test-all` has numbers of its own: it runs slow tests, too, and all of them on current torch.
 SKIPS = --skips 75
 ONLY_SKIPS = --skips 95
 MODERN_SKIPS = --skips 106

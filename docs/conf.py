@@ -49,10 +49,10 @@ myst_heading_anchors = 3
 myst_enable_extensions = ['colon_fence']
 nb_execution_mode = 'off'  # the tutorial is stored with its outputs
 
-# What is made for a framework is documented without it, so that the pages can be built without.
+# Code for a framework is documented without importing it, so the pages can be built without it.
 autodoc_mock_imports = ['mmdet', 'mmpose', 'mmpretrain', 'mmseg']
 autodoc_member_order = 'bysource'
-autodoc_typehints = 'none'  # types stand in the docstrings
+autodoc_typehints = 'none'  # types are in the docstrings
 autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -70,7 +70,7 @@ class ModelZoo(SphinxDirective):
         folder = self.arguments[0]
         (metafile,) = (path for path in metafiles(config_root()) if path.parent.name == folder)
         self.env.note_dependency(str(metafile))
-        # The table names the configs as its README does, which lies beside them.
+        # The table links to the configs as the README beside them does.
         table = re.sub(
             r'\]\((?!https?:)', f'](../configs/{folder}/', markdown(read_models(metafile))
         )

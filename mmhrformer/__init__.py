@@ -1,7 +1,8 @@
 """HRFormer for mmpretrain, mmpose and mmsegmentation: one backbone, three tasks.
 
-Importing the package registers its classes with mmengine, and allows ``torch.load`` to read the
-contents of mmengine's checkpoints (:mod:`mmhrformer.engine.safe_globals`). It has no other effects.
+Importing the package registers its classes, the scheme ``mmhrformer://`` and a file backend with
+mmengine, and allows ``torch.load`` to read the contents of mmengine's checkpoints
+(:mod:`mmhrformer.engine.safe_globals`). It has no other effects.
 """
 
 from __future__ import annotations

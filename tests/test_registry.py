@@ -182,6 +182,15 @@ def test_registries_belong_to_the_scope_of_the_package():
     assert PARAM_SCHEDULERS.get('WarmupCosineLR') is mmhrformer.engine.WarmupCosineLR
 
 
+def test_nothing_is_registered_outside_of_the_scope():
+    """Otherwise a bare name would find it, and our own registries would not."""
+    mmengine.registry.HOOKS.get('mmhrformer.BFloat16PoseHook')  # imports what is registered
+    for registry in vars(mmengine.registry).values():
+        if isinstance(registry, mmengine.registry.Registry):
+            modules = [kind.__module__ for kind in registry.module_dict.values()]
+            assert not [name for name in modules if name.startswith('mmhrformer.')]
+
+
 def test_unknown_names_are_ordinary_errors():
     assert MODELS.get('mmhrformer.Nonsense') is None
     with pytest.raises(AttributeError, match='Nonsense'):

@@ -6,9 +6,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+
+from ..registry import HOOKS
 
 
 def _computes_in_bfloat16(wrapper: OptimWrapper, module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ env_cfg = dict(
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True
 )
-# ConfigCheckVisBackend stops a run with missing data or unused options before anything is built.
+# ConfigCheckVisBackend stops a run that cannot work before anything is built.
 vis_backends = [dict(type='LocalVisBackend'), dict(type='mmhrformer.ConfigCheckVisBackend')]
 visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'
