@@ -14,7 +14,8 @@ FAST = not e2e and not gpu and not slow
 ONCE = and not once
 E2E = e2e and not slow
 # Numbers of skipped tests; any other number fails, as it means that a test was skipped by mistake.
-# test-fast skips tests that torch 2.1 is too old for, and more where test-modern cannot run. test-modern has neither mmpose nor mmseg. The skips of test-e2e are whole files for Triton.
+# test-fast skips tests that torch 2.1 is too old for, and more where test-modern cannot run.
+# test-modern has neither mmpose nor mmseg. The skips of test-e2e are whole files for Triton.
 # `make test-all` has numbers of its own: it runs slow tests, too, and all of them on current torch.
 SKIPS = --skips 75
 ONLY_SKIPS = --skips 95
