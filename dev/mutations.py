@@ -152,6 +152,7 @@ MODELS = (
         ('pixel at the bound kept', 'probability < bound', 'probability <= bound'),
         ('mean without class weights', 'self.class_weight.to(losses)[known]', 'weights'),
         ('ignored pixels in the mean', 'if self.avg_non_ignore:', 'if not self.avg_non_ignore:'),
+        ('sums in half precision', 'cls_score = at_least_float32(cls_score)', 'pass'),
         ('255 ignored unasked', '-100 if ignore_index is None', '255 if ignore_index is None'),
         ('loss weight forgotten', 'self.loss_weight * (losses', '(losses'),
         ('labels as large as the number of classes accepted', '(label >= classes)',
