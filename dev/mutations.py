@@ -412,6 +412,7 @@ DATA = (
          'randn(number).clip(-2, 2)', 'randn(number).clip(-1, 1)'),
         ('rotated where it is not drawn', '< self.rotation_prob', '> self.rotation_prob'),
         ('shared places too far', 'map(min, self._draw(spare), spare)', 'self._draw(spare)'),
+        ('border wrapped around', 'if not bounds.min <=', 'if not bounds.min - 1 <='),
         ('border is of class 0', 'np.full(padded, self.seg_pad_val', 'np.full(padded, 0'),
         ('last place never drawn', 'randint(spare[1] + 1)', 'randint(max(spare[1], 1))'),
         ('boxes without a height accepted', '(sizes > 0)).all()', '(sizes >= 0)).all()'),
