@@ -62,7 +62,7 @@ def hull(*circles) -> np.ndarray:
     """Return the convex outline around circles.
 
     Args:
-        circles: Pairs of center (x, y) and radius, in pixels.
+        *circles: Pairs of center (x, y) and radius, in pixels.
 
     Returns:
         np.ndarray: (N, 2) float32 points; two circles give a limb with round ends.

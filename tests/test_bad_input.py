@@ -674,6 +674,17 @@ DATA = [
             (transforms.RandomBrightness, dict(shift=-3), 'expected an integer from 0 to 255'),
             (transforms.RandomBrightness, dict(shift='3'), 'expected an integer from 0 to 255'),
             (transforms.PlaceRandomly, dict(size=32, pad_val=(0, 0, 0)), 'height and width'),
+            (transforms.PlaceRandomly, dict(pad_val=0, size=(9, 9)), 'one number per channel'),
+            (
+                transforms.PlaceRandomly,
+                dict(pad_val=(0, float('nan')), size=(9, 9)),
+                'one number per channel',
+            ),
+            (
+                transforms.PlaceRandomly,
+                dict(seg_pad_val=0.5, pad_val=(0,), size=(9, 9)),
+                'expected an integer',
+            ),
             (transforms.RandomScaleRotation, dict(rotation_prob=-0.1), 'from 0 to 1'),
             (transforms.RandomScaleRotation, dict(scale_std='x'), 'from 0 to below 1'),
         )

@@ -98,7 +98,7 @@ def test_the_example_runs():
     assert 'parameters with grad' in said
 
 
-def test_a_tag_has_to_be_the_version(tmp_path):
+def test_a_tag_has_to_be_the_version():
     command = ['make', 'dist', f'PY={sys.executable}', 'TAG=v0.0.0']
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode != 0

@@ -226,7 +226,8 @@ def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report
         checkpoint is of a bare backbone), and a report.
 
     Raises:
-        ValueError: If the dialect is unknown, or one of query, key and value is missing.
+        ValueError: If the dialect is unknown, one of query, key and value is missing, or a tensor
+            occurs by two names.
     """
     report = Report(detect_dialect(state_dict))
     return _translate(state_dict, report), report
@@ -247,17 +248,21 @@ def rename(name: str, starts: Iterable[tuple], blocks: Iterable[tuple]) -> str:
 def _translate(state_dict: Mapping[str, Tensor], report: Report) -> dict[str, Tensor]:
     """Rename, drop derived buffers, and join query, key and value; into a new dict."""
     starts = DIALECTS[report.dialect].starts if report.dialect else ()
-    olds = {}
+    news = {}
     for old in state_dict:
         if old.endswith(DERIVED_BUFFER):
             report.dropped.append(old)
         else:  # the names of blocks in one dialect have no other meaning in the others
-            olds[rename(old, starts, OFFICIAL_BLOCKS)] = old
+            news[old] = rename(old, starts, OFFICIAL_BLOCKS)
+    refuse_duplicates(news)
+    olds = {name: old for old, name in news.items()}
     translated = {}
     for name, old in olds.items():
         new = _SEPARATE.sub('.qkv.', name)
         if new == name:
             translated[new] = state_dict[old]
+        elif new in olds:
+            refuse_duplicates({olds[new]: new, old: new})
         elif new not in translated:
             translated[new] = _join(name, olds, state_dict)
             report.joined.append(new)

@@ -202,6 +202,11 @@ class PlaceRandomly(BaseTransform):
         good = isinstance(size, Sequence) and len(size) == 2
         if not good or not all(isinstance(side, Integral) and side > 0 for side in size):
             raise ValueError(f'size={size!r}: expected height and width, positive integers')
+        color = pad_val if np.iterable(pad_val) else [None]
+        if not all(isinstance(value, Real) and np.isfinite(value) for value in color):
+            raise ValueError(f'pad_val={pad_val!r}: expected one number per channel')
+        if not isinstance(seg_pad_val, Integral):
+            raise ValueError(f'seg_pad_val={seg_pad_val!r}: expected an integer, such as 255')
         self.size = tuple(size)
         self.pad_val = tuple(pad_val)
         self.seg_pad_val = seg_pad_val
@@ -214,8 +219,9 @@ class PlaceRandomly(BaseTransform):
         """Place the image, (H, W, C) or (H, W), and its label maps (H, W) alike.
 
         Raises:
-            ValueError: If there is no such image, a label map does not match it, or ``pad_val``
-                has another number of channels.
+            ValueError: If there is no such image, a label map does not match it, ``pad_val``
+                has another number of channels, or the data type of the labels lacks
+                ``seg_pad_val``.
         """
         _check_image(self, results)
         image = np.atleast_3d(results['img']).astype(np.float32)
@@ -234,6 +240,12 @@ class PlaceRandomly(BaseTransform):
         results['img'][:] = self.pad_val
         results['img'][place] = image
         for key in results.get('seg_fields', []):
+            bounds = np.iinfo(results[key].dtype)
+            if not bounds.min <= self.seg_pad_val <= bounds.max:  # NumPy 1 would wrap it around
+                raise ValueError(
+                    f'seg_pad_val={self.seg_pad_val} for {key} of {bounds.dtype}: expected a '
+                    f'number from {bounds.min} to {bounds.max}, such as 255'
+                )
             labels = np.full(padded, self.seg_pad_val, results[key].dtype)
             labels[place] = results[key]
             results[key] = labels

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvModule
 from mmengine.model import ModuleList, Sequential
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import ops
+from ..models.ablations.plain_ffn import FFN
 from ..models.attention import LocalWindowSelfAttention, split_heads
-from ..models.block import HRFormerBlock
+from ..models.block import Bottleneck, HRFormerBlock
 from ..models.ffn import DepthwiseConv2d, DWConvFFN
 from ..models.hr_module import HRModule
 from ..models.hrformer import HRFormer
@@ -280,11 +282,24 @@ def count_uses(model: nn.Module) -> Counter:
     return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
 
 
+# Modules that call a convolution and the normalization listed after it one after the other.
+CALL_IN_ORDER = (nn.Sequential, HRFormer, Bottleneck, DWConvFFN, FFN, ConvModule)
+
+
+def calls_in_order(module: nn.Module) -> bool:
+    """Whether a module is known to call its layers in the order in which it lists them."""
+    if isinstance(module, ConvModule) and 'conv norm' not in ' '.join(module.order):
+        return False  # it lists the convolution first even if it calls the normalization first
+    forward = type(module).forward
+    known = any(isinstance(module, kind) and forward is kind.forward for kind in CALL_IN_ORDER)
+    return known and 'forward' not in vars(module)
+
+
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold batch normalization into the convolution directly before it.
 
     Layers that are not stock convolutions or normalizations, are used in several places or have
-    hooks are not changed.
+    hooks are not changed, nor are those of modules that may call them in another order.
 
     Args:
         model (nn.Module): A model in evaluation mode. It is changed in place.
@@ -293,7 +308,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         nn.Module: The model.
     """
     uses = count_uses(model)
-    for parent in list(model.modules()):
+    for parent in filter(calls_in_order, list(model.modules())):
         before = None
         for name, child in list(parent.named_children()):
             follows = before is not None and is_plain(child, *NORMS) and child.track_running_stats

@@ -27,9 +27,11 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if (self.padding, self.dilation, self.padding_mode) != ((1, 1), (1, 1), 'zeros'):
-            return super()._conv_forward(x, weight, bias)  # changed to enlarge its field of view
-        return ops.depthwise_conv(x, weight, bias, self.stride[0])
+        stride = self.stride[0]
+        geometry = self.stride, self.padding, self.dilation, self.padding_mode
+        if geometry != ((stride, stride), (1, 1), (1, 1), 'zeros'):
+            return super()._conv_forward(x, weight, bias)  # changed, such as to dilate it
+        return ops.depthwise_conv(x, weight, bias, stride)
 
 
 @MODELS.register_module()

@@ -36,6 +36,11 @@ def check_reduction(name: str, value: str, avg_factor: Any = None) -> None:
         raise ValueError(f"avg_factor={avg_factor!r}: remove it for the reduction 'sum'")
 
 
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Convert half precision: in float16 the number of pixels is infinite, and the mean loss 0."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 def read_class_weight(value: Any) -> list[float] | None:
     """Convert class weights to a list; None stays None.
 
@@ -142,11 +147,11 @@ class WeightedCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: If an argument is invalid, or scores, labels and class weights do not match.
         """
-        # torch's default, which no label has.
-        ignored = -100 if ignore_index is None else ignore_index
+        ignored = -100 if ignore_index is None else ignore_index  # as in torch; no label is -100
         reduction = reduction_override or self.reduction
         check_reduction('reduction_override', reduction, avg_factor)
         self._check_shapes(cls_score, label, weight)
+        cls_score = at_least_float32(cls_score)
         any_counts = self._check_labels(cls_score, label, ignored)
         losses, divisor = (self._losses if any_counts else self._zeros)(cls_score, label, ignored)
         losses = self.loss_weight * (losses if weight is None else losses * weight)

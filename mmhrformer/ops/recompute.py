@@ -33,7 +33,9 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:  # SyncBatchNorm needs a counter, so a copy
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:

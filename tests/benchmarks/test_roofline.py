@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,7 +15,6 @@ from torch import nn
 from mmhrformer import HRFormer, fuse_for_inference, ops
 from mmhrformer.ops import triton_support
 
-BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 MICRO = dict(channels=(8, 16, 24, 32), num_heads=(1, 2, 2, 4), num_modules=(1, 1, 1), num_blocks=1)
 BLOCKS = 2 + 3 + 4
 can_count = pytest.mark.skipif(

@@ -208,6 +208,17 @@ def test_incomplete_projections_are_an_error_that_names_them(part):
     assert 'stage3.0.branches.1.0.attn.attn.' in str(error.value)
 
 
+@pytest.mark.parametrize('name', ['ffn.fc1.weight', 'attn.proj.bias', 'attn.qkv.weight'])
+def test_two_names_of_a_tensor_are_refused(name):
+    name = f'stage2.0.branches.1.0.{name}'
+    shape = HRFormer(arch='tiny').state_dict()[name].shape
+    state_dict = {**pose_backbone(), name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=f"'{re.escape(name)}'.* same tensor .* mixes two files"):
+        convert(state_dict)
+    with pytest.raises(ValueError, match='mixes two files'):
+        HRFormer(arch='tiny').load_state_dict(state_dict)
+
+
 def test_converting_twice_changes_nothing_more():
     once, _ = convert(pose_backbone())
     twice, report = convert(once)

@@ -406,7 +406,7 @@ class Unwritable:
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
-def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, name):
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, name):
     if name.endswith('.safetensors'):
         pytest.importorskip('safetensors')
     resource = pytest.importorskip('resource')

@@ -106,6 +106,15 @@ def test_impossible_arguments_are_refused(build, message):
         build()
 
 
+@pytest.mark.parametrize('value', [-1, 256])
+def test_labels_that_the_data_type_lacks_are_refused(sample, value):
+    place = PlaceRandomly((64, 102), (0, 0, 0), value)
+    with pytest.raises(ValueError, match=rf'{value} for gt_seg_map of uint8.* from 0 to 255'):
+        place(dict(sample))
+    labels = sample['gt_seg_map'].astype(np.int16)
+    assert value in place(dict(sample, gt_seg_map=labels))['gt_seg_map']
+
+
 @needs('mmseg')
 def test_pipeline_of_the_cityscapes_config(sample):
     """The config's pipeline, in mmseg's scope, up to packed inputs of the crop's size."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from itertools import permutations
 
 import golden
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from needs import may_need
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -241,3 +243,14 @@ def test_what_is_used_in_several_places_is_not_folded(shared):
     x = torch.rand(2, 4, 3, 5)
     with torch.no_grad():
         torch.testing.assert_close(fold_batch_norm(copy.deepcopy(model))(x), model(x))
+
+
+@pytest.mark.parametrize('order', permutations(('conv', 'norm', 'act')), ids=' '.join)
+def test_modules_of_mmcv_are_folded_if_the_normalization_comes_next(order):
+    torch.manual_seed(0)
+    module = ConvModule(3, 3, 1, norm_cfg=dict(type='BN'), order=order)
+    nn.init.normal_(module.norm.weight)
+    nn.init.normal_(module.norm.running_mean)
+    x, folded = torch.randn(2, 3, 5, 5), fold_batch_norm(copy.deepcopy(module.eval()))
+    torch.testing.assert_close(folded(x), module(x))
+    assert isinstance(folded.norm, nn.Identity) == ('conv norm' in ' '.join(order))

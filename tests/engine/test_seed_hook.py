@@ -48,7 +48,7 @@ def test_resuming_needs_no_seed_in_the_config(tmp_path):
     assert {**cut, **resumed} == whole
 
 
-def test_workers_of_a_loader_keep_their_own_start(tmp_path):
+def test_workers_of_a_loader_keep_their_own_start():
     """mmengine's worker_init_fn, or one of the config, is called as before."""
     started = []
     _seed_worker((3, 1, 0), started.append, 5)

@@ -134,6 +134,6 @@ def test_downloads_are_deleted_with_what_was_made_of_them(folder, video, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_of_files(tmp_path):
+def test_names_of_files():
     assert media.stem_of('https://a.org/people%20at%20home.jpg?size=big') == 'people at home'
     assert media.stem_of(Path('folder/a.b.png')) == 'a.b'

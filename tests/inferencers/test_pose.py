@@ -63,7 +63,7 @@ def test_radii_are_numbers(models, monkeypatch):
 
 
 @needs('mmpose')
-def test_the_visualizer_of_a_stock_config_is_replaced(tmp_path):
+def test_the_visualizer_of_a_stock_config_is_replaced():
     options = {'visualizer.type': 'PoseLocalVisualizer'}
     pose = mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
     assert type(pose.visualizer).__name__ == 'PoseVisualizer'
@@ -117,7 +117,7 @@ def test_box_arrays():
     assert check_boxes(((0, 1, 2, 3),), 'boxes').tolist() == [[0, 1, 2, 3]]
 
 
-def test_people_found_by_mmdet(tmp_path):
+def test_people_found_by_mmdet():
     mmdet = pytest.importorskip('mmdet')
     config = Path(mmdet.__file__).parent / '.mim/configs/yolox/yolox_tiny_8xb8-300e_coco.py'
     pose = mmhrformer.PoseInferencer(

@@ -18,7 +18,7 @@ from mmhrformer.inferencers.media import open_media
 
 
 @needs('mmseg')
-def test_other_numbers_of_classes_are_drawn_too(tmp_path):
+def test_other_numbers_of_classes_are_drawn_too():
     options = {f'model.decode_head.{i}.num_classes': 150 for i in (0, 1)}
     segment = get_inferencer(CONFIGS['seg'], False, cfg_options=options, device='cpu')
     result = segment(make_image(), return_vis=True)

@@ -129,6 +129,25 @@ def test_recomputing_changes_neither_outputs_nor_gradients_nor_statistics(traini
     assert all(norm.track_running_stats for norm in norms)
 
 
+@pytest.mark.parametrize(
+    'norm_cfg',
+    [
+        dict(type='BN', momentum=None),
+        dict(type='BN', track_running_stats=False),
+        dict(type='SyncBN'),
+        dict(type='SyncBN', momentum=None),
+        dict(type='IN', track_running_stats=True),
+    ],
+    ids=lambda cfg: ' '.join(map(str, cfg.values())),
+)
+def test_any_norm_can_be_computed_again(norm_cfg):
+    states = []
+    for with_cp in (False, True):
+        block = make_block(norm_cfg=norm_cfg, with_cp=with_cp).train()
+        states.append([step(block, make_map())[1] for _ in range(2)])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def saved_bytes(block: HRFormerBlock, x: Tensor) -> int:
     """Tensors that a forward pass keeps for the backward pass, besides the parameters."""
     sizes = {}

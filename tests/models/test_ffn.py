@@ -110,10 +110,13 @@ def test_depthwise_convolution_is_the_plain_one_in_every_layout(stride, bias, gr
     assert conv.weight.shape == (6, 1, 3, 3)
 
 
-def test_depthwise_convolution_may_be_dilated_later():
+@pytest.mark.parametrize(
+    'changed', [dict(padding=(2, 2), dilation=(2, 2)), dict(stride=(2, 1)), dict(stride=(1, 2))]
+)
+def test_depthwise_convolution_may_be_changed_later(changed):
     conv, x = DepthwiseConv2d(6), torch.randn(2, 6, 7, 5)
-    conv.dilation = conv.padding = (2, 2)
-    expected = F.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2, groups=6)
+    vars(conv).update(changed)
+    expected = F.conv2d(x, conv.weight, conv.bias, **{'padding': 1, **changed}, groups=6)
     torch.testing.assert_close(conv(x), expected)
 
 

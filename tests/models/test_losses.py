@@ -287,6 +287,18 @@ def test_calls_that_cannot_be_are_named_with_a_remedy(kind):
         WeightedCrossEntropyLoss(avg_non_ignore='no')
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('kind', LOSSES)
+def test_sums_of_half_precision_do_not_overflow(kind, dtype):
+    """Outside of autocast, as in training by DeepSpeed: float16 has no numbers above 65504."""
+    label = torch.randint(0, 3, (2, 256, 256), generator=torch.Generator().manual_seed(0))
+    scores = (F.one_hot(label, 3).permute(0, 3, 1, 2) * 2).to(dtype).requires_grad_()
+    loss = kind()(scores, label)
+    torch.testing.assert_close(loss, kind()(scores.float(), label))
+    (grad,) = torch.autograd.grad(loss * 1024, scores)
+    assert grad.abs().sum() > 0
+
+
 def test_labels_may_be_transposed():
     scores, label = scene()
     turned = label.transpose(1, 2).contiguous().transpose(1, 2)

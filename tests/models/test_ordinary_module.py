@@ -356,6 +356,25 @@ class Circular(nn.Sequential):
         super().__init__(nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular'), nn.BatchNorm2d(3))
 
 
+class NormFirst(nn.Module):
+    """Calls its layers in another order than it lists them, as blocks with pre-activation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+class Reversed(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](self[1](x))
+
+
 @pytest.mark.parametrize(
     'make',
     [
@@ -366,6 +385,8 @@ class Circular(nn.Sequential):
         BatchStatistics,
         WithoutScale,
         Circular,
+        NormFirst,
+        Reversed,
     ],
 )
 def test_folding_changes_nothing(make):
