@@ -33,9 +33,10 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
+        count, norm.num_batches_tracked = norm.num_batches_tracked, None
         norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:  # SyncBatchNorm needs a counter, so a copy
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+        if count is not None and isinstance(norm, nn.SyncBatchNorm):  # which needs a counter
+            norm.num_batches_tracked = count.clone()
     try:
         yield
     finally:
