@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from needs import may_need
 from test_parity import (
     test_classification_outputs,
     test_classification_training,
@@ -20,7 +21,7 @@ __all__ = [
     'test_segmentation_outputs',
     'test_segmentation_training',
 ]
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, may_need('mmpretrain', 'mmpose', 'mmseg')]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs
 from small_runs import pointed
 from tiny_datasets import make
 
@@ -96,7 +97,7 @@ class Run:
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-@pytest.mark.parametrize('scope', RUNS)
+@pytest.mark.parametrize('scope', [pytest.param(scope, marks=needs(scope)) for scope in RUNS])
 def test_stock_tools_train_and_resume(scope, dtype, tmp_path, device, on_cuda):
     run = Run(scope, dtype, tmp_path, device)
     at = run.kill_at_first_checkpoint()

@@ -15,13 +15,14 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.utils import digit_version
+from needs import may_need
 from small_runs import Reading, amp, pointed, train
 from training_steps import prepare
 
 from mmhrformer.configs import find_config
 from mmhrformer.engine import BFloat16PoseHook
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, may_need('mmpretrain', 'mmpose', 'mmseg')]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
