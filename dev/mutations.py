@@ -416,6 +416,9 @@ DATA = (
         ('border is of class 0', 'np.full(padded, self.seg_pad_val', 'np.full(padded, 0'),
         ('last place never drawn', 'randint(spare[1] + 1)', 'randint(max(spare[1], 1))'),
         ('boxes without a height accepted', '(sizes > 0)).all()', '(sizes >= 0)).all()'),
+        ('boxes shifted to one side only',
+         'uniform(-self.shift, self.shift', 'uniform(0, self.shift'),
+        ('shift of boxes smaller', '+ sizes * shift)', '+ sizes / 1.25 * shift)'),
     ),
     *of(
         'mmhrformer/datasets/meta.py', 'datasets/test_meta.py',
