@@ -358,7 +358,10 @@ ENGINE = (
     *of(
         'mmhrformer/engine/config_check.py', 'engine/test_config_check.py',
         ('accumulated steps not counted', 'gpus * batch * steps == base', 'gpus * batch == base'),
-        ('scaled rates warned of', "not batch or scale.get('enable') or", 'not batch or'),
+        ('scaled rates warned of',
+         "scale.get('enable') or gpus * batch", 'gpus * batch'),
+        ('accumulation with scaled rates accepted', "and steps > 1:", 'and steps > 9:'),
+        ('late milestones accepted', '> min(end, length)', '> max(end, length)'),
         ('missing data stop every tool', 'if missing and tool in', 'if missing or tool in'),
         ('tests need a GPU for mixed precision', "training=tool != 'test'", 'training=True'),
         ('one process needs the wrapper', 'if processes > 1 and', 'if processes >= 1 and'),

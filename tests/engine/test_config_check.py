@@ -16,16 +16,19 @@ from mmhrformer.configs import find_config
 from mmhrformer.engine.config_check import (
     ConfigCheckVisBackend,
     ConfigOptionError,
+    accumulated_iterations,
     batch_size_change,
     dead_options,
     late_variables,
     missing_data,
     needs_gpu,
+    other_length,
 )
 from mmhrformer.engine.data_check import other_codecs
 from mmhrformer.registry import VISBACKENDS
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
+IMAGENET = 'hrformer-tiny_8xb128_in1k'
 COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
 
 
@@ -393,9 +396,9 @@ CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 
         (
             COCO,
             CODEC,
-            [f'{PIPELINES}.5.input_size', f'{PIPELINES}.6.encoder', 'model.head.decoder'],
+            [f'{PIPELINES}.6.input_size', f'{PIPELINES}.7.encoder', 'model.head.decoder'],
         ),
-        (COCO, 'codec = dict(sigma=1)', [f'{PIPELINES}.6.encoder', 'model.head.decoder']),
+        (COCO, 'codec = dict(sigma=1)', [f'{PIPELINES}.7.encoder', 'model.head.decoder']),
         (COCO, "data_root = 'x'", ['val_dataloader.dataset.bbox_file', 'test_evaluator.ann_file']),
         (COCO, "data_mode = 'bottomup'", ['test_dataloader.dataset.data_mode']),
         (COCO, 'vis_backends = []', ['visualizer.vis_backends']),
@@ -489,7 +492,7 @@ def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     text = f'_base_ = [{str(find_config(COCO))!r}]\n{CODEC}model = dict(head=dict(decoder=codec))'
     file.write_text(text)
     said = check(Config.fromfile(file), 'notebook', monkeypatch, caplog)
-    assert f'codec was changed, but these still have its old value: {PIPELINES}.5' in said
+    assert f'codec was changed, but these still have its old value: {PIPELINES}.6' in said
     (late,) = (line for line in said.splitlines() if line.startswith('codec was changed'))
     assert 'model.head.decoder' not in late
     assert f'the data do not fit the decoder:\n{PIPELINES}.5' in said
@@ -522,7 +525,7 @@ def test_variables_of_a_flat_config(folder, monkeypatch, caplog):
     cfg.dump(folder / 'flat.py')
     said = check(Config.fromfile(folder / 'flat.py'), 'notebook', monkeypatch, caplog)
     (line,) = [line for line in said.splitlines() if line.startswith('Used instead of codec')]
-    assert f'{PIPELINES}.6.encoder' in line
+    assert f'{PIPELINES}.7.encoder' in line
     assert 'model.head.decoder' in line
 
 
@@ -579,6 +582,11 @@ def test_what_needs_a_gpu_is_said_first(
         (4, {}, 'batch size is 4 (4 processes x 1)'),
         (1, {'optim_wrapper.accumulative_counts': 2}, 'batch size is 2 (1 processes x 1 x 2 acc'),
         (1, {'auto_scale_lr.enable': True}, None),
+        (
+            1,
+            {'auto_scale_lr.enable': True, 'optim_wrapper.accumulative_counts': 8},
+            'does not count optim_wrapper.accumulative_counts=8, which makes them 8',
+        ),
     ],
 )
 def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
@@ -589,5 +597,44 @@ def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
         assert warning == ''
     else:
         assert images in warning
-        assert 'learning rate 0.0001 is for 8' in warning
+        assert '0.0001 is for 8' in warning
         assert 'auto_scale_lr.enable=True' in warning
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'said'),
+    [
+        (IMAGENET, {}, ''),
+        (IMAGENET, {'train_cfg.max_epochs': 100}, '=100, but param_scheduler.end=300, which train'),
+        (IMAGENET, {'train_cfg.max_epochs': 100, 'param_scheduler.end': 100}, ''),
+        (IMAGENET, {'train_cfg.max_epochs': 400}, '=400, but the last schedule ends at 300, and'),
+        (COCO, {'train_cfg.max_epochs': 100}, 'param_scheduler[1].milestones=[170, 200] with end='),
+        (COCO, {'train_cfg.max_epochs': 205}, ''),
+        (COCO, {'param_scheduler.1.end': 190}, 'milestones=[170, 200] with end=190, which trai'),
+        (CITYSCAPES, {}, ''),
+        (CITYSCAPES, {'train_cfg.max_iters': 40000}, 'param_scheduler[1].end=80001, which train'),
+        (CITYSCAPES, {'train_cfg.max_iters': 160000}, 'ends at 80001, and the rate stays constant'),
+        (CITYSCAPES, {'param_scheduler': []}, ''),
+        (CITYSCAPES, {'param_scheduler': [dict(type='LinearLR', by_epoch=False, end=500)]}, ''),
+        (CITYSCAPES, {'param_scheduler': [dict(type='PolyLR', by_epoch=False)]}, ''),
+    ],
+)
+def test_schedules_of_another_length(name, options, said, monkeypatch, caplog):
+    cfg = load(name)
+    for key in set(options) & set(cfg):
+        setattr(cfg, key, options.pop(key))
+    cfg.merge_from_dict(options)
+    warning = other_length(cfg)
+    assert said in warning
+    assert bool(said) == bool(warning)
+    assert warning in check(Config(dict(cfg, train_dataloader=None)), 'browse', monkeypatch, caplog)
+
+
+def test_accumulation_in_a_training_by_iterations():
+    cfg = load(CITYSCAPES)
+    assert accumulated_iterations(cfg) == ''
+    cfg.optim_wrapper.accumulative_counts = 8
+    assert 'max_iters=80000 are 10000 steps of the optimizer' in accumulated_iterations(cfg)
+    cfg = load(IMAGENET)
+    cfg.optim_wrapper.accumulative_counts = 8  # epochs remain epochs
+    assert accumulated_iterations(cfg) == ''
