@@ -495,7 +495,7 @@ def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     assert f'codec was changed, but these still have its old value: {PIPELINES}.6' in said
     (late,) = (line for line in said.splitlines() if line.startswith('codec was changed'))
     assert 'model.head.decoder' not in late
-    assert f'the data do not fit the decoder:\n{PIPELINES}.5' in said
+    assert f'the data do not fit the decoder:\n{PIPELINES}.6' in said
 
 
 @pytest.mark.parametrize(
