@@ -368,6 +368,8 @@ ENGINE = (
     ),
     *of(
         'mmhrformer/engine/data_check.py', 'engine/test_config_check.py',
+        ('coordinates of tests not compared', "bool(step.get('use_udp')) != udp",
+         "bool(step.get('use_udp')) > udp"),
         ('addresses are missing files', "if '://' not in path and not Path", 'if not Path'),
         ('datasets that fetch themselves reported', "if dataset.get('download'):",
          "if not dataset.get('download', True):"),

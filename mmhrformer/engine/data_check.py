@@ -155,6 +155,38 @@ def other_codecs(cfg: Mapping) -> list[str]:
     return lines
 
 
+def biased_coordinates(cfg: Mapping) -> list[str]:
+    """List options that contradict the coordinates of a pose model's heatmaps.
+
+    ``UDPHeatmap`` counts the distances between pixel centers, ``MSRAHeatmap`` pixels. mmpose
+    accepts a mixture, and keypoints are off by half a pixel of the input.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per option, with the values that fit together.
+    """
+    model = cfg.get('model') or {}
+    head, test_cfg = model.get('head'), model.get('test_cfg') or {}
+    decoder = head.get('decoder') if isinstance(head, Mapping) else None
+    codec = name_of_type(decoder) if isinstance(decoder, Mapping) else ''
+    if codec not in ('UDPHeatmap', 'MSRAHeatmap'):
+        return []
+    udp = codec == 'UDPHeatmap'
+    fault = f', but model.head.decoder is a {codec}: set it to '
+    lines = [
+        f'{loader}.dataset.pipeline.{i}.use_udp={not udp}{fault}{udp}'
+        for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
+        for dataset in _innermost(cfg.get(loader))
+        for i, step in enumerate(dataset.get('pipeline') or ())
+        if name_of_type(step) == 'TopdownAffine' and bool(step.get('use_udp')) != udp
+    ]
+    if udp and test_cfg.get('flip_test') and test_cfg.get('shift_heatmap'):
+        lines.append(f'model.test_cfg.shift_heatmap=True{fault}False')
+    return lines
+
+
 def _differences(
     place: str, option: Mapping, decoder: Mapping, keys: Iterable[str]
 ) -> Iterator[str]:

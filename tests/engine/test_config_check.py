@@ -24,11 +24,12 @@ from mmhrformer.engine.config_check import (
     needs_gpu,
     other_length,
 )
-from mmhrformer.engine.data_check import other_codecs
+from mmhrformer.engine.data_check import biased_coordinates, other_codecs
 from mmhrformer.registry import VISBACKENDS
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
 IMAGENET = 'hrformer-tiny_8xb128_in1k'
+DEMO = 'td-hm_hrformer-demo_1xb16-2e_figures-96x128'
 COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
 
 
@@ -485,6 +486,33 @@ def test_configs_that_are_no_python(suffix, folder):
     cfg = Config.fromfile(folder / f'config.{suffix}')
     assert dead_options(cfg) == dict(rate='')
     assert late_variables(cfg) == {}
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'faults'),
+    [
+        (COCO, {}, []),
+        (COCO, {'train_dataloader.dataset.pipeline.6.use_udp': True}, ['6.use_udp=True']),
+        (COCO, {'model.head.decoder.type': 'SimCCLabel'}, []),
+        (
+            COCO,
+            {'model.head.decoder.type': 'UDPHeatmap'},
+            ['6.use_udp=False', *['2.use_udp=False'] * 2, 'shift_heatmap=True'],
+        ),
+        (DEMO, {}, []),
+        (DEMO, {'model.test_cfg.shift_heatmap': True}, ['shift_heatmap=True']),
+        (DEMO, {'val_dataloader.dataset.pipeline.2.use_udp': False}, ['2.use_udp=False']),
+    ],
+)
+def test_coordinates_that_fit_the_heatmaps(name, options, faults):
+    """Keypoints would be off by half a pixel of the input, too little for anyone to notice."""
+    cfg = load(name)
+    cfg.merge_from_dict(options)
+    lines = biased_coordinates(cfg)
+    assert len(lines) == len(faults)
+    assert all(
+        f'.{fault}, but model.head.decoder is a' in line for line, fault in zip(lines, faults)
+    )
 
 
 def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
