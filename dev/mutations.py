@@ -370,6 +370,8 @@ ENGINE = (
         'mmhrformer/engine/data_check.py', 'engine/test_config_check.py',
         ('coordinates of tests not compared', "bool(step.get('use_udp')) != udp",
          "bool(step.get('use_udp')) > udp"),
+        ('classes of other numbers accepted',
+         'if trained.get(name) != i]', 'if name not in trained]'),
         ('addresses are missing files', "if '://' not in path and not Path", 'if not Path'),
         ('datasets that fetch themselves reported', "if dataset.get('download'):",
          "if not dataset.get('download', True):"),

@@ -21,6 +21,7 @@ from .data_check import (
     name_of_type,
     other_annotations,
     other_codecs,
+    renumbered_classes,
     surplus_classes,
     unpaired_keypoints,
 )
@@ -202,6 +203,8 @@ class ConfigCheckVisBackend(BaseVisBackend):
       ``train.py`` and ``test.py``, and warnings in other tools, which may not use them.
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
+    - A class that has another index in the validation or test data than in the training data is an
+      error in ``train.py`` and ``test.py``, and otherwise a warning.
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
       warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
       ``train.py`` and ``test.py``.
@@ -272,6 +275,7 @@ class ConfigCheckVisBackend(BaseVisBackend):
 def _check_data(config: Config, tool: str) -> None:
     """Refuse data that the frameworks accept, but that give wrong results."""
     for fault, lines, tools in (
+        ('classes have several indices', renumbered_classes(config), ('train', 'test')),
         ('keypoints are swapped on one side only', unpaired_keypoints(config), ('train',)),
         ('the data do not fit the decoder', other_codecs(config), ('train', 'test')),
         ('keypoints are off by half a pixel of the input', biased_coordinates(config), ()),

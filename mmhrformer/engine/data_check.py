@@ -76,17 +76,53 @@ def surplus_classes(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
     lines = []
     for loader in loaders if isinstance(outputs, int) else []:
         for dataset in _innermost(cfg.get(loader)):
-            if name_of_type(dataset) != 'CustomDataset' or not dataset.get('with_label', True):
-                continue
-            options = list(_paths(dataset, 'CustomDataset')) or [('', dataset.get('data_root'))]
-            if len(options) != 1 or not os.path.isdir(options[0][1] or ''):
-                continue  # with an ann_file, the folders are no classes
-            names = sorted(one.name for one in Path(options[0][1]).glob('[!.]*') if one.is_dir())
+            path, names = _class_folders(dataset)
             if len(names) > outputs:
                 lines.append(
-                    f'{loader}.dataset: {options[0][1]!r} has {len(names)} folders of classes, '
+                    f'{loader}.dataset: {path!r} has {len(names)} folders of classes, '
                     f'but model.head.num_classes={outputs}: set it and num_classes of '
                     f'data_preprocessor to {len(names)}, or remove folders that are not classes'
+                )
+    return lines
+
+
+def _class_folders(dataset: Mapping) -> tuple[str, list[str]]:
+    """Path and names of the folders that a dataset of mmpretrain takes for classes, if any."""
+    if name_of_type(dataset) != 'CustomDataset' or not dataset.get('with_label', True):
+        return '', []
+    options = list(_paths(dataset, 'CustomDataset')) or [('', dataset.get('data_root'))]
+    if len(options) != 1 or not os.path.isdir(options[0][1] or ''):
+        return '', []  # with an ann_file, the folders are no classes
+    folders = Path(options[0][1]).glob('[!.]*')
+    return options[0][1], sorted(one.name for one in folders if one.is_dir())
+
+
+def renumbered_classes(cfg: Mapping) -> list[str]:
+    """List datasets of mmpretrain that give a class another index than the training data do.
+
+    Indices are positions among the folders. If the validation data lack a folder, those of the
+    classes after it shift, and mmpretrain counts their images as wrong.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per dataset, with the first such class and the fix.
+    """
+    trained: dict[str, int] = {}
+    for dataset in _innermost(cfg.get('train_dataloader')):
+        trained = trained or {name: i for i, name in enumerate(_class_folders(dataset)[1])}
+    lines = []
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader') if trained else ():
+        for dataset in _innermost(cfg.get(loader)):
+            path, names = _class_folders(dataset)
+            wrong = [name for i, name in enumerate(names) if trained.get(name) != i]
+            if wrong:
+                index = trained.get(wrong[0], 'none')
+                lines.append(
+                    f'{loader}.dataset: {wrong[0]!r} in {path!r} is class '
+                    f'{names.index(wrong[0])}, but in the training data {index}: create the same '
+                    'folders in both, empty ones for classes without images, or remove surplus ones'
                 )
     return lines
 

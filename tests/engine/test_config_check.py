@@ -275,6 +275,34 @@ def test_a_sliding_window_has_its_sizes(test_cfg, fault, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
+    ('names', 'fault'),
+    [
+        ('abc', ''),
+        ('ab', ''),
+        ('bc', "'b' in 'flowers/val' is class 0, but in the training data 1: create the same"),
+        ('abd', "'d' in 'flowers/val' is class 2, but in the training data none: create the same"),
+    ],
+)
+@pytest.mark.parametrize('tool', ['train', 'test', 'browse_dataset'])
+def test_classes_keep_their_indices(tool, names, fault, folder, monkeypatch, caplog):
+    """mmpretrain numbers the folders of each dataset by themselves."""
+    for path in (*(f'train/{name}' for name in 'abc'), *(f'val/{name}' for name in names)):
+        (folder / 'flowers' / path).mkdir(parents=True)
+    loaders = [
+        dict(dataset=dict(type='CustomDataset', data_root='flowers', data_prefix=part))
+        for part in ('train', 'val')
+    ]
+    cfg = Config(dict(train_dataloader=loaders[0], test_dataloader=loaders[1]))
+    if fault and tool != 'browse_dataset':
+        with pytest.raises(ConfigOptionError, match=f'test_dataloader.dataset: {fault}'):
+            check(cfg, tool, monkeypatch, caplog)
+    else:
+        said = check(cfg, tool, monkeypatch, caplog)
+        assert fault in said
+        assert bool(fault) == ('indices' in said)
+
+
+@pytest.mark.parametrize(
     ('change', 'fault'),
     [
         ({}, "train_dataloader.dataset: 'flowers/train' has 3 folders of classes, but .*=2: set"),
