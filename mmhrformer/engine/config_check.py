@@ -20,6 +20,7 @@ from .data_check import (
     missing_data,
     name_of_type,
     other_annotations,
+    other_classes,
     other_codecs,
     renumbered_classes,
     surplus_classes,
@@ -208,8 +209,9 @@ class ConfigCheckVisBackend(BaseVisBackend):
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
       warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
       ``train.py`` and ``test.py``.
-    - An evaluator that reads other annotations than the dataset is a warning, and so are options
-      that contradict the coordinates of a pose model's heatmaps.
+    - An evaluator that reads other annotations than the dataset is a warning, and so are datasets
+      with other ``metainfo.classes`` than the training data, and options that contradict the
+      coordinates of a pose model's heatmaps.
     - A batch size that does not match the learning rate is a warning, and so are schedules of
       another length than the training, gradients accumulated in a training by iterations, and
       a schedule or a checkpoint hook that counts epochs in such a training.
@@ -279,6 +281,7 @@ def _check_data(config: Config, tool: str) -> None:
         ('keypoints are swapped on one side only', unpaired_keypoints(config), ('train',)),
         ('the data do not fit the decoder', other_codecs(config), ('train', 'test')),
         ('keypoints are off by half a pixel of the input', biased_coordinates(config), ()),
+        ('datasets have other classes', other_classes(config), ()),
         ('evaluators read other annotations than the data have', other_annotations(config), ()),
     ):
         text = f'{fault}:\n' + '\n'.join(lines)

@@ -127,6 +127,31 @@ def renumbered_classes(cfg: Mapping) -> list[str]:
     return lines
 
 
+def other_classes(cfg: Mapping) -> list[str]:
+    """List datasets with another ``metainfo.classes`` than the training data.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per dataset; none for a dataset of another type without such an option.
+    """
+
+    def given(dataset: Mapping) -> tuple | None:
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        return tuple(classes) if isinstance(classes, (list, tuple)) else classes
+
+    train, *_ = [*_innermost(cfg.get('train_dataloader')), {}]
+    return [
+        f'{loader}.dataset.metainfo.classes is {given(dataset)}, but {given(train)} in training'
+        for loader in ('val_dataloader', 'test_dataloader')
+        for dataset in _innermost(cfg.get(loader))
+        if train
+        and given(dataset) != given(train)
+        and (None not in (given(dataset), given(train)) or dataset.get('type') == train.get('type'))
+    ]
+
+
 def unpaired_keypoints(cfg: Mapping) -> list[str]:
     """List keypoints that are swapped with one that is not swapped with them.
 

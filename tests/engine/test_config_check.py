@@ -303,6 +303,29 @@ def test_classes_keep_their_indices(tool, names, fault, folder, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
+    ('train', 'test', 'faulty'),
+    [
+        ({}, {}, False),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(metainfo=dict(classes=['a', 'b'])), False),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(metainfo=dict(classes=('b', 'a'))), True),
+        (dict(metainfo=dict(classes=('a', 'b'))), {}, True),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(type='ADE20KDataset'), False),
+    ],
+)
+def test_classes_are_those_of_training(train, test, faulty, monkeypatch, caplog):
+    """As if only the classes of the training data had been chosen on the command line."""
+    datasets = [dict(type='CityscapesDataset') | one for one in (train, test)]
+    cfg = Config(
+        dict(
+            train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=datasets[0])),
+            test_dataloader=dict(dataset=datasets[1]),
+        )
+    )
+    said = check(cfg, 'notebook', monkeypatch, caplog)
+    assert ('test_dataloader.dataset.metainfo.classes is' in said) == faulty
+
+
+@pytest.mark.parametrize(
     ('change', 'fault'),
     [
         ({}, "train_dataloader.dataset: 'flowers/train' has 3 folders of classes, but .*=2: set"),
