@@ -687,6 +687,8 @@ DATA = [
             ),
             (transforms.RandomScaleRotation, dict(rotation_prob=-0.1), 'from 0 to 1'),
             (transforms.RandomScaleRotation, dict(scale_std='x'), 'from 0 to below 1'),
+            (transforms.RandomBoxShift, dict(shift=1.5), 'from 0 to 1'),
+            (transforms.RandomBoxShift, dict(prob='x'), 'from 0 to 1'),
         )
     ),
     Bad(

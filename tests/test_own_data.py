@@ -213,7 +213,7 @@ def test_swaps_and_sigmas(monkeypatch):
         for step in cfg.train_pipeline:
             if step.type == 'RandomFlip':
                 step.prob = 1.0
-        loader = dict(cfg.train_dataloader.dataset, pipeline=cfg.train_pipeline[:3])
+        loader = dict(cfg.train_dataloader.dataset, pipeline=cfg.train_pipeline[:4])
         dataset = DATASETS.build(loader)
     assert dataset.metainfo['flip_indices'] == [0, 2, 1, 4, 3]
     assert dataset.metainfo['sigmas'].tolist() == pytest.approx([0.03] * 5)

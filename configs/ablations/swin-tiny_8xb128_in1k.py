@@ -10,3 +10,5 @@ model = dict(
         dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
     ],
 )
+# The official code decays the bias tables of HRFormer, but not those of Swin Transformer.
+optim_wrapper = dict(paramwise_cfg=dict(no_decay=['vectors', 'bias_tables']))

@@ -1,5 +1,17 @@
 """Data transforms of the official codes that the frameworks lack; importing registers them."""
 
-from .transforms import PlaceRandomly, RandomBrightness, RandomScaleAspect, RandomScaleRotation
+from .transforms import (
+    PlaceRandomly,
+    RandomBoxShift,
+    RandomBrightness,
+    RandomScaleAspect,
+    RandomScaleRotation,
+)
 
-__all__ = ['PlaceRandomly', 'RandomBrightness', 'RandomScaleAspect', 'RandomScaleRotation']
+__all__ = [
+    'PlaceRandomly',
+    'RandomBoxShift',
+    'RandomBrightness',
+    'RandomScaleAspect',
+    'RandomScaleRotation',
+]

@@ -52,6 +52,16 @@ def _check_image(transform: BaseTransform, results: dict) -> None:
             )
 
 
+def _check_shared(transform: BaseTransform, results: dict, boxes: int, drawn: int) -> None:
+    """Check that random numbers, which several samples may share, are as many as the boxes."""
+    if boxes != drawn:
+        raise ValueError(
+            f'{type(transform).__name__} got {boxes} boxes from '
+            f'{results.get("img_path", "the sample")} and {drawn} from another: with '
+            'share_random_params=True, all images must have the same number of boxes'
+        )
+
+
 def _find_mismatch(labels: np.ndarray, image: np.ndarray, path: str | None) -> str:
     """Why a label map does not match its image, with the remedy; empty if it does."""
     if labels.ndim != 2:
@@ -258,6 +268,50 @@ class PlaceRandomly(BaseTransform):
 
 
 @TRANSFORMS.register_module()
+class RandomBoxShift(BaseTransform):
+    """Shift the boxes of people at random, as the official pose code does.
+
+    There, the dataset does so when it loads the annotations, so that a box is shifted alike in all
+    epochs; here, each epoch draws anew. mmpose's ``RandomBBoxTransform`` draws from a truncated
+    normal distribution instead of a uniform one, and also shifts the boxes of half bodies.
+
+    Required keys: ``bbox_center`` (N, 2), ``bbox_scale`` (N, 2). Modified key: ``bbox_center``.
+
+    Args:
+        shift (float): Largest shift in each direction, as a fraction of the side of the box with
+            its padding, from 0 to 1. Defaults to 0.16 (official): a fifth of the side without the
+            padding of 1.25.
+        prob (float): Probability that a box is shifted. Defaults to 0.3 (official).
+    """
+
+    def __init__(self, shift: float = 0.16, prob: float = 0.3) -> None:
+        _check_number('shift', shift, 0, 1)
+        _check_number('prob', prob, 0, 1)
+        self.shift = shift
+        self.prob = prob
+
+    @cache_randomness
+    def _draw(self, number: int) -> np.ndarray:
+        shift = np.random.uniform(-self.shift, self.shift, (number, 2))
+        return np.where(np.random.rand(number, 1) < self.prob, shift, 0)
+
+    def transform(self, results: dict) -> dict:
+        """Shift the boxes, each by its own fraction of its sides.
+
+        Raises:
+            ValueError: If samples that share random parameters have different numbers of boxes.
+        """
+        sizes = results['bbox_scale']
+        shift = self._draw(len(sizes))
+        _check_shared(self, results, len(sizes), len(shift))
+        results['bbox_center'] = (results['bbox_center'] + sizes * shift).astype(np.float32)
+        return results
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(shift={self.shift}, prob={self.prob})'
+
+
+@TRANSFORMS.register_module()
 class RandomScaleRotation(BaseTransform):
     """Scale and rotate the boxes of people at random, as the official pose code does.
 
@@ -307,12 +361,7 @@ class RandomScaleRotation(BaseTransform):
                 'height. Correct or remove the annotation'
             )
         scale, rotation = self._draw(len(sizes))
-        if len(rotation) != len(sizes):
-            raise ValueError(
-                f'RandomScaleRotation got {len(sizes)} boxes from '
-                f'{results.get("img_path", "the sample")} and {len(rotation)} from another: with '
-                'share_random_params=True, all images must have the same number of boxes'
-            )
+        _check_shared(self, results, len(sizes), len(rotation))
         results['bbox_scale'] = (sizes * scale).astype(np.float32)
         results['bbox_rotation'] = rotation.astype(np.float32)
         return results

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -15,10 +16,13 @@ from mmengine.visualization.vis_backend import BaseVisBackend
 
 from ..registry import VISBACKENDS
 from .data_check import (
+    biased_coordinates,
     missing_data,
     name_of_type,
     other_annotations,
+    other_classes,
     other_codecs,
+    renumbered_classes,
     surplus_classes,
     unpaired_keypoints,
 )
@@ -32,9 +36,18 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
     batch = _mapping(cfg, 'train_dataloader').get('batch_size')
     wrapper = _mapping(cfg, 'optim_wrapper')
     steps = wrapper.get('accumulative_counts', 1)
-    if not base or not batch or scale.get('enable') or gpus * batch * steps == base:
+    if not base or not batch:
         return ''
     rate = (wrapper.get('optimizer') or {}).get('lr')
+    if scale.get('enable') and steps > 1:
+        return (
+            f'auto_scale_lr.enable=True scales the learning rate to {gpus * batch} images per '
+            f'step: mmengine does not count optim_wrapper.accumulative_counts={steps}, which makes '
+            f'them {gpus * batch * steps}. Set enable=False, and optim_wrapper.optimizer.lr for '
+            f'that number yourself; {rate} is for {base}.'
+        )
+    if scale.get('enable') or gpus * batch * steps == base:
+        return ''
     return (
         f'The total batch size is {gpus * batch * steps} ({gpus} processes x {batch}'
         f'{f" x {steps} accumulated" if steps > 1 else ""}), but the learning rate {rate} is for '
@@ -68,11 +81,9 @@ def needs_gpu(cfg: Mapping, processes: int, training: bool = True) -> str:
 def options_by_epoch(cfg: Mapping) -> list[str]:
     """List options that count epochs in a training by iterations, where they have no effect."""
     loop = _mapping(cfg, 'train_cfg')
-    if name_of_type(loop) != 'IterBasedTrainLoop' and loop.get('by_epoch', True):
+    if not _counts_iterations(loop):
         return []
-    schedules = cfg.get('param_scheduler') or []
-    schedules = [schedules] if isinstance(schedules, Mapping) else schedules
-    options = {f'param_scheduler[{i}]': one for i, one in enumerate(schedules)}
+    options = _schedules(cfg)
     options['default_hooks.checkpoint'] = _mapping(_mapping(cfg, 'default_hooks'), 'checkpoint')
     return [
         f'{place}.by_epoch'
@@ -83,6 +94,63 @@ def options_by_epoch(cfg: Mapping) -> list[str]:
         and option.get('by_epoch', True)
         and not option.get('convert_to_iter_based')
     ]
+
+
+def other_length(cfg: Mapping) -> str:
+    """Warning about schedules and a training of different lengths, or an empty string.
+
+    Schedules without an ``end`` last as long as the training; those that count iterations of
+    a training by epochs are not compared.
+    """
+    loop = _mapping(cfg, 'train_cfg')
+    unit = 'max_iters' if _counts_iterations(loop) else 'max_epochs'
+    length = loop.get(unit)
+    late, ends, decays = [], [], False
+    for place, one in _schedules(cfg).items() if isinstance(length, int) else ():
+        if not isinstance(one, Mapping) or one.get('by_epoch', True) != (unit == 'max_epochs'):
+            continue
+        end, milestones = one.get('end', length), one.get('milestones')
+        if not isinstance(end, int):
+            continue
+        ends.append(end)
+        if milestones and max(milestones) > min(end, length):
+            late.append(f'{place}.milestones={list(milestones)} with end={end}')
+        elif not milestones and end > length + 1:  # mmengine counts both ends
+            late.append(f'{place}.end={end}')
+        decays |= not milestones and not name_of_type(one).startswith(('Constant', 'Linear'))
+    if late:
+        fault = f'{" and ".join(late)}, which training does not reach'
+    elif decays and max(ends) < length:
+        fault = f'the last schedule ends at {max(ends)}, and the rate stays constant from there'
+    else:
+        return ''
+    return f'train_cfg.{unit}={length}, but {fault}. Change the schedules along with it.'
+
+
+def accumulated_iterations(cfg: Mapping) -> str:
+    """Warning about a training by iterations that accumulates gradients, or an empty string."""
+    iterations = _mapping(cfg, 'train_cfg').get('max_iters')
+    steps = _mapping(cfg, 'optim_wrapper').get('accumulative_counts', 1)
+    if steps == 1 or not iterations:
+        return ''
+    return (
+        f'optim_wrapper.accumulative_counts={steps}, so train_cfg.max_iters={iterations} are '
+        f'{iterations // steps} steps of the optimizer. For as many as without accumulation, '
+        'multiply max_iters, val_interval, begin and end of the schedules, and the interval of '
+        f'checkpoints by {steps}.'
+    )
+
+
+def _counts_iterations(loop: Mapping) -> bool:
+    return name_of_type(loop) == 'IterBasedTrainLoop' or not loop.get('by_epoch', True)
+
+
+def _schedules(cfg: Mapping) -> dict[str, Any]:
+    """The schedules of a config by their place in it."""
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, Mapping):
+        return {'param_scheduler': schedules}
+    return {f'param_scheduler[{i}]': one for i, one in enumerate(schedules)}
 
 
 def sliding_window_fault(cfg: Mapping) -> str:
@@ -136,12 +204,17 @@ class ConfigCheckVisBackend(BaseVisBackend):
       ``train.py`` and ``test.py``, and warnings in other tools, which may not use them.
     - An option of an old framework, a variable that was set after it had been copied, or a sliding
       window without its sizes is an error; an unknown, unused option is a warning.
+    - A class that has another index in the validation or test data than in the training data is an
+      error in ``train.py`` and ``test.py``, and otherwise a warning.
     - A keypoint that is swapped on one side only is an error in ``train.py``, and otherwise a
       warning. A step of a pipeline that does not fit the decoder of a pose model is an error in
       ``train.py`` and ``test.py``.
-    - An evaluator that reads other annotations than the dataset is a warning.
-    - A batch size that does not match the learning rate is a warning, and so is a schedule or a
-      checkpoint hook that counts epochs in a training by iterations.
+    - An evaluator that reads other annotations than the dataset is a warning, and so are datasets
+      with other ``metainfo.classes`` than the training data, and options that contradict the
+      coordinates of a pose model's heatmaps.
+    - A batch size that does not match the learning rate is a warning, and so are schedules of
+      another length than the training, gradients accumulated in a training by iterations, and
+      a schedule or a checkpoint hook that counts epochs in such a training.
 
     Its former name in configs, ``PreflightChecks``, works as well.
 
@@ -192,16 +265,23 @@ class ConfigCheckVisBackend(BaseVisBackend):
                 'train_cfg counts iterations, so no epoch ends before training does, but these '
                 f'options are True, their default: {", ".join(options)}. Set them to False.'
             )
-        change = batch_size_change(config, get_world_size())
-        if change and tool != 'test':
+        changes = (
+            batch_size_change(config, get_world_size()),
+            accumulated_iterations(config),
+            other_length(config),
+        )
+        for change in filter(None, changes if tool != 'test' else ()):
             _warn(change)
 
 
 def _check_data(config: Config, tool: str) -> None:
     """Refuse data that the frameworks accept, but that give wrong results."""
     for fault, lines, tools in (
+        ('classes have several indices', renumbered_classes(config), ('train', 'test')),
         ('keypoints are swapped on one side only', unpaired_keypoints(config), ('train',)),
         ('the data do not fit the decoder', other_codecs(config), ('train', 'test')),
+        ('keypoints are off by half a pixel of the input', biased_coordinates(config), ()),
+        ('datasets have other classes', other_classes(config), ()),
         ('evaluators read other annotations than the data have', other_annotations(config), ()),
     ):
         text = f'{fault}:\n' + '\n'.join(lines)

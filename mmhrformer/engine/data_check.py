@@ -76,19 +76,80 @@ def surplus_classes(cfg: Mapping, loaders: Sequence[str]) -> list[str]:
     lines = []
     for loader in loaders if isinstance(outputs, int) else []:
         for dataset in _innermost(cfg.get(loader)):
-            if name_of_type(dataset) != 'CustomDataset' or not dataset.get('with_label', True):
-                continue
-            options = list(_paths(dataset, 'CustomDataset')) or [('', dataset.get('data_root'))]
-            if len(options) != 1 or not os.path.isdir(options[0][1] or ''):
-                continue  # with an ann_file, the folders are no classes
-            names = sorted(one.name for one in Path(options[0][1]).glob('[!.]*') if one.is_dir())
+            path, names = _class_folders(dataset)
             if len(names) > outputs:
                 lines.append(
-                    f'{loader}.dataset: {options[0][1]!r} has {len(names)} folders of classes, '
+                    f'{loader}.dataset: {path!r} has {len(names)} folders of classes, '
                     f'but model.head.num_classes={outputs}: set it and num_classes of '
                     f'data_preprocessor to {len(names)}, or remove folders that are not classes'
                 )
     return lines
+
+
+def _class_folders(dataset: Mapping) -> tuple[str, list[str]]:
+    """Path and names of the folders that a dataset of mmpretrain takes for classes, if any."""
+    if name_of_type(dataset) != 'CustomDataset' or not dataset.get('with_label', True):
+        return '', []
+    options = list(_paths(dataset, 'CustomDataset')) or [('', dataset.get('data_root'))]
+    if len(options) != 1 or not os.path.isdir(options[0][1] or ''):
+        return '', []  # with an ann_file, the folders are no classes
+    folders = Path(options[0][1]).glob('[!.]*')
+    return options[0][1], sorted(one.name for one in folders if one.is_dir())
+
+
+def renumbered_classes(cfg: Mapping) -> list[str]:
+    """List datasets of mmpretrain that give a class another index than the training data do.
+
+    Indices are positions among the folders. If the validation data lack a folder, those of the
+    classes after it shift, and mmpretrain counts their images as wrong.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per dataset, with the first such class and the fix.
+    """
+    trained: dict[str, int] = {}
+    for dataset in _innermost(cfg.get('train_dataloader')):
+        trained = trained or {name: i for i, name in enumerate(_class_folders(dataset)[1])}
+    lines = []
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader') if trained else ():
+        for dataset in _innermost(cfg.get(loader)):
+            path, names = _class_folders(dataset)
+            wrong = [name for i, name in enumerate(names) if trained.get(name) != i]
+            if wrong:
+                index = trained.get(wrong[0], 'none')
+                lines.append(
+                    f'{loader}.dataset: {wrong[0]!r} in {path!r} is class '
+                    f'{names.index(wrong[0])}, but in the training data {index}: create the same '
+                    'folders in both, empty ones for classes without images, or remove surplus ones'
+                )
+    return lines
+
+
+def other_classes(cfg: Mapping) -> list[str]:
+    """List datasets with another ``metainfo.classes`` than the training data.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per dataset; none for a dataset of another type without such an option.
+    """
+
+    def given(dataset: Mapping) -> tuple | None:
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        return tuple(classes) if isinstance(classes, (list, tuple)) else classes
+
+    train, *_ = [*_innermost(cfg.get('train_dataloader')), {}]
+    return [
+        f'{loader}.dataset.metainfo.classes is {given(dataset)}, but {given(train)} in training'
+        for loader in ('val_dataloader', 'test_dataloader')
+        for dataset in _innermost(cfg.get(loader))
+        if train
+        and given(dataset) != given(train)
+        and (None not in (given(dataset), given(train)) or dataset.get('type') == train.get('type'))
+    ]
 
 
 def unpaired_keypoints(cfg: Mapping) -> list[str]:
@@ -152,6 +213,38 @@ def other_codecs(cfg: Mapping) -> list[str]:
                         {**one, 'type': name_of_type(one)} for one in (step['encoder'], decoder)
                     )
                     lines += _differences(f'{place}.encoder', *pair, keys)
+    return lines
+
+
+def biased_coordinates(cfg: Mapping) -> list[str]:
+    """List options that contradict the coordinates of a pose model's heatmaps.
+
+    ``UDPHeatmap`` counts the distances between pixel centers, ``MSRAHeatmap`` pixels. mmpose
+    accepts a mixture, and keypoints are off by half a pixel of the input.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        list[str]: One line per option, with the values that fit together.
+    """
+    model = cfg.get('model') or {}
+    head, test_cfg = model.get('head'), model.get('test_cfg') or {}
+    decoder = head.get('decoder') if isinstance(head, Mapping) else None
+    codec = name_of_type(decoder) if isinstance(decoder, Mapping) else ''
+    if codec not in ('UDPHeatmap', 'MSRAHeatmap'):
+        return []
+    udp = codec == 'UDPHeatmap'
+    fault = f', but model.head.decoder is a {codec}: set it to '
+    lines = [
+        f'{loader}.dataset.pipeline.{i}.use_udp={not udp}{fault}{udp}'
+        for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
+        for dataset in _innermost(cfg.get(loader))
+        for i, step in enumerate(dataset.get('pipeline') or ())
+        if name_of_type(step) == 'TopdownAffine' and bool(step.get('use_udp')) != udp
+    ]
+    if udp and test_cfg.get('flip_test') and test_cfg.get('shift_heatmap'):
+        lines.append(f'model.test_cfg.shift_heatmap=True{fault}False')
     return lines
 
 

@@ -30,9 +30,10 @@ class ResumableSeedHook(DistSamplerSeedHook):
     - Iteration-based training: mmengine loads and skips the data of the completed iterations, which
       brings the workers into the same state. This needs ``randomness.seed`` in the config and
       ``num_workers`` of 1 or more.
-    - The generators of the training process (Python, NumPy, torch) are seeded by (seed, iteration)
-      before each iteration. On a GPU, ``randomness.deterministic=True`` is needed for bit-identical
-      results.
+    - The generators of the training process (Python, NumPy, torch) are seeded by (seed, iteration,
+      rank) before each iteration, so that each GPU drops other paths and mixes its images by other
+      ratios, as in the official classification code. On a GPU, ``randomness.deterministic=True`` is
+      needed for bit-identical results.
 
     With gradient accumulation this holds for checkpoints after a multiple of
     ``accumulative_counts`` iterations: others lack the gradients accumulated since, and mmengine
@@ -87,7 +88,9 @@ class ResumableSeedHook(DistSamplerSeedHook):
             seeds = (runner.seed, runner.epoch, get_rank())
             loader.worker_init_fn = partial(_seed_worker, seeds, init)
             loader._iterator = None  # discard persistent workers of the previous epoch
-        _seed(0, runner.seed, runner.iter)  # without workers, this process loads the data
+        _seed(
+            0, runner.seed, runner.iter, get_rank()
+        )  # without workers, this process loads the data
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Seed this process.
@@ -97,7 +100,7 @@ class ResumableSeedHook(DistSamplerSeedHook):
             batch_idx (int): Not used.
             data_batch: Not used.
         """
-        _seed(0, runner.seed, runner.iter)
+        _seed(0, runner.seed, runner.iter, get_rank())
 
 
 def _samplers_of(loader: object) -> list:

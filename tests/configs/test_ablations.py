@@ -133,6 +133,14 @@ def test_weights_to_start_from(name):
     assert own == {key: backbone_of(name).get(key) for key in own}
 
 
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.endswith('in1k')])
+def test_bias_tables_decay_but_in_swin(name):
+    """The official Swin Transformer names them in `no_weight_decay_keywords`, HRFormer does not."""
+    rules = read_config(CONFIGS[name]).optim_wrapper.paramwise_cfg.no_decay
+    swin = re.match('swin|intrawin', name)
+    assert rules == (['vectors', 'bias_tables'] if swin else ['vectors'])
+
+
 @pytest.mark.parametrize('kind', ['hrformer-tiny-no-dwconv', 'hrnet-tiny'])
 def test_own_weights_are_found_and_fit(kind, tmp_path, monkeypatch):
     trained = build(read_config(CONFIGS[TASKS[0].format(kind)]))

@@ -309,6 +309,12 @@ def test_pose_data(name):
     assert list(codec.heatmap_size) == recipe['heatmap'][size]['size_wh']
     assert codec.sigma == recipe['heatmap'][size]['sigma']
     assert cfg.model.head.decoder == codec
+    # In the official code the dataset shifts the boxes: by 0.4 * (rand - 0.5) of their sides, which
+    # are without the padding of 1.25, and before any other augmentation.
+    assert list(train)[1:4] == ['GetBBoxCenterScale', 'RandomBoxShift', 'RandomFlip']
+    shift = train['RandomBoxShift']
+    assert (1.25 * shift['shift'], shift['prob']) == (pytest.approx(0.2), 0.3)
+    assert 'RandomBoxShift' not in test
     spread = train['RandomScaleRotation']
     assert (spread['scale_std'], spread['rotation_std'], spread['rotation_prob']) == (0.5, 40, 0.6)
     preprocessor = cfg.model.data_preprocessor

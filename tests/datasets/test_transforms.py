@@ -16,6 +16,7 @@ from mmhrformer import TRANSFORMS
 from mmhrformer.configs import config_root
 from mmhrformer.datasets import (
     PlaceRandomly,
+    RandomBoxShift,
     RandomBrightness,
     RandomScaleAspect,
     RandomScaleRotation,
@@ -149,7 +150,25 @@ def test_boxes_are_scaled_and_rotated_by_clipped_normal_numbers():
     assert np.corrcoef(scale, rotation)[0, 1] == pytest.approx(0, abs=0.03)
 
 
+def test_boxes_are_shifted_by_a_fifth_of_their_sides_without_padding():
+    np.random.seed(0)
+    size = np.float32([(125, 250)] * 20000)  # of boxes of 100 x 200, padded by 1.25
+    out = RandomBoxShift()(dict(bbox_center=np.full((20000, 2), 50, np.float32), bbox_scale=size))
+    shift = (out['bbox_center'] - 50) / (100, 200)
+    moved = (shift != 0).any(axis=1)
+    assert moved.mean() == pytest.approx(0.3, abs=0.01)
+    assert (shift.min(), shift.max()) == pytest.approx((-0.2, 0.2), abs=1e-3)
+    assert shift[moved].std(axis=0) == pytest.approx([0.4 / 12**0.5] * 2, rel=0.02)  # uniform
+    assert np.corrcoef(shift[moved].T)[0, 1] == pytest.approx(0, abs=0.03)
+    assert out['bbox_center'].dtype == np.float32
+    assert np.array_equal(out['bbox_scale'], size)
+
+
 def test_no_change_is_possible():
+    center = np.float32([(3, 4)] * 5)
+    assert np.array_equal(
+        RandomBoxShift(prob=0)(dict(boxes(5), bbox_center=center))['bbox_center'], center
+    )
     out = RandomScaleRotation(scale_std=0, rotation_prob=0)(boxes(5))
     assert np.array_equal(out['bbox_scale'], boxes(5)['bbox_scale'])
     assert not out['bbox_rotation'].any()
@@ -157,11 +176,18 @@ def test_no_change_is_possible():
 
 
 @pytest.mark.parametrize(
-    'options', [dict(scale_std=1), dict(rotation_std=-1), dict(rotation_prob=1.5)]
+    ('kind', 'options'),
+    [
+        (RandomScaleRotation, dict(scale_std=1)),
+        (RandomScaleRotation, dict(rotation_std=-1)),
+        (RandomScaleRotation, dict(rotation_prob=1.5)),
+        (RandomBoxShift, dict(shift=-0.1)),
+        (RandomBoxShift, dict(prob=2)),
+    ],
 )
-def test_impossible_changes_are_refused(options):
+def test_impossible_changes_are_refused(kind, options):
     with pytest.raises(ValueError, match='{}={}'.format(*next(iter(options.items())))):
-        RandomScaleRotation(**options)
+        kind(**options)
 
 
 @pytest.mark.parametrize('size', [(0.0, 10.0), (10.0, 0.0), (10.0, -1.0), (float('nan'), 10.0)])
@@ -292,6 +318,17 @@ def test_boxes_share_random_numbers_where_they_shall():
         assert len(np.unique(out['bbox_scale'][0])) > 1
     with pytest.raises(ValueError, match='got 2 boxes from the sample and 3 from another'):
         transform(dict(bbox_scale=[np.full((3, 2), 100.0), np.full((2, 2), 100.0)]))
+
+
+def test_boxes_share_a_shift_where_they_shall():
+    shift = TransformBroadcaster([RandomBoxShift(prob=1)], share_random_params=True)
+    center = np.zeros((3, 2), np.float32)
+    pair = dict(bbox_center=[center, center], bbox_scale=[center + 100, center + 50])
+    one, other = shift(pair)['bbox_center']
+    assert np.allclose(one, 2 * other)
+    assert len(np.unique(one)) == 6
+    with pytest.raises(ValueError, match=r'RandomBoxShift got 2 boxes .* and 3 from another'):
+        shift(dict(pair, bbox_scale=[center + 100, center[:2] + 100]))
 
 
 def test_images_of_several_sizes_share_a_place(sample):

@@ -16,16 +16,20 @@ from mmhrformer.configs import find_config
 from mmhrformer.engine.config_check import (
     ConfigCheckVisBackend,
     ConfigOptionError,
+    accumulated_iterations,
     batch_size_change,
     dead_options,
     late_variables,
     missing_data,
     needs_gpu,
+    other_length,
 )
-from mmhrformer.engine.data_check import other_codecs
+from mmhrformer.engine.data_check import biased_coordinates, other_codecs
 from mmhrformer.registry import VISBACKENDS
 
 CITYSCAPES = 'ocrnet_hrformer-small_8xb1-80k_cityscapes-512x1024'
+IMAGENET = 'hrformer-tiny_8xb128_in1k'
+DEMO = 'td-hm_hrformer-demo_1xb16-2e_figures-96x128'
 COCO = 'td-hm_hrformer-small_8xb32-210e_coco-256x192'
 
 
@@ -271,6 +275,57 @@ def test_a_sliding_window_has_its_sizes(test_cfg, fault, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
+    ('names', 'fault'),
+    [
+        ('abc', ''),
+        ('ab', ''),
+        ('bc', "'b' in 'flowers/val' is class 0, but in the training data 1: create the same"),
+        ('abd', "'d' in 'flowers/val' is class 2, but in the training data none: create the same"),
+    ],
+)
+@pytest.mark.parametrize('tool', ['train', 'test', 'browse_dataset'])
+def test_classes_keep_their_indices(tool, names, fault, folder, monkeypatch, caplog):
+    """mmpretrain numbers the folders of each dataset by themselves."""
+    for path in (*(f'train/{name}' for name in 'abc'), *(f'val/{name}' for name in names)):
+        (folder / 'flowers' / path).mkdir(parents=True)
+    loaders = [
+        dict(dataset=dict(type='CustomDataset', data_root='flowers', data_prefix=part))
+        for part in ('train', 'val')
+    ]
+    cfg = Config(dict(train_dataloader=loaders[0], test_dataloader=loaders[1]))
+    if fault and tool != 'browse_dataset':
+        with pytest.raises(ConfigOptionError, match=f'test_dataloader.dataset: {fault}'):
+            check(cfg, tool, monkeypatch, caplog)
+    else:
+        said = check(cfg, tool, monkeypatch, caplog)
+        assert fault in said
+        assert bool(fault) == ('indices' in said)
+
+
+@pytest.mark.parametrize(
+    ('train', 'test', 'faulty'),
+    [
+        ({}, {}, False),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(metainfo=dict(classes=['a', 'b'])), False),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(metainfo=dict(classes=('b', 'a'))), True),
+        (dict(metainfo=dict(classes=('a', 'b'))), {}, True),
+        (dict(metainfo=dict(classes=('a', 'b'))), dict(type='ADE20KDataset'), False),
+    ],
+)
+def test_classes_are_those_of_training(train, test, faulty, monkeypatch, caplog):
+    """As if only the classes of the training data had been chosen on the command line."""
+    datasets = [dict(type='CityscapesDataset') | one for one in (train, test)]
+    cfg = Config(
+        dict(
+            train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=datasets[0])),
+            test_dataloader=dict(dataset=datasets[1]),
+        )
+    )
+    said = check(cfg, 'notebook', monkeypatch, caplog)
+    assert ('test_dataloader.dataset.metainfo.classes is' in said) == faulty
+
+
+@pytest.mark.parametrize(
     ('change', 'fault'),
     [
         ({}, "train_dataloader.dataset: 'flowers/train' has 3 folders of classes, but .*=2: set"),
@@ -393,9 +448,9 @@ CODEC = "codec = dict(type='UDPHeatmap', input_size=(96, 96), heatmap_size=(24, 
         (
             COCO,
             CODEC,
-            [f'{PIPELINES}.5.input_size', f'{PIPELINES}.6.encoder', 'model.head.decoder'],
+            [f'{PIPELINES}.6.input_size', f'{PIPELINES}.7.encoder', 'model.head.decoder'],
         ),
-        (COCO, 'codec = dict(sigma=1)', [f'{PIPELINES}.6.encoder', 'model.head.decoder']),
+        (COCO, 'codec = dict(sigma=1)', [f'{PIPELINES}.7.encoder', 'model.head.decoder']),
         (COCO, "data_root = 'x'", ['val_dataloader.dataset.bbox_file', 'test_evaluator.ann_file']),
         (COCO, "data_mode = 'bottomup'", ['test_dataloader.dataset.data_mode']),
         (COCO, 'vis_backends = []', ['visualizer.vis_backends']),
@@ -484,15 +539,42 @@ def test_configs_that_are_no_python(suffix, folder):
     assert late_variables(cfg) == {}
 
 
+@pytest.mark.parametrize(
+    ('name', 'options', 'faults'),
+    [
+        (COCO, {}, []),
+        (COCO, {'train_dataloader.dataset.pipeline.6.use_udp': True}, ['6.use_udp=True']),
+        (COCO, {'model.head.decoder.type': 'SimCCLabel'}, []),
+        (
+            COCO,
+            {'model.head.decoder.type': 'UDPHeatmap'},
+            ['6.use_udp=False', *['2.use_udp=False'] * 2, 'shift_heatmap=True'],
+        ),
+        (DEMO, {}, []),
+        (DEMO, {'model.test_cfg.shift_heatmap': True}, ['shift_heatmap=True']),
+        (DEMO, {'val_dataloader.dataset.pipeline.2.use_udp': False}, ['2.use_udp=False']),
+    ],
+)
+def test_coordinates_that_fit_the_heatmaps(name, options, faults):
+    """Keypoints would be off by half a pixel of the input, too little for anyone to notice."""
+    cfg = load(name)
+    cfg.merge_from_dict(options)
+    lines = biased_coordinates(cfg)
+    assert len(lines) == len(faults)
+    assert all(
+        f'.{fault}, but model.head.decoder is a' in line for line, fault in zip(lines, faults)
+    )
+
+
 def test_half_changed_variables_are_told(folder, monkeypatch, caplog):
     file = folder / 'child.py'
     text = f'_base_ = [{str(find_config(COCO))!r}]\n{CODEC}model = dict(head=dict(decoder=codec))'
     file.write_text(text)
     said = check(Config.fromfile(file), 'notebook', monkeypatch, caplog)
-    assert f'codec was changed, but these still have its old value: {PIPELINES}.5' in said
+    assert f'codec was changed, but these still have its old value: {PIPELINES}.6' in said
     (late,) = (line for line in said.splitlines() if line.startswith('codec was changed'))
     assert 'model.head.decoder' not in late
-    assert f'the data do not fit the decoder:\n{PIPELINES}.5' in said
+    assert f'the data do not fit the decoder:\n{PIPELINES}.6' in said
 
 
 @pytest.mark.parametrize(
@@ -522,7 +604,7 @@ def test_variables_of_a_flat_config(folder, monkeypatch, caplog):
     cfg.dump(folder / 'flat.py')
     said = check(Config.fromfile(folder / 'flat.py'), 'notebook', monkeypatch, caplog)
     (line,) = [line for line in said.splitlines() if line.startswith('Used instead of codec')]
-    assert f'{PIPELINES}.6.encoder' in line
+    assert f'{PIPELINES}.7.encoder' in line
     assert 'model.head.decoder' in line
 
 
@@ -579,6 +661,11 @@ def test_what_needs_a_gpu_is_said_first(
         (4, {}, 'batch size is 4 (4 processes x 1)'),
         (1, {'optim_wrapper.accumulative_counts': 2}, 'batch size is 2 (1 processes x 1 x 2 acc'),
         (1, {'auto_scale_lr.enable': True}, None),
+        (
+            1,
+            {'auto_scale_lr.enable': True, 'optim_wrapper.accumulative_counts': 8},
+            'does not count optim_wrapper.accumulative_counts=8, which makes them 8',
+        ),
     ],
 )
 def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
@@ -589,5 +676,44 @@ def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
         assert warning == ''
     else:
         assert images in warning
-        assert 'learning rate 0.0001 is for 8' in warning
+        assert '0.0001 is for 8' in warning
         assert 'auto_scale_lr.enable=True' in warning
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'said'),
+    [
+        (IMAGENET, {}, ''),
+        (IMAGENET, {'train_cfg.max_epochs': 100}, '=100, but param_scheduler.end=300, which train'),
+        (IMAGENET, {'train_cfg.max_epochs': 100, 'param_scheduler.end': 100}, ''),
+        (IMAGENET, {'train_cfg.max_epochs': 400}, '=400, but the last schedule ends at 300, and'),
+        (COCO, {'train_cfg.max_epochs': 100}, 'param_scheduler[1].milestones=[170, 200] with end='),
+        (COCO, {'train_cfg.max_epochs': 205}, ''),
+        (COCO, {'param_scheduler.1.end': 190}, 'milestones=[170, 200] with end=190, which trai'),
+        (CITYSCAPES, {}, ''),
+        (CITYSCAPES, {'train_cfg.max_iters': 40000}, 'param_scheduler[1].end=80001, which train'),
+        (CITYSCAPES, {'train_cfg.max_iters': 160000}, 'ends at 80001, and the rate stays constant'),
+        (CITYSCAPES, {'param_scheduler': []}, ''),
+        (CITYSCAPES, {'param_scheduler': [dict(type='LinearLR', by_epoch=False, end=500)]}, ''),
+        (CITYSCAPES, {'param_scheduler': [dict(type='PolyLR', by_epoch=False)]}, ''),
+    ],
+)
+def test_schedules_of_another_length(name, options, said, monkeypatch, caplog):
+    cfg = load(name)
+    for key in set(options) & set(cfg):
+        setattr(cfg, key, options.pop(key))
+    cfg.merge_from_dict(options)
+    warning = other_length(cfg)
+    assert said in warning
+    assert bool(said) == bool(warning)
+    assert warning in check(Config(dict(cfg, train_dataloader=None)), 'browse', monkeypatch, caplog)
+
+
+def test_accumulation_in_a_training_by_iterations():
+    cfg = load(CITYSCAPES)
+    assert accumulated_iterations(cfg) == ''
+    cfg.optim_wrapper.accumulative_counts = 8
+    assert 'max_iters=80000 are 10000 steps of the optimizer' in accumulated_iterations(cfg)
+    cfg = load(IMAGENET)
+    cfg.optim_wrapper.accumulative_counts = 8  # epochs remain epochs
+    assert accumulated_iterations(cfg) == ''

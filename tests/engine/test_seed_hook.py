@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import golden
@@ -74,6 +75,23 @@ def test_workers_are_seeded_by_epoch_and_rank(monkeypatch):
             drawn.add(np.random.rand())
     assert started == [0, 1] * 4
     assert len(drawn) == 8
+
+
+@pytest.mark.parametrize('moment', ['before_train_epoch', 'before_train_iter'])
+def test_processes_draw_other_numbers(moment, monkeypatch):
+    """Otherwise all GPUs would drop the same paths, and mix their images by the same ratio."""
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(dataloader=None), cfg={}, seed=3, epoch=1, iter=5
+    )
+    drawn = []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(seed_hook, 'get_rank', lambda rank=rank: rank)
+        arguments = [0] * (moment == 'before_train_iter')
+        getattr(seed_hook.ResumableSeedHook(), moment)(runner, *arguments)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    first, *second = drawn
+    assert second[0] == second[1]
+    assert not set(first) & set(second[0])
 
 
 class NotALoader:

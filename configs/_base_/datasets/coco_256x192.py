@@ -12,6 +12,8 @@ codec = dict(type='MSRAHeatmap', input_size=(192, 256), heatmap_size=(48, 64), s
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='GetBBoxCenterScale'),
+    # The official dataset shifts boxes by up to a fifth of their sides. RandomHalfBody replaces them.
+    dict(type='mmhrformer.RandomBoxShift', shift=0.16, prob=0.3),
     dict(type='RandomFlip', direction='horizontal'),
     dict(type='RandomHalfBody'),
     # mmpose's RandomBBoxTransform would truncate the normal distributions instead of clipping.

@@ -3,7 +3,7 @@ _base_ = ['coco_256x192.py']
 
 codec = dict(type='MSRAHeatmap', input_size=(288, 384), heatmap_size=(72, 96), sigma=3)
 train_pipeline = [
-    *_base_.train_pipeline[:5],
+    *_base_.train_pipeline[:6],
     dict(type='TopdownAffine', input_size=codec['input_size']),
     dict(type='GenerateTarget', encoder=codec),
     dict(type='PackPoseInputs'),
