@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..checkpoints.writing import check_destination
+from ..engine.data_check import augmented_tests
 from ..models.checks import MIN_INPUT
 from ..utils.files import write_atomically
 from ..version import __version__
@@ -198,14 +199,11 @@ def channel_order(model: nn.Module) -> str:
 
 def refuse_tta(cfg: Config) -> None:
     """Raise a ValueError for a config with test-time augmentation."""
-    pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
-    kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
-    for kind in map(str, kinds):
-        if kind.endswith(('TestTimeAug', 'TTAModel')):
-            raise ValueError(
-                f'the config has {kind}: test-time augmentation runs a model several times and '
-                'cannot be exported; use the config that the model was trained with'
-            )
+    if kind := augmented_tests(cfg):
+        raise ValueError(
+            f'the config has {kind}: test-time augmentation runs a model several times and '
+            'cannot be exported; use the config that the model was trained with'
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
+from ..engine.data_check import name_of_type, other_codecs
 from .base import Inferencer
 from .image_loading import displayable
 from .media import Media, Picture
@@ -77,11 +78,14 @@ class PoseInferencer(Inferencer):
     def _dataset_meta(self, saved: dict) -> dict:
         from mmpose.apis.inference import dataset_meta_from_config
 
-        if self.cfg.model.type.split('.')[-1] != 'TopdownPoseEstimator':
+        if name_of_type(self.cfg.model) != 'TopdownPoseEstimator':
             raise ValueError(
                 f'model.type={self.cfg.model.type!r}: PoseInferencer supports only top-down '
                 "models, 'TopdownPoseEstimator'"
             )
+        used = dict(dataset=dict(pipeline=self.cfg.test_dataloader.dataset.pipeline))
+        if faults := other_codecs(dict(model=self.cfg.model, test_dataloader=used)):
+            raise ValueError('the images do not fit the decoder: ' + '; '.join(faults))
         meta = dataset_meta_from_config(self.cfg, 'test')
         if meta is None:
             raise ValueError(
@@ -93,7 +97,7 @@ class PoseInferencer(Inferencer):
 
     def _build_visualizer(self) -> Visualizer:
         options = self.cfg.get('visualizer') or {}
-        if options.get('type') == 'PoseLocalVisualizer':  # in stock configs
+        if name_of_type(options) == 'PoseLocalVisualizer':  # in stock configs
             options.type = self.visualizer_type
         return super()._build_visualizer()
 

@@ -70,6 +70,13 @@ def test_the_visualizer_of_a_stock_config_is_replaced():
 
 
 @needs('mmpose')
+def test_images_of_another_size_than_the_decoder():
+    options = {'model.head.decoder.input_size': (192, 256)}
+    with pytest.raises(ValueError, match=r'fit the decoder: .*\.input_size=\(96, 128\), but'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
+
+
+@needs('mmpose')
 def test_keypoints_of_another_number():
     options = {'model.head.out_channels': 14, 'model.test_cfg.flip_test': False}
     with pytest.raises(ValueError, match=r'out_channels=14, but the metainfo .* has 17 keypoints'):
