@@ -92,7 +92,7 @@ class PoseInferencer(Inferencer):
                 'the config does not define keypoints: set metainfo of test_dataloader.dataset, '
                 "as in metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
-        check_keypoints(meta, self.cfg.model.head.get('out_channels'), saved)
+        check_keypoints(meta, number_of_keypoints(self.cfg.model.head), saved)
         return meta
 
     def _build_visualizer(self) -> Visualizer:
@@ -202,6 +202,14 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
             f'detector={detector!r}: cannot download its weights ({err.reason}). Download '
             f'{weights or "them"} in a browser and pass the file as detector_weights; or pass boxes'
         ) from err
+
+
+def number_of_keypoints(head: Mapping) -> int | None:
+    """Number of keypoints of a head, from its config; None if unknown."""
+    number, decoder = head.get('out_channels'), head.get('decoder')
+    if number and isinstance(decoder, Mapping) and decoder.get('heatmap_type') == 'combined':
+        return number // 3  # a map and two offsets per keypoint
+    return number
 
 
 def check_keypoints(meta: Mapping, number: int | None, saved: Mapping) -> None:
