@@ -23,6 +23,7 @@ from torch.onnx.errors import OnnxExporterError
 from ..checkpoints.writing import check_destination
 from ..engine.data_check import augmented_tests
 from ..models.checks import MIN_INPUT
+from ..models.hrformer import HRFormer
 from ..utils.files import write_atomically
 from ..version import __version__
 from .aligned_conv import align_channels
@@ -366,6 +367,11 @@ def _check_model(model: nn.Module) -> str:
     task = task_of(model)
     if model.training:
         raise ValueError('model is in training mode: call model.train(False) before the export')
+    if not isinstance(model.backbone, HRFormer):
+        raise ValueError(
+            f'model.backbone is a {type(model.backbone).__name__}: only models with the backbone '
+            "mmhrformer.HRFormer can be exported; export others with their framework's tools"
+        )
     folded = (FusedWindowAttention, FusedDWConvFFN)
     if any(isinstance(module, folded) for module in model.modules()):
         raise ValueError(

@@ -364,6 +364,12 @@ def training(model):
     return model
 
 
+def other_backbone(model: nn.Module) -> nn.Module:
+    cfg = model.cfg.copy()
+    cfg.model.backbone = dict(type='mmpose.ResNet', depth=18, out_indices=(0,))
+    return mmhrformer.get_model(cfg)
+
+
 @pytest.mark.parametrize(
     ('change', 'options', 'message'),
     [
@@ -375,6 +381,7 @@ def training(model):
             dict(),
             'a HRFormer, whose task is not supported: expected a classifier',
         ),
+        (other_backbone, dict(), 'backbone is a ResNet: only models with the backbone mmhrformer'),
         (None, dict(size=(31, 64)), r'size=\(31, 64\): .* at least 32 pixels'),
         (None, dict(size=(64,)), r'size=\(64,\): expected height and width'),
         (None, dict(batch=0), 'batch=0: expected a positive integer'),
