@@ -330,5 +330,7 @@ def check_file(file: Path, decode: bool = True) -> None:
 
 
 def reason(err: BaseException) -> str:
-    """The message of an error, or its type if it has none."""
+    """The message of an error, or its type if it has none; both if it names only a key."""
+    if isinstance(err, KeyError):
+        return f'{type(err).__name__}: {err}'
     return str(err) or type(err).__name__
