@@ -38,7 +38,9 @@ def find_logs(runs: list[str]) -> list[Path]:
     logs = []
     for run in map(Path, runs):
         found = sorted(run.rglob('vis_data/scalars.json')) if run.is_dir() else [run]
-        found = [log for log in found if log.is_file() and log.stat().st_size]
+        found = [
+            log for log in found if log.suffix == '.json' and log.is_file() and log.stat().st_size
+        ]
         if not found:
             raise FileNotFoundError(
                 f'there is no log in {str(run)!r}: pass the folder of a run that has logged its '

@@ -24,6 +24,7 @@ from mmengine.visualization import Visualizer
 
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.engine.config_check import missing_data
+from mmhrformer.engine.data_check import name_of_type
 from mmhrformer.engine.dead_options import merge_options
 from mmhrformer.inferencers.image_loading import displayable
 from mmhrformer.inferencers.media import reason
@@ -51,7 +52,7 @@ def build(cfg: Config, loader: str) -> tuple[BaseDataset, Visualizer]:
     if missing := missing_data(cfg, [loader]):
         raise FileNotFoundError('files of the dataset are missing\n  ' + '\n  '.join(missing))
     for pipeline in pipelines(cfg[loader].dataset):
-        if pipeline[-1].type.endswith('PackPoseInputs'):
+        if name_of_type(pipeline[-1]) == 'PackPoseInputs':
             pipeline[-1].pack_transformed = True  # otherwise keypoints are in original coordinates
     dataset = DATASETS.build(cfg[loader].dataset)
     # Images are written to --out, not to the config's backends.

@@ -77,11 +77,11 @@ def meta_of_dataset(cfg: Config) -> dict:
     return dict(given or {})
 
 
-def wrapped_dataset(cfg: Config, option: str) -> dict:
+def wrapped_dataset(cfg: Mapping, option: str) -> dict:
     """Find the test dataset of a config that has an option, inside dataset wrappers.
 
     Args:
-        cfg (Config): The config.
+        cfg (Mapping): The config.
         option (str): The option.
 
     Returns:

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.onnx.errors import OnnxExporterError
 
 from ..checkpoints.writing import check_destination
+from ..engine.data_check import augmented_tests
 from ..models.checks import MIN_INPUT
+from ..models.hrformer import HRFormer
 from ..utils.files import write_atomically
 from ..version import __version__
 from .aligned_conv import align_channels
@@ -47,6 +50,8 @@ OUTPUTS = {
     'pose': ('heatmaps', {2: 'heatmap_height', 3: 'heatmap_width'}),
     'segmentation': ('logits', {2: 'height', 3: 'width'}),
 }
+# Task -> number of axes of the output.
+AXES = {'classification': 2, 'pose': 4, 'segmentation': 4}
 # The latest that torch 2.1 writes is 17; scaled_dot_product_attention and Trilu need 14.
 OPSETS = range(14, 18)
 # The exporter based on TorchScript; torch 2.9 and later default to one that needs another package.
@@ -62,7 +67,7 @@ BATCHES = (1, 3)
 
 
 class ExportError(RuntimeError):
-    """A model could not be exported with the same results as in torch."""
+    """A model could not be exported, or not with the same results as in torch."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,22 @@ class DeployedModel(nn.Module):
             Tensor: Probabilities of shape (B, classes), heatmaps of shape (B, keypoints, H / 4,
             W / 4), or logits of shape (B, classes, H, W); (B, 1, H, W) for a binary segmentor with
             one channel, where the sigmoid of the logit is compared with a threshold.
+
+        Raises:
+            ValueError: If the model returns something else.
         """
         if self.with_normalization:
             image = (image - self.mean) / self.std
         out = self.model(image, None, mode='tensor')
+        if not isinstance(out, Tensor) or out.dim() != AXES[self.task]:
+            found = 'several tensors'
+            if isinstance(out, Tensor):
+                found = f'shape {tuple(map(int, out.shape))}'
+            head = getattr(self.model, 'head', None)
+            raise ValueError(
+                f'model.head is a {type(head).__name__}, which returns {found}, not '
+                f'{OUTPUTS[self.task][0]} with {AXES[self.task]} axes: it cannot be exported'
+            )
         if self.task == 'classification':
             return out.softmax(-1)
         if self.task == 'segmentation':
@@ -174,9 +191,12 @@ def task_of(model: nn.Module) -> str:
 
 def number_of_outputs(model: nn.Module) -> int | None:
     """Number of classes or keypoints of a model, which may have names; None if unknown."""
-    return reduce(
+    number = reduce(
         lambda part, name: getattr(part, name, None), COUNTS[task_of(model)].split('.'), model
     )
+    decoder = getattr(getattr(model, 'head', None), 'decoder', None)
+    # Combined heatmaps of mmpose are a map and two offsets per keypoint.
+    return number // 3 if getattr(decoder, 'heatmap_type', '') == 'combined' else number
 
 
 def normalization(model: nn.Module) -> tuple[list[float], list[float]]:
@@ -198,14 +218,11 @@ def channel_order(model: nn.Module) -> str:
 
 def refuse_tta(cfg: Config) -> None:
     """Raise a ValueError for a config with test-time augmentation."""
-    pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
-    kinds = [step['type'] for step in pipeline] + [cfg.get('model', {}).get('type', '')]
-    for kind in map(str, kinds):
-        if kind.endswith(('TestTimeAug', 'TTAModel')):
-            raise ValueError(
-                f'the config has {kind}: test-time augmentation runs a model several times and '
-                'cannot be exported; use the config that the model was trained with'
-            )
+    if kind := augmented_tests(cfg):
+        raise ValueError(
+            f'the config has {kind}: test-time augmentation runs a model several times and '
+            'cannot be exported; use the config that the model was trained with'
+        )
 
 
 @dataclass(frozen=True)
@@ -269,7 +286,8 @@ def export_onnx(model: nn.Module, file: str | Path, *args, **kwargs) -> list[Com
         list[Comparison]: The comparisons with torch.
 
     Raises:
-        ExportError: If the output of onnxruntime differs by more than 1e-4 of its range.
+        ExportError: If torch cannot export an operator, or if the output of onnxruntime differs by
+            more than 1e-4 of its range.
         FileExistsError: If the file exists and ``overwrite`` is not set.
         ImportError: If onnx, onnxruntime or onnxslim is needed and missing.
         ValueError: If the model is not supported, or an argument is invalid.
@@ -349,6 +367,11 @@ def _check_model(model: nn.Module) -> str:
     task = task_of(model)
     if model.training:
         raise ValueError('model is in training mode: call model.train(False) before the export')
+    if not isinstance(model.backbone, HRFormer):
+        raise ValueError(
+            f'model.backbone is a {type(model.backbone).__name__}: only models with the backbone '
+            "mmhrformer.HRFormer can be exported; export others with their framework's tools"
+        )
     folded = (FusedWindowAttention, FusedDWConvFFN)
     if any(isinstance(module, folded) for module in model.modules()):
         raise ValueError(
@@ -400,7 +423,14 @@ def trace(deployed: DeployedModel, options: ExportOptions):
     with torch.no_grad(), warnings.catch_warnings():
         # Warnings about constant numbers of channels, and about the legacy exporter.
         warnings.simplefilter('ignore')
-        torch.onnx.export(deployed, (image,), content, **arguments, **EXPORTER)
+        try:
+            torch.onnx.export(deployed, (image,), content, **arguments, **EXPORTER)
+        except OnnxExporterError as err:
+            reason = str(err).partition('Please feel free')[0].strip()
+            raise ExportError(
+                f'torch {torch.__version__} cannot export this model: {reason} Replace the part of '
+                'the head or neck that uses this operator'
+            ) from err
     return onnx.load_from_string(content.getvalue())
 
 

@@ -13,6 +13,7 @@ from mmengine.device import get_device
 
 from ..checkpoints import read_zoo
 from ..configs import name_of
+from ..engine.data_check import augmented_tests
 from ..utils.suggest import did_you_mean
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -28,6 +29,16 @@ def task_of(cfg: Config) -> str:
             f'{list(TASKS)}'
         )
     return TASKS[scope]
+
+
+def refuse_tta(cfg: Config) -> None:
+    """Refuse a config with test-time augmentation."""
+    if kind := augmented_tests(cfg):
+        raise ValueError(
+            f'model={cfg.filename!r} has {kind}: inferencers do not support test-time '
+            'augmentation. Use the config that the model was trained with, or evaluate with '
+            'python -m mmhrformer test CONFIG CHECKPOINT --tta'
+        )
 
 
 def check_checkpoint(cfg: Config, checkpoint: bool | str | Path) -> None:

@@ -37,6 +37,7 @@ from .arguments import (
     check_draw_options,
     check_dtype,
     check_exported,
+    refuse_tta,
     task_of,
 )
 from .image_loading import Loader, displayable, split_pipeline
@@ -100,6 +101,7 @@ class Inferencer:
                 f'{TASKS[self.scope]!r}: change the task or the model'
             )
         check_checkpoint(config, checkpoint)
+        refuse_tta(config)
         built = get_model(config, not exported and checkpoint, cfg_options=cfg_options)
         built = run_exported(built, checkpoint) if exported else built
         self.cfg = built.cfg

@@ -29,7 +29,13 @@ class ClsInferencer(Inferencer):
     collate = staticmethod(default_collate)
 
     def _dataset_meta(self, saved: dict) -> dict:
-        return dict(classes=find_classes(self.cfg, self.cfg.model.head.num_classes, saved)[0])
+        head = self.cfg.model.get('head') or {}
+        if 'num_classes' not in head:
+            raise ValueError(
+                f'model.head.type={head.get("type")!r}: ClsInferencer supports only heads with '
+                'num_classes'
+            )
+        return dict(classes=find_classes(self.cfg, head.num_classes, saved)[0])
 
     def _to_plain(self, sample: Any) -> dict:
         scores, classes = sample.pred_score, self.dataset_meta['classes']

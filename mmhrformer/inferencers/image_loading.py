@@ -12,6 +12,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS
 
+from ..engine.data_check import name_of_type
 from .media import Picture, check_file, local_file, reason
 
 STOCK = {'mmcv', 'mmpretrain', 'mmpose', 'mmseg'}  # their loading steps do not modify arrays
@@ -116,7 +117,7 @@ class Loader:
 
 def split_pipeline(pipeline: list[dict]) -> tuple[Loader, Compose]:
     """Build a test pipeline in two parts: loading of images, and further steps without labels."""
-    steps = [TRANSFORMS.build(step) for step in pipeline if _name(step) not in LABELS]
+    steps = [TRANSFORMS.build(step) for step in pipeline if name_of_type(step) not in LABELS]
     if steps and isinstance(steps[0], LoadImageFromFile):
         return Loader(steps[0]), Compose(steps[1:])
     for step in steps:
@@ -127,11 +128,6 @@ def split_pipeline(pipeline: list[dict]) -> tuple[Loader, Compose]:
                 'python -m mmhrformer test'
             )
     return Loader(), Compose(steps)  # the dataset holds arrays
-
-
-def _name(step: dict) -> str:
-    kind = step['type']
-    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
 def displayable(image: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 CAMERA = re.compile(r'webcam(?::(\d+))?')
 STREAM = re.compile('(rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://', re.IGNORECASE)
+MAX_STEM = 200  # bytes; file systems allow 255, and files are first written by longer names
 TIMEOUT = 30  # seconds without a response of a server
 FALLBACK_FPS = 25.0  # for videos without a frame rate
 
@@ -260,9 +261,10 @@ def is_url(text: object) -> bool:
 
 
 def stem_of(source: str | Path) -> str:
-    """File name of a path or URL, without its suffix."""
+    """File name of a path or URL, without its suffix, and cut to leave room for another one."""
     path = unquote(urlsplit(source).path) if is_url(source) else str(source)
-    return Path(Path(path).name).stem
+    stem = os.fsencode(Path(Path(path).name).stem)
+    return os.fsdecode(stem) if len(stem) <= MAX_STEM else stem[:MAX_STEM].decode(errors='ignore')
 
 
 def _has_video_name(path: str | Path) -> bool:
@@ -328,5 +330,7 @@ def check_file(file: Path, decode: bool = True) -> None:
 
 
 def reason(err: BaseException) -> str:
-    """The message of an error, or its type if it has none."""
+    """The message of an error, or its type if it has none; both if it names only a key."""
+    if isinstance(err, KeyError):
+        return f'{type(err).__name__}: {err}'
     return str(err) or type(err).__name__

@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
+from ..engine.data_check import name_of_type, other_codecs
 from .base import Inferencer
 from .image_loading import displayable
 from .media import Media, Picture
@@ -77,23 +78,26 @@ class PoseInferencer(Inferencer):
     def _dataset_meta(self, saved: dict) -> dict:
         from mmpose.apis.inference import dataset_meta_from_config
 
-        if self.cfg.model.type.split('.')[-1] != 'TopdownPoseEstimator':
+        if name_of_type(self.cfg.model) != 'TopdownPoseEstimator':
             raise ValueError(
                 f'model.type={self.cfg.model.type!r}: PoseInferencer supports only top-down '
                 "models, 'TopdownPoseEstimator'"
             )
+        used = dict(dataset=dict(pipeline=self.cfg.test_dataloader.dataset.pipeline))
+        if faults := other_codecs(dict(model=self.cfg.model, test_dataloader=used)):
+            raise ValueError('the images do not fit the decoder: ' + '; '.join(faults))
         meta = dataset_meta_from_config(self.cfg, 'test')
         if meta is None:
             raise ValueError(
                 'the config does not define keypoints: set metainfo of test_dataloader.dataset, '
                 "as in metainfo=dict(from_file='configs/_base_/datasets/coco.py')"
             )
-        check_keypoints(meta, self.cfg.model.head.get('out_channels'), saved)
+        check_keypoints(meta, number_of_keypoints(self.cfg.model.head), saved)
         return meta
 
     def _build_visualizer(self) -> Visualizer:
         options = self.cfg.get('visualizer') or {}
-        if options.get('type') == 'PoseLocalVisualizer':  # in stock configs
+        if name_of_type(options) == 'PoseLocalVisualizer':  # in stock configs
             options.type = self.visualizer_type
         return super()._build_visualizer()
 
@@ -198,6 +202,14 @@ def build_detector(detector: bool | str, weights: str | None, device: torch.devi
             f'detector={detector!r}: cannot download its weights ({err.reason}). Download '
             f'{weights or "them"} in a browser and pass the file as detector_weights; or pass boxes'
         ) from err
+
+
+def number_of_keypoints(head: Mapping) -> int | None:
+    """Number of keypoints of a head, from its config; None if unknown."""
+    number, decoder = head.get('out_channels'), head.get('decoder')
+    if number and isinstance(decoder, Mapping) and decoder.get('heatmap_type') == 'combined':
+        return number // 3  # a map and two offsets per keypoint
+    return number
 
 
 def check_keypoints(meta: Mapping, number: int | None, saved: Mapping) -> None:

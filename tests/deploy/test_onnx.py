@@ -364,6 +364,12 @@ def training(model):
     return model
 
 
+def other_backbone(model: nn.Module) -> nn.Module:
+    cfg = model.cfg.copy()
+    cfg.model.backbone = dict(type='mmpose.ResNet', depth=18, out_indices=(0,))
+    return mmhrformer.get_model(cfg)
+
+
 @pytest.mark.parametrize(
     ('change', 'options', 'message'),
     [
@@ -375,6 +381,7 @@ def training(model):
             dict(),
             'a HRFormer, whose task is not supported: expected a classifier',
         ),
+        (other_backbone, dict(), 'backbone is a ResNet: only models with the backbone mmhrformer'),
         (None, dict(size=(31, 64)), r'size=\(31, 64\): .* at least 32 pixels'),
         (None, dict(size=(64,)), r'size=\(64,\): expected height and width'),
         (None, dict(batch=0), 'batch=0: expected a positive integer'),
@@ -426,6 +433,36 @@ def test_several_labels_per_image_are_refused(models, tmp_path):
     model = mmhrformer.get_model(cfg)
     with pytest.raises(ValueError, match='is a MultiLabelLinearClsHead: only classifiers with one'):
         export_onnx(model, tmp_path / 'a.onnx', (32, 32))
+
+
+@pytest.mark.parametrize(
+    ('task', 'head', 'kind', 'message'),
+    [
+        ('pose', 'SimCCHead', ValueError, 'is a SimCCHead, which returns several tensors'),
+        ('pose', 'RegressionHead', ValueError, r'which returns shape \(2, 17, 2\), not heatmaps'),
+        ('seg', 'PSPHead', ExportError, 'cannot export this model: .*adaptive_avg_pool2d'),
+    ],
+)
+def test_heads_with_other_outputs_or_operators(task, head, kind, message, models, tmp_path):
+    cfg = models[task].cfg.copy()
+    size = dict(input_size=(96, 128))
+    if task == 'seg':
+        head = dict(cfg.model.decode_head[0], type=head, in_channels=64, in_index=3)
+        for name in ('input_transform', 'loss_decode'):
+            head.pop(name)
+        cfg.model.update(type='EncoderDecoder', decode_head=head)
+        cfg.model.pop('num_stages')
+    elif head == 'SimCCHead':
+        decoder = dict(type='SimCCLabel', **size)
+        sizes = dict(size, in_featuremap_size=(24, 32), deconv_out_channels=None)
+        cfg.model.head = dict(type=head, in_channels=16, out_channels=17, decoder=decoder, **sizes)
+    else:
+        cfg.model.neck = dict(type='GlobalAveragePooling')
+        decoder = dict(type='RegressionLabel', **size)
+        cfg.model.head = dict(type=head, in_channels=16, num_joints=17, decoder=decoder)
+    with pytest.raises(kind, match=message):
+        export_onnx(mmhrformer.get_model(cfg), tmp_path / 'a.onnx', (128, 96), verify=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_file_stays(models, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from inference_samples import CONFIGS, make_image
 
 from mmhrformer import get_inferencer, inference
-from mmhrformer.configs import find_config
+from mmhrformer.configs import find_config, read_config
 
 
 def test_precision_and_device_that_cannot_be():
@@ -80,6 +80,22 @@ def test_configs_that_do_not_tell_enough(tmp_path):
         path.write_text(f'{text}\n{added}\n')
         with pytest.raises(ValueError, match=message):
             get_inferencer(path, False, device='cpu')
+
+
+def test_augmented_tests_are_refused():
+    cfg = read_config(find_config(CONFIGS['cls']))
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[])]
+    inner = dict(type='ConcatDataset', datasets=[dict(type='CustomDataset', pipeline=pipeline)])
+    model = dict(type='AverageClsScoreTTA', module=cfg.model)
+    for options, kind in (
+        ({'test_dataloader.dataset.pipeline': pipeline}, 'TestTimeAug'),
+        ({'test_dataloader.dataset': dict(inner, _delete_=True)}, 'TestTimeAug'),
+        ({'model': dict(model, type='mmhrformer.SumLogitsTTAModel')}, 'SumLogitsTTAModel'),
+    ):
+        augmented = cfg.copy()
+        augmented.merge_from_dict(options)
+        with pytest.raises(ValueError, match=f'has {kind}: .* Use the config that the model was'):
+            get_inferencer(augmented, False, device='cpu')
 
 
 def base() -> Path:

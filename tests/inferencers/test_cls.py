@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from inference_samples import CONFIGS, make_image
 
-from mmhrformer import inference
+from mmhrformer import get_inferencer, inference
 from mmhrformer.configs import find_config, read_config
 from mmhrformer.datasets.meta import find_classes
 
@@ -26,3 +27,10 @@ def test_classes_come_from_the_config_or_the_checkpoint(models, tmp_path):
     classes, palette = find_classes(cfg, 19, {})
     assert (classes[0], palette[0]) == ('road', [128, 64, 128])
     assert find_classes(cfg, 18, meta['dataset_meta']) == (None, None)  # of neither
+
+
+def test_heads_without_classes():
+    task = dict(type='LinearClsHead', num_classes=3, in_channels=256)
+    options = dict(_delete_=True, type='MultiTaskHead', task_heads=dict(a=task, b=task))
+    with pytest.raises(ValueError, match="type='MultiTaskHead': ClsInferencer supports only heads"):
+        get_inferencer(CONFIGS['cls'], False, cfg_options={'model.head': options}, device='cpu')

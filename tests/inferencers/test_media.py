@@ -137,3 +137,6 @@ def test_downloads_are_deleted_with_what_was_made_of_them(folder, video, tmp_pat
 def test_names_of_files():
     assert media.stem_of('https://a.org/people%20at%20home.jpg?size=big') == 'people at home'
     assert media.stem_of(Path('folder/a.b.png')) == 'a.b'
+    # File names may have 255 bytes, which the names of outputs exceed.
+    assert media.stem_of('x' * 251 + '.png') == 'x' * 200
+    assert media.stem_of('圖' * 83 + '.png') == '圖' * 66

@@ -13,6 +13,7 @@ from needs import needs
 
 import mmhrformer
 from mmhrformer import inference
+from mmhrformer.deploy.onnx import number_of_outputs
 from mmhrformer.inferencers.pose import check_boxes, check_keypoints
 
 
@@ -67,6 +68,25 @@ def test_the_visualizer_of_a_stock_config_is_replaced():
     options = {'visualizer.type': 'PoseLocalVisualizer'}
     pose = mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
     assert type(pose.visualizer).__name__ == 'PoseVisualizer'
+
+
+@needs('mmpose')
+def test_images_of_another_size_than_the_decoder():
+    options = {'model.head.decoder.input_size': (192, 256)}
+    with pytest.raises(ValueError, match=r'fit the decoder: .*\.input_size=\(96, 128\), but'):
+        mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
+
+
+@needs('mmpose')
+def test_heatmaps_with_offsets():
+    options = {
+        'model.head.out_channels': 3 * 17,
+        'model.head.decoder.heatmap_type': 'combined',
+        'model.test_cfg.flip_mode': 'udp_combined',
+    }
+    pose = mmhrformer.PoseInferencer(CONFIGS['pose'], False, cfg_options=options, device='cpu')
+    check('pose', pose(make_image())['predictions'][0])
+    assert number_of_outputs(pose.model) == 17
 
 
 @needs('mmpose')

@@ -204,6 +204,9 @@ class TestAnalyzeLogs:
         (tmp_path / 'empty').mkdir()
         with pytest.raises(SystemExit, match="there is no log in 'empty'"):
             tool('analyze_logs', 'plot_curve', 'empty')
+        (tmp_path / 'run.log').write_text('no JSON')
+        with pytest.raises(SystemExit, match=r"there is no log in 'run\.log'"):
+            tool('analyze_logs', 'plot_curve', 'run.log')
 
     @needs('mmpose', 'mmseg')
     def test_what_to_install_where_no_script_can_draw(self, tool, monkeypatch):
