@@ -88,9 +88,8 @@ class ResumableSeedHook(DistSamplerSeedHook):
             seeds = (runner.seed, runner.epoch, get_rank())
             loader.worker_init_fn = partial(_seed_worker, seeds, init)
             loader._iterator = None  # discard persistent workers of the previous epoch
-        _seed(
-            0, runner.seed, runner.iter, get_rank()
-        )  # without workers, this process loads the data
+        # Without workers, this process loads the data.
+        _seed(0, runner.seed, runner.iter, get_rank())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Seed this process.
