@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config
@@ -120,3 +121,9 @@ def open_config(model: str | Path | Config) -> Config:
 def name_of(cfg: Config) -> str:
     """Name of a config: its file name without folder and suffix, empty if it has no file."""
     return Path(cfg.filename or '').stem
+
+
+def name_of_type(option: Mapping) -> str:
+    """Name of the class of a config, without the scope; empty if it has none."""
+    kind = option.get('type', '')
+    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')

@@ -22,9 +22,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmengine.visualization import Visualizer
 
-from mmhrformer.configs import find_config, read_config
+from mmhrformer.configs import find_config, name_of_type, read_config
 from mmhrformer.engine.config_check import missing_data
-from mmhrformer.engine.data_check import name_of_type
 from mmhrformer.engine.dead_options import merge_options
 from mmhrformer.inferencers.image_loading import displayable
 from mmhrformer.inferencers.media import reason

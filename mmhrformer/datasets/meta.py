@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from ..configs import name_of_type
+
 # Pipeline steps that give images a fixed size: the option, and whether the width comes first.
 SIZES = {
     'BottomupRandomAffine': ('input_size', True),
@@ -91,6 +93,20 @@ def wrapped_dataset(cfg: Mapping, option: str) -> dict:
     while not dataset.get(option) and (dataset.get('datasets') or dataset.get('dataset')):
         dataset = dataset['datasets'][0] if dataset.get('datasets') else dataset['dataset']
     return dataset
+
+
+def augmented_tests(cfg: Mapping) -> str:
+    """Find test-time augmentation in the model or the test pipeline of a config.
+
+    Args:
+        cfg (Mapping): The config.
+
+    Returns:
+        str: The class that does it, such as ``'TestTimeAug'``; empty if there is none.
+    """
+    steps = wrapped_dataset(cfg, 'pipeline').get('pipeline') or ()
+    kinds = map(name_of_type, [cfg.get('model') or {}, *steps])
+    return next((kind for kind in kinds if kind.endswith(('TestTimeAug', 'TTAModel'))), '')
 
 
 def names_of_outputs(

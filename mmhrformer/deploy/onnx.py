@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.onnx.errors import OnnxExporterError
 
 from ..checkpoints.writing import check_destination
-from ..engine.data_check import augmented_tests
+from ..datasets.meta import augmented_tests
 from ..models.checks import MIN_INPUT
 from ..models.hrformer import HRFormer
 from ..utils.files import write_atomically

@@ -14,11 +14,11 @@ from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import BaseVisBackend
 
+from ..configs import name_of_type
 from ..registry import VISBACKENDS
 from .data_check import (
     biased_coordinates,
     missing_data,
-    name_of_type,
     other_annotations,
     other_classes,
     other_codecs,

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-from ..datasets.meta import wrapped_dataset
+from ..configs import name_of_type
 from ..utils.addresses import find_page
 
 # Dataset class -> its section in docs/datasets.md.
@@ -284,26 +284,6 @@ def other_annotations(cfg: Mapping) -> list[str]:
                     f'{file!r}'
                 )
     return lines
-
-
-def augmented_tests(cfg: Mapping) -> str:
-    """Find test-time augmentation in the model or the test pipeline of a config.
-
-    Args:
-        cfg (Mapping): The config.
-
-    Returns:
-        str: The class that does it, such as ``'TestTimeAug'``; empty if there is none.
-    """
-    steps = wrapped_dataset(cfg, 'pipeline').get('pipeline') or ()
-    kinds = map(name_of_type, [cfg.get('model') or {}, *steps])
-    return next((kind for kind in kinds if kind.endswith(('TestTimeAug', 'TTAModel'))), '')
-
-
-def name_of_type(option: Mapping) -> str:
-    """Name of the class of a config, without the scope; empty if it has none."""
-    kind = option.get('type', '')
-    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def _innermost(value: Any) -> Iterator[Mapping]:

@@ -13,7 +13,7 @@ from mmengine.device import get_device
 
 from ..checkpoints import read_zoo
 from ..configs import name_of
-from ..engine.data_check import augmented_tests
+from ..datasets.meta import augmented_tests
 from ..utils.suggest import did_you_mean
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

@@ -12,7 +12,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS
 
-from ..engine.data_check import name_of_type
+from ..configs import name_of_type
 from .media import Picture, check_file, local_file, reason
 
 STOCK = {'mmcv', 'mmpretrain', 'mmpose', 'mmseg'}  # their loading steps do not modify arrays

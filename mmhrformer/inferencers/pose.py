@@ -14,7 +14,8 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
-from ..engine.data_check import name_of_type, other_codecs
+from ..configs import name_of_type
+from ..engine.data_check import other_codecs
 from .base import Inferencer
 from .image_loading import displayable
 from .media import Media, Picture
