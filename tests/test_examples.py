@@ -87,6 +87,7 @@ NOT_CALLED = {
     'python -m mmhrformer print_config': 'any config',
     'python -m mmhrformer train': 'any config',
     'python benchmarks/triton_resources.py --capability 90': 'needs a newer Triton',
+    'python benchmarks/triton_resources.py --capability 89 100 120': 'needs a newer Triton',
     'python -m torch.distributed.launch main.py --cfg configs/hrt/hrt_small.yaml': 'official code',
     'python tools/NAME.py': 'any tool',
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -89,7 +90,7 @@ def test_names_come_from_the_file(made, tmp_path):
     (entry,) = (e for e in graph.metadata_props if e.key == 'names')
     entry.value = f'[{", ".join(names)}]'
     onnx.save(graph, tmp_path / 'a.onnx')
-    cfg = made['cls'].infer.cfg.copy()
+    cfg = copy.deepcopy(made['cls'].infer.cfg)
     cfg.test_dataloader.dataset.pop('metainfo', None)
     cfg.test_dataloader.dataset.type = 'CustomDataset'
     exported = get_inferencer(cfg, tmp_path / 'a.onnx')

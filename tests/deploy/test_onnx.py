@@ -365,7 +365,7 @@ def training(model):
 
 
 def other_backbone(model: nn.Module) -> nn.Module:
-    cfg = model.cfg.copy()
+    cfg = copy.deepcopy(model.cfg)
     cfg.model.backbone = dict(type='mmpose.ResNet', depth=18, out_indices=(0,))
     return mmhrformer.get_model(cfg)
 
@@ -427,7 +427,7 @@ def test_augmented_tests_are_refused(models):
 
 def test_several_labels_per_image_are_refused(models, tmp_path):
     """Their probabilities are sigmoids, not a softmax."""
-    cfg = models['cls'].cfg.copy()
+    cfg = copy.deepcopy(models['cls'].cfg)
     cfg.model.head.type = 'MultiLabelLinearClsHead'
     cfg.model.head.pop('topk')
     model = mmhrformer.get_model(cfg)
@@ -444,7 +444,7 @@ def test_several_labels_per_image_are_refused(models, tmp_path):
     ],
 )
 def test_heads_with_other_outputs_or_operators(task, head, kind, message, models, tmp_path):
-    cfg = models[task].cfg.copy()
+    cfg = copy.deepcopy(models[task].cfg)
     size = dict(input_size=(96, 128))
     if task == 'seg':
         head = dict(cfg.model.decode_head[0], type=head, in_channels=64, in_index=3)
@@ -487,7 +487,7 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
 
 
 def test_binary_segmentation_with_one_channel(models, tmp_path):
-    cfg = models['seg'].cfg.copy()
+    cfg = copy.deepcopy(models['seg'].cfg)
     head = cfg.model.decode_head[0]
     head.update(type='FCNHead', norm_cfg=dict(type='BN'), num_classes=2, out_channels=1)
     head.update(threshold=0.4)

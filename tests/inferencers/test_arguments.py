@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import golden
@@ -92,7 +93,7 @@ def test_augmented_tests_are_refused():
         ({'test_dataloader.dataset': dict(inner, _delete_=True)}, 'TestTimeAug'),
         ({'model': dict(model, type='mmhrformer.SumLogitsTTAModel')}, 'SumLogitsTTAModel'),
     ):
-        augmented = cfg.copy()
+        augmented = copy.deepcopy(cfg)
         augmented.merge_from_dict(options)
         with pytest.raises(ValueError, match=f'has {kind}: .* Use the config that the model was'):
             get_inferencer(augmented, False, device='cpu')

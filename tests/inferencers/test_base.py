@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def test_types_may_be_classes(task, models):
             option['type'] = next((one for one in found if one), kind)
         return option
 
-    cfg, image = models[task].cfg.copy(), make_image()
+    cfg, image = copy.deepcopy(models[task].cfg), make_image()
     cfg.model = with_classes(cfg.model)
     cfg.visualizer = with_classes(dict(type=models[task].visualizer_type))
     cfg.test_dataloader.dataset.pipeline = with_classes(cfg.test_dataloader.dataset.pipeline)
