@@ -22,7 +22,7 @@ ONLY_SKIPS = --skips 95
 MODERN_SKIPS = --skips 110
 E2E_SKIPS = --skips 9
 ALL_SKIPS = --skips 105
-ALL_MODERN_SKIPS = --skips 540
+ALL_MODERN_SKIPS = --skips 548
 ALL_E2E_SKIPS = --skips 9
 # The tests start about 150 interpreters, each of which would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
