@@ -44,7 +44,7 @@ def batch_size_change(cfg: Mapping, gpus: int) -> str:
             f'auto_scale_lr.enable=True scales the learning rate to {gpus * batch} images per '
             f'step: mmengine does not count optim_wrapper.accumulative_counts={steps}, which makes '
             f'them {gpus * batch * steps}. Set enable=False, and optim_wrapper.optimizer.lr for '
-            f'that number yourself; {rate} is for {base}.'
+            f'that number yourself; the learning rate {rate} is for {base}.'
         )
     if scale.get('enable') or gpus * batch * steps == base:
         return ''

@@ -676,7 +676,7 @@ def test_batch_size_that_the_rate_is_not_for(gpus, options, images):
         assert warning == ''
     else:
         assert images in warning
-        assert '0.0001 is for 8' in warning
+        assert 'learning rate 0.0001 is for 8' in warning
         assert 'auto_scale_lr.enable=True' in warning
 
 
